@@ -1,0 +1,46 @@
+# `make demo` and `make test` need Python 3.11 and nothing else: both create .venv first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PROTOS := $(wildcard protos/fedloom/v1/*.proto)
+
+.PHONY: demo test test-slow test-docker check protos clean help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(READY) ## create .venv with fedloom and its tools
+
+demo: $(READY) ## three sites train one GPT together on this machine
+	$(BIN)/python examples/shakespeare/demo.py $(DEMO)
+
+test: $(READY) ## the everyday test suite
+	$(BIN)/python -m pytest -m "not slow and not docker and not gpu"
+
+test-slow: $(READY) ## tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not docker and not gpu"
+
+test-docker: $(READY) ## docker compose with a real engine
+	$(BIN)/python -m pytest -m docker
+
+test-gpu: $(READY) ## training on CUDA devices
+	$(BIN)/python -m pytest -m gpu
+
+check: $(READY) ## lint, types, layers, generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	./protos/generate --check
+
+protos: $(READY) ## regenerate the gRPC code
+	./protos/generate
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
