@@ -1,0 +1,287 @@
+"""The run spec: everything that an operator decides about a run, in one file.
+
+The coordinator and every site read the same spec; what belongs to one machine
+(paths of data, devices, certificates) is in that machine's own config instead.
+"""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedloom_common.errors import BadSpec
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+
+
+class Strict(BaseModel):
+    """A part of a spec or config: unknown keys are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSpec(Strict):
+    """Which model is trained, and with which tokenizer."""
+
+    path: str | None = None
+    """Directory at the coordinator with a pretrained causal language model; give this or ``config``."""
+    config: dict[str, Any] | None = None
+    """A transformers config with its ``model_type``; the coordinator draws its weights from the seed."""
+    tokenizer: str = "auto"
+    """``bytes`` (UTF-8 bytes, 256 tokens and one end-of-text token), a directory at the coordinator, or
+    ``auto``: the model directory's own, and ``bytes`` for a model from ``config``."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either path (a model directory) or config (a new model), and not both")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs a model_type, such as gpt2 or llama")
+        return self
+
+
+class CausalLM(Strict):
+    """Next-token prediction on packed text."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    context_tokens: int = Field(default=128, ge=8, le=1 << 20)
+    """Length of one training example, in tokens; texts are joined and cut to this length."""
+
+
+class Cohort(Strict):
+    """Which sites take part in a round, and how many must."""
+
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the connected sites that a round picks at random."""
+    min_sites: int = Field(default=1, ge=1)
+    """A round begins when so many sites are connected, and picks no fewer."""
+    quorum: int | None = Field(default=None, ge=1)
+    """Updates needed for a round to count; ``min_sites`` if not given."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds after which a round goes on with the updates that have come; none if not given."""
+    stall_s: float = Field(default=300, gt=0)
+    """Seconds without any progress after which a site's assignment is given up."""
+    attempts: int = Field(default=3, ge=1)
+    """Times that a round with too few updates is tried before the run fails."""
+
+    @property
+    def needed(self) -> int:
+        """Updates needed for a round to count."""
+        return self.quorum or self.min_sites
+
+    @model_validator(mode="after")
+    def _quorum_can_be_met(self) -> Self:
+        if self.quorum is not None and self.quorum > self.min_sites:
+            raise ValueError(
+                f"quorum is {self.quorum} but min_sites is {self.min_sites}: a round could pick too few "
+                "sites to ever meet it; raise min_sites or lower quorum"
+            )
+        return self
+
+
+class AdamW(Strict):
+    """torch.optim.AdamW."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(default=5e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Term added to the denominator."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+
+
+class SGD(Strict):
+    """torch.optim.SGD."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: float = Field(default=0.1, gt=0)
+    """Peak learning rate."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Momentum."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """L2 penalty."""
+
+
+class Schedule(Strict):
+    """Learning rate over the *whole run's* steps, not over one round's."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    """Shape after warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear rise to the peak."""
+    final_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Share of the peak that cosine ends at."""
+
+
+class Local(Strict):
+    """What each site does in a round."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps in a round; give this or ``epochs``."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the site's training data in a round; give this or ``steps``."""
+    batch_examples: int = Field(default=32, ge=1)
+    """Examples in one optimizer step at one site, over all of its ranks and accumulation steps."""
+    accumulation_steps: int = Field(default=1, ge=1)
+    """Parts that a rank's share of the batch is cut into, to fit in memory."""
+    optimizer: Annotated[AdamW | SGD, Field(discriminator="name")] = AdamW()
+    """Inner optimizer."""
+    keep_optimizer_state: bool = True
+    """Whether the optimizer's state stays at the site from round to round, or is reset in each."""
+    schedule: Schedule = Schedule()
+    """Learning rate over the run."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest gradient norm; null for no clipping."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast type; ``auto`` is bf16 on devices made for it and fp32 elsewhere. Weights stay as they are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _optimizer_has_a_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("optimizer"), dict):
+            return data | {"optimizer": {"name": "adamw"} | data["optimizer"]}
+        return data
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs, and not both")
+        if self.batch_examples % self.accumulation_steps:
+            raise ValueError(
+                f"batch_examples is {self.batch_examples}, which accumulation_steps "
+                f"({self.accumulation_steps}) does not divide"
+            )
+        return self
+
+
+class Aggregation(Strict):
+    """How updates become the next global model."""
+
+    rule: Literal["weighted_mean"] = "weighted_mean"
+    """The weighted mean  Σ nₖ/n θₖ  (FedAvg)."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Largest nₖ that an update may claim; an update that claims more is rejected."""
+
+
+class Evaluation(Strict):
+    """Measuring the global model on the sites' held-out data."""
+
+    every_rounds: int = Field(default=1, ge=0)
+    """Rounds between evaluations; 0 for none. The last round is always evaluated otherwise."""
+    initial: bool = True
+    """Whether the initial model is evaluated before round 1."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Most held-out examples that each site measures; all if not given."""
+
+
+class Target(Strict):
+    """Stop when a metric is good enough."""
+
+    metric: str = "loss"
+    """Metric of the round, as ``fedloom run show`` names it."""
+    value: float
+    """Stop at this value or better."""
+    higher_is_better: bool = False
+    """Direction of the metric."""
+
+
+class Patience(Strict):
+    """Stop when a metric no longer gets better."""
+
+    metric: str = "loss"
+    """Metric of the round, as ``fedloom run show`` names it."""
+    evaluations: int = Field(ge=1)
+    """Stop after so many evaluations in a row without improvement."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """Smallest change that counts as improvement."""
+    higher_is_better: bool = False
+    """Direction of the metric."""
+
+
+class Stop(Strict):
+    """Conditions that end a run before its last round; the first to hold wins."""
+
+    target: Target | None = None
+    """Stop when a metric is good enough."""
+    patience: Patience | None = None
+    """Stop when a metric no longer gets better."""
+    wall_s: float | None = Field(default=None, gt=0)
+    """Stop at the end of the round in which the run has lasted so many seconds."""
+
+
+class RunSpec(Strict):
+    """A run, whole."""
+
+    name: Name
+    """Name for people: small letters, digits, dots, dashes and underscores."""
+    model: ModelSpec
+    """Which model is trained."""
+    task: CausalLM = CausalLM()
+    """What the model is trained to do."""
+    data: Name
+    """Name of the data set; every site says in its own config which files that is."""
+    rounds: int = Field(ge=1)
+    """Rounds at most."""
+    cohort: Cohort = Cohort()
+    """Which sites take part in a round."""
+    local: Local
+    """What each site does in a round."""
+    aggregation: Aggregation = Aggregation()
+    """How updates become the next global model."""
+    evaluation: Evaluation = Evaluation()
+    """Measuring the global model."""
+    stop: Stop = Stop()
+    """Conditions that end the run early."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Source of all randomness: initial weights, cohorts, data order, dropout."""
+
+    @model_validator(mode="after")
+    def _stop_metric_is_measured(self) -> Self:
+        if self.evaluation.every_rounds == 0 and (self.stop.target or self.stop.patience):
+            raise ValueError("stop.target and stop.patience need evaluation.every_rounds of 1 or more")
+        return self
+
+
+def parse_run_spec(text: str) -> RunSpec:
+    """Read a run spec from YAML or JSON text.
+
+    Raises:
+        BadSpec: one line for each wrong key or value: its path, what came, what was wanted.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadSpec(f"the run spec is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise BadSpec(f"a run spec is a mapping with keys such as name and model, not {type(data).__name__}")
+    try:
+        return RunSpec.model_validate(data)
+    except ValidationError as error:
+        raise BadSpec("the run spec has mistakes:\n" + describe(error)) from error
+
+
+def describe(error: ValidationError) -> str:
+    """Every mistake that pydantic found, a line each: path, what was wanted, what came."""
+    return "\n".join(_describe_one(item) for item in error.errors())
+
+
+def run_spec_schema() -> str:
+    """JSON Schema of the run spec, for editors and other languages."""
+    return json.dumps(RunSpec.model_json_schema(), indent=2)
+
+
+def _describe_one(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"]) or "(the whole)"
+    wanted = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        wanted = "no such key"
+    if item["type"] == "missing":
+        return f"  {path}: required, but not given"
+    came = repr(item["input"])
+    if isinstance(item["input"], dict) or len(came) > 80:
+        return f"  {path}: {wanted}"
+    return f"  {path}: {wanted} (came: {came})"

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+from fedloom_common.errors import BadSpec
+from fedloom_common.runspec import RunSpec, parse_run_spec, run_spec_schema
+
+GOOD = """
+name: shakespeare
+model: {config: {model_type: gpt2, n_layer: 2}}
+data: plays
+rounds: 3
+local: {steps: 10}
+"""
+
+
+def test_defaults_fill_a_short_spec():
+    spec = parse_run_spec(GOOD)
+    assert spec.local.optimizer.name == "adamw"
+    assert spec.cohort.needed == 1
+    assert spec.task.kind == "causal_lm"
+
+
+def test_a_spec_survives_json():
+    spec = parse_run_spec(GOOD)
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert parse_run_spec(json.dumps(spec.model_dump(mode="json"))) == spec
+
+
+MISTAKES = {
+    "not-yaml": ("a: [", "not YAML"),
+    "not-a-mapping": ("[1]", "is a mapping"),
+    "unknown-key": (GOOD + "round: 2", "round: no such key"),
+    "unknown-nested-key": (GOOD.replace("steps: 10", "steps: 10, lr: 1"), "local.lr: no such key"),
+    "missing-key": (GOOD.replace("rounds: 3", ""), "rounds: required"),
+    "wrong-type": (GOOD.replace("rounds: 3", "rounds: many"), r"rounds: .*valid integer.*came: 'many'"),
+    "too-small": (GOOD.replace("rounds: 3", "rounds: 0"), r"rounds: .*greater than or equal to 1.*came: 0"),
+    "two-amounts": (GOOD.replace("steps: 10", "steps: 10, epochs: 1"), "local: give either steps or epochs"),
+    "no-model": (GOOD.replace("config: {model_type: gpt2, n_layer: 2}", ""), "model: give either path"),
+    "no-type": (GOOD.replace("model_type: gpt2, ", ""), "model: config needs a model_type"),
+    "odd-optimizer": (
+        GOOD.replace("steps: 10", "steps: 10, optimizer: {name: lion}"),
+        "local.optimizer: .*lion",
+    ),
+    "indivisible": (
+        GOOD.replace("steps: 10", "steps: 10, batch_examples: 10, accumulation_steps: 3"),
+        "batch_examples is 10, which accumulation_steps .3. does not divide",
+    ),
+    "quorum": (GOOD + "cohort: {min_sites: 2, quorum: 3}", "quorum is 3 but min_sites is 2"),
+    "unmeasured-target": (
+        GOOD + "evaluation: {every_rounds: 0}\nstop: {target: {value: 1}}",
+        "need evaluation.every_rounds",
+    ),
+    "bad-name": (GOOD.replace("name: shakespeare", "name: ../x"), "name: .*pattern"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_told_by_path_and_wanted_value(case):
+    text, message = MISTAKES[case]
+    with pytest.raises(BadSpec, match=message):
+        parse_run_spec(text)
+
+
+def test_every_mistake_is_told_at_once():
+    with pytest.raises(BadSpec) as caught:
+        parse_run_spec(GOOD.replace("rounds: 3", "rounds: 0") + "sed: 1")
+    assert "rounds:" in str(caught.value)
+    assert "sed:" in str(caught.value)
+
+
+def test_an_optimizer_without_a_name_is_adamw():
+    spec = parse_run_spec(GOOD.replace("steps: 10", "steps: 10, optimizer: {lr: 0.25}"))
+    assert (spec.local.optimizer.name, spec.local.optimizer.lr) == ("adamw", 0.25)
+
+
+def test_the_schema_describes_every_field():
+    schema = json.loads(run_spec_schema())
+    parts = [schema, *schema["$defs"].values()]
+    fields = [(part["title"], name, field) for part in parts for name, field in part["properties"].items()]
+    undescribed = [
+        (title, name) for title, name, field in fields if "description" not in field and "$ref" not in field
+    ]
+    assert [pair for pair in undescribed if pair[1] not in ("name", "kind")] == []
