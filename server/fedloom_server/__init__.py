@@ -1,0 +1,1 @@
+"""The coordinator. Start reading at ``rounds``."""

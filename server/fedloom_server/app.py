@@ -1,0 +1,158 @@
+"""The coordinator as a whole: what it is made of, how it starts and how it ends."""
+
+import asyncio
+import fcntl
+import logging
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from fedloom.v1 import runs_pb2, runs_pb2_grpc, session_pb2, session_pb2_grpc, transfer_pb2, transfer_pb2_grpc
+from fedloom_common.channels import SERVER_OPTIONS
+from fedloom_common.errors import BadSpec, WrongState
+from fedloom_common.identity import require_loopback, server_credentials
+from fedloom_server.assignments import Assignments
+from fedloom_server.config import CoordinatorConfig
+from fedloom_server.models import MODEL_FILE
+from fedloom_server.rounds import Federation
+from fedloom_server.rpc.access import Access, Guard
+from fedloom_server.rpc.federation import FederationEdge
+from fedloom_server.rpc.runs import RunEdge
+from fedloom_server.rpc.transfer import TransferEdge
+from fedloom_server.runs import Runs
+from fedloom_server.sites import Sites
+from fedloom_server.store import Store
+from fedloom_server.watching import Watching
+
+SERVICES = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (session_pb2, "FederationService"),
+        (transfer_pb2, "TransferService"),
+        (runs_pb2, "RunService"),
+    )
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinator:
+    """A running coordinator."""
+
+    port: int
+    """Where it listens."""
+    sites: Sites
+    runs: Runs
+    store: Store
+
+
+async def serve_until_signalled(config: CoordinatorConfig) -> None:
+    """Run the coordinator until SIGTERM or SIGINT, then drain: rounds go on after the next start.
+
+    Raises:
+        BadSpec, WrongState: it cannot listen, or its state is in use by another coordinator.
+    """
+    signalled = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, signalled.set)
+    async with coordinator(config):
+        await signalled.wait()
+        logger.info("draining", extra={"grace_s": config.drain_s})
+    logger.info("coordinator stopped")
+
+
+@asynccontextmanager
+async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
+    """A coordinator that serves inside the block."""
+    torch.set_num_threads(
+        1
+    )  # averaging is bound by memory; more threads only take cores from sites on this host
+    config.state_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(config):
+        store, sites, watching = Store(config.state_dir), Sites(), Watching()
+        assignments = Assignments(store, sites, watching, concurrent_uploads=config.concurrent_uploads)
+        federation = Federation(
+            store=store,
+            sites=sites,
+            assignments=assignments,
+            watching=watching,
+            keep_models=config.keep_models,
+        )
+        runs = Runs(federation)
+        access = Access(insecure=config.insecure)
+        server = grpc.aio.server(interceptors=[Guard(access)], options=SERVER_OPTIONS)
+        edge = FederationEdge(
+            access, sites, assignments, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE
+        )
+        session_pb2_grpc.add_FederationServiceServicer_to_server(edge, server)
+        transfer_pb2_grpc.add_TransferServiceServicer_to_server(
+            TransferEdge(access, store, assignments), server
+        )
+        runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, watching), server)
+        healthy = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        port = _listen(server, config)
+        await server.start()
+        working = asyncio.create_task(_work(runs), name="runs")
+        for name in ("", *SERVICES):
+            await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+        logger.info(
+            "coordinator ready", extra={"listen": config.listen, "port": port, "state_dir": config.state_dir}
+        )
+        try:
+            yield Coordinator(port=port, sites=sites, runs=runs, store=store)
+        finally:
+            await healthy.enter_graceful_shutdown()
+            working.cancel()
+            await asyncio.wait([working])
+            for site in sites.all():
+                if site.link is not None:
+                    site.link.close("the coordinator shuts down")
+            await server.stop(config.drain_s)
+            store.close()
+
+
+async def _work(runs: Runs) -> None:
+    """Work off the queue; an error here is the coordinator's own and must not pass in silence."""
+    try:
+        await runs.work()
+    except Exception:
+        logger.critical("the queue of runs has died; restart the coordinator", exc_info=True)
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _listen(server: grpc.aio.Server, config: CoordinatorConfig) -> int:
+    try:
+        if config.tls is None:
+            require_loopback(config.listen, "the coordinator's listen address")
+            logger.warning("INSECURE: no encryption, identities are believed; only for tests on this machine")
+            port = server.add_insecure_port(config.listen)
+        else:
+            port = server.add_secure_port(config.listen, server_credentials(config.tls))
+    except RuntimeError as error:
+        raise BadSpec(
+            f"cannot listen on {config.listen}: {error}; is another coordinator running?"
+        ) from error
+    return int(port)
+
+
+@contextmanager
+def _locked(config: CoordinatorConfig) -> Iterator[None]:
+    with (config.state_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise WrongState(
+                f"another coordinator uses {config.state_dir}; give each a state_dir of its own"
+            ) from error
+        yield

@@ -1,0 +1,67 @@
+"""``fedloom coordinator``: start the service, or ask whether it is healthy."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom_common.channels import open_channel
+from fedloom_common.errors import FederationError
+from fedloom_common.identity import Peer, Role
+from fedloom_common.logs import set_up_logging
+from fedloom_common.rpc import federation_errors
+from fedloom_common.settings import load_settings, settings_help
+from fedloom_server.config import CoordinatorConfig
+
+ENV_PREFIX = "FEDLOOM_COORDINATOR_"
+HEALTH_S = 10.0
+FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", envvar=ENV_PREFIX + "CONFIG", help="The config file, coordinator.yaml."),
+]
+
+app = typer.Typer(
+    add_completion=False,
+    context_settings=FLAGS,
+    epilog="\n\n\b\n" + settings_help(CoordinatorConfig, env_prefix=ENV_PREFIX),
+)
+
+
+@app.command(context_settings=FLAGS)
+def coordinator(
+    context: typer.Context,
+    config: ConfigFile = None,
+    health: Annotated[
+        bool, typer.Option("--health", help="Ask the running coordinator whether it serves, and exit.")
+    ] = False,
+) -> None:
+    """Run the service that picks sites, averages their updates and keeps the model.
+
+    SIGTERM and Ctrl-C drain it: the round under way is kept and goes on after the next start.
+    """
+    settings = load_settings(CoordinatorConfig, config, env_prefix=ENV_PREFIX, flags=context.args)
+    if health:
+        asyncio.run(_check_health(settings))
+        return
+    set_up_logging(settings.log_format, settings.log_level)
+    from fedloom_server.app import serve_until_signalled  # here, so that --help need not import torch
+
+    asyncio.run(serve_until_signalled(settings))
+
+
+async def _check_health(config: CoordinatorConfig) -> None:
+    """Ask the standard health service at the coordinator's own address, with its own certificate."""
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    address = f"localhost:{config.listen.rpartition(':')[2]}"
+    insecure = Peer(Role.COORDINATOR, "health") if config.insecure else None
+    async with open_channel(address, config.tls, insecure) as channel:
+        with federation_errors(f"the coordinator at {address}"):
+            stub = health_pb2_grpc.HealthStub(channel)
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_S)
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise FederationError(f"the coordinator at {address} does not serve; it may be draining")
+    typer.echo("serving")

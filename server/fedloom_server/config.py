@@ -1,0 +1,42 @@
+"""What the coordinator's own file says: where it listens, what it keeps, its limits."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedloom_common.identity import TlsFiles
+from fedloom_common.runspec import Strict
+from fedloom_common.settings import ConfigPath
+
+
+class CoordinatorConfig(Strict):
+    """The config of a coordinator, coordinator.yaml."""
+
+    listen: str = Field(default="0.0.0.0:7443", pattern=r"^.+:\d+$")
+    """host:port to serve sites and operators on; port 0 takes a free one."""
+    tls: TlsFiles | None = None
+    """The coordinator's certificate, its key and the federation's CA."""
+    insecure: bool = False
+    """Instead of ``tls``, for tests on one machine: no encryption, identities believed; loopback only."""
+    state_dir: ConfigPath
+    """Folder for the database, models and updates; made if missing."""
+    heartbeat_s: float = Field(default=10, gt=0)
+    """Seconds between a site's signs of life; three missed ones end its session."""
+    concurrent_uploads: int = Field(default=8, ge=1)
+    """Updates that may arrive at the same time; further sites wait their turn."""
+    keep_models: int = Field(default=5, ge=1)
+    """Global models kept of each run; the newest ones."""
+    drain_s: float = Field(default=10, gt=0)
+    """Seconds that calls under way get to end at shutdown."""
+    log_format: Literal["human", "json"] = "human"
+    """How log lines look on standard error."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severe lines that are logged."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_security(self) -> Self:
+        if (self.tls is None) == (not self.insecure):
+            raise ValueError(
+                "give tls (made by `fedloom provision init`), or insecure: true for tests on one machine"
+            )
+        return self

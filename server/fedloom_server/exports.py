@@ -1,0 +1,68 @@
+"""A run's model for the outside: which files, and a card of the facts behind it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedloom_common.errors import NotFound
+from fedloom_server.card import CardFacts, SiteFacts, model_card
+from fedloom_server.models import MODEL_FILE
+from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work
+from fedloom_server.stopping import RoundResult
+from fedloom_server.store import Store
+
+
+@dataclass(frozen=True)
+class Export:
+    """The files of a model directory, by name, digest and size_bytes, and its card."""
+
+    files: list[dict[str, Any]]
+    card: str
+
+
+def export(store: Store, run_id: str, round_number: int | None) -> Export:
+    """A run's latest model, or the one after a round; round 0 is the initial model.
+
+    Raises:
+        NotFound: there is no such run or round, or its model is no longer kept.
+    """
+    run = store.run(run_id)
+    rounds = [record for record in store.rounds(run.id) if record.model_digest]
+    if round_number is not None:
+        until = [record for record in rounds if record.number <= round_number]
+        if not until or until[-1].number != round_number:
+            numbers = ", ".join(str(record.number) for record in rounds) or "none yet"
+            raise NotFound(f"run {run.id} has no model of round {round_number}; it has {numbers}")
+        rounds = until
+    digest = rounds[-1].model_digest if rounds else run.model_digest
+    size = store.files.path(digest).stat().st_size
+    model = {"name": MODEL_FILE, "digest": digest, "size_bytes": size}
+    return Export([model, *run.assets], model_card(_facts(run, rounds, store.assignments(run.id))))
+
+
+def _facts(run: Run, rounds: Sequence[Round], assignments: Sequence[Assignment]) -> CardFacts:
+    last = rounds[-1].number if rounds else 0
+    counted = [a for a in assignments if a.state is AssignmentState.DONE and a.round <= last]
+    whole = last == run.rounds_done
+    return CardFacts(
+        run_id=run.id,
+        spec=run.spec,
+        rounds_done=last,
+        reason=run.reason if whole and run.state.is_end else "",
+        sites=[_site(name, counted) for name in sorted({assignment.site for assignment in counted})],
+        history=[RoundResult(number=record.number, metrics=record.metrics) for record in rounds],
+    )
+
+
+def _site(name: str, counted: Sequence[Assignment]) -> SiteFacts:
+    trained = [a for a in counted if a.site == name and a.work is Work.TRAIN]
+    measured = [a for a in counted if a.site == name and a.work is Work.EVALUATE]
+    latest = measured[-1].metrics if measured else {}
+    return SiteFacts(
+        site=name,
+        rounds=len(trained),
+        examples=sum(a.examples for a in trained),
+        tokens=sum(a.tokens for a in trained),
+        loss=latest.get("loss"),
+        perplexity=latest.get("perplexity"),
+    )

@@ -1,0 +1,151 @@
+"""What the coordinator remembers: runs, rounds and assignments, as rows of its database.
+
+The rows are the domain's own objects; rules and edges pass them around. Only
+``store`` opens sessions on them.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, ForeignKeyConstraint, MetaData, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+
+from fedloom_common.runspec import RunSpec
+
+
+class RunState(StrEnum):
+    """The life of a run."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+    @property
+    def is_end(self) -> bool:
+        """Whether nothing more happens unless an operator resumes the run."""
+        return self in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED)
+
+
+class RoundState(StrEnum):
+    """The life of a round."""
+
+    TRAINING = "training"
+    AGGREGATING = "aggregating"
+    EVALUATING = "evaluating"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+class Work(StrEnum):
+    """What an assignment asks for."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+class AssignmentState(StrEnum):
+    """The life of an assignment; every end but DONE has a reason."""
+
+    OPEN = "open"
+    DONE = "done"
+    REFUSED = "refused"
+    FAILED = "failed"
+    REJECTED = "rejected"
+    LOST = "lost"
+    CANCELLED = "cancelled"
+
+
+class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
+    """Base of all rows."""
+
+    metadata = MetaData()
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy reads it from the class)
+        dict[str, Any]: JSON,
+        dict[str, float]: JSON,
+        list[str]: JSON,
+        list[dict[str, Any]]: JSON,
+    }
+
+
+class Run(Base):
+    """One training of one model over many rounds."""
+
+    __tablename__ = "runs"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    spec_json: Mapped[str] = mapped_column(Text)
+    state: Mapped[RunState]
+    submitted_at_s: Mapped[float]
+    assets: Mapped[list[dict[str, Any]]]
+    """Files besides the weights that make the model: name, digest, size_bytes of each."""
+    model_digest: Mapped[str]
+    """The latest global model."""
+    model_bytes: Mapped[int] = mapped_column(BigInteger)
+    reason: Mapped[str] = mapped_column(Text, default="")
+    started_at_s: Mapped[float] = mapped_column(default=0.0)
+    ended_at_s: Mapped[float] = mapped_column(default=0.0)
+    rounds_done: Mapped[int] = mapped_column(default=0)
+
+    @property
+    def spec(self) -> RunSpec:
+        """What the operator asked for."""
+        return RunSpec.model_validate_json(self.spec_json)
+
+
+class Round(Base):
+    """One exchange with a cohort; number 0 is the evaluation of the initial model."""
+
+    __tablename__ = "rounds"
+    __table_args__ = (ForeignKeyConstraint(["run_id"], ["runs.id"]),)
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    state: Mapped[RoundState]
+    base_digest: Mapped[str]
+    """The model that the sites start from."""
+    started_at_s: Mapped[float]
+    attempt: Mapped[int] = mapped_column(default=1)
+    first_attempt: Mapped[int] = mapped_column(default=1)
+    """Where counting began when an operator last resumed the run."""
+    cohort: Mapped[list[str]] = mapped_column(default_factory=list)
+    reason: Mapped[str] = mapped_column(Text, default="")
+    model_digest: Mapped[str] = mapped_column(default="")
+    """The model after the round."""
+    model_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    metrics: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
+    ended_at_s: Mapped[float] = mapped_column(default=0.0)
+
+
+class Assignment(Base):
+    """One piece of work for one site in one round."""
+
+    __tablename__ = "assignments"
+    __table_args__ = (ForeignKeyConstraint(["run_id"], ["runs.id"]),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(index=True)
+    round: Mapped[int]
+    attempt: Mapped[int]
+    work: Mapped[Work]
+    site: Mapped[str]
+    model_digest: Mapped[str]
+    """The model that the site starts from."""
+    model_bytes: Mapped[int] = mapped_column(BigInteger)
+    state: Mapped[AssignmentState] = mapped_column(default=AssignmentState.OPEN)
+    reason: Mapped[str] = mapped_column(Text, default="")
+    examples: Mapped[int] = mapped_column(BigInteger, default=0)
+    tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    update_digest: Mapped[str] = mapped_column(default="")
+    update_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    bytes_down: Mapped[int] = mapped_column(BigInteger, default=0)
+    bytes_up: Mapped[int] = mapped_column(BigInteger, default=0)
+    metrics: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
+    phase_seconds: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
+
+
+def assignment_id(run_id: str, round_number: int, attempt: int, work: Work, site: str) -> str:
+    """The name of an assignment: the same for every sending, and a plain file name."""
+    return f"{run_id}.{round_number}.{attempt}.{work}.{site}"

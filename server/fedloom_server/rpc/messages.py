@@ -1,0 +1,121 @@
+"""The coordinator's records as messages of the contract."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedloom.v1 import runs_pb2, session_pb2
+from fedloom_server.records import Assignment, Round, Run, Work
+from fedloom_server.sites import Site
+from fedloom_server.watching import Change, RoundChange, SiteProgress
+
+_WORK = {Work.TRAIN: session_pb2.WORK_TRAIN, Work.EVALUATE: session_pb2.WORK_EVALUATE}
+
+
+def work_message(work: Work) -> session_pb2.Work:
+    """What an assignment asks for."""
+    return _WORK[work]
+
+
+def phase_name(phase: session_pb2.Phase) -> str:
+    """ "download", "train" and so on; "unspecified" for what a newer site may send."""
+    names = {number: name for name, number in session_pb2.Phase.items()}
+    return names.get(phase, "PHASE_UNSPECIFIED").removeprefix("PHASE_").lower()
+
+
+def blob(file: Mapping[str, Any]) -> session_pb2.Blob:
+    """A file that TransferService.Read serves."""
+    return session_pb2.Blob(name=file["name"], digest=file["digest"], size_bytes=file["size_bytes"])
+
+
+def run_message(run: Run, model_name: str) -> runs_pb2.Run:
+    """A run."""
+    return runs_pb2.Run(
+        id=run.id,
+        name=run.name,
+        state=f"RUN_STATE_{run.state.name}",
+        reason=run.reason,
+        rounds_done=run.rounds_done,
+        rounds_total=run.spec.rounds,
+        submitted_at_s=run.submitted_at_s,
+        started_at_s=run.started_at_s,
+        ended_at_s=run.ended_at_s,
+        model=session_pb2.Blob(name=model_name, digest=run.model_digest, size_bytes=run.model_bytes),
+        spec_json=run.spec_json,
+    )
+
+
+def round_message(record: Round, assignments: Sequence[Assignment], model_name: str) -> runs_pb2.Round:
+    """A round with what each site did in it, every attempt."""
+    model = None
+    if record.model_digest:
+        model = session_pb2.Blob(name=model_name, digest=record.model_digest, size_bytes=record.model_bytes)
+    return runs_pb2.Round(
+        number=record.number,
+        attempt=record.attempt,
+        state=f"ROUND_STATE_{record.state.name}",
+        reason=record.reason,
+        model=model,
+        metrics=record.metrics,
+        sites=[_site_round(assignment) for assignment in assignments],
+        started_at_s=record.started_at_s,
+        ended_at_s=record.ended_at_s,
+    )
+
+
+def _site_round(assignment: Assignment) -> runs_pb2.SiteRound:
+    return runs_pb2.SiteRound(
+        site=assignment.site,
+        work=work_message(assignment.work),
+        state=assignment.state,
+        reason=assignment.reason,
+        examples=assignment.examples,
+        tokens=assignment.tokens,
+        metrics=assignment.metrics,
+        bytes_down=assignment.bytes_down,
+        bytes_up=assignment.bytes_up,
+        phase_seconds=assignment.phase_seconds,
+    )
+
+
+def change_message(change: Change, model_name: str) -> runs_pb2.WatchEvent:
+    """A change for a watcher."""
+    match change:
+        case Run():
+            return runs_pb2.WatchEvent(run=run_message(change, model_name))
+        case RoundChange():
+            return runs_pb2.WatchEvent(round=round_message(change.round, change.assignments, model_name))
+        case SiteProgress():
+            return runs_pb2.WatchEvent(site_progress=_progress_message(change))
+
+
+def _progress_message(change: SiteProgress) -> runs_pb2.SiteProgress:
+    progress = session_pb2.Progress(
+        assignment_id=change.assignment_id,
+        phase=f"PHASE_{change.phase.upper()}",
+        done=change.done,
+        total=change.total,
+        loss=change.loss,
+        tokens_per_s=change.tokens_per_s,
+    )
+    return runs_pb2.SiteProgress(
+        site=change.site, round=change.round, work=work_message(change.work), progress=progress
+    )
+
+
+def site_message(site: Site) -> runs_pb2.Site:
+    """A site as it described itself."""
+    described = site.description
+    hello = session_pb2.Hello(
+        software=described.software,
+        memory_bytes=described.memory_bytes,
+        devices=[
+            session_pb2.Device(kind=device.kind, name=device.name, memory_bytes=device.memory_bytes)
+            for device in described.devices
+        ],
+        data_sets=[
+            session_pb2.DataSet(name=name, size_bytes=size) for name, size in described.data_sets.items()
+        ],
+    )
+    return runs_pb2.Site(
+        name=site.name, connected=site.link is not None, last_heard_at_s=site.last_heard_s, hello=hello
+    )

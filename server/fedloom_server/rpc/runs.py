@@ -1,0 +1,83 @@
+"""The gRPC edge of operators' calls."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from fedloom.v1 import runs_pb2 as pb
+from fedloom.v1.runs_pb2_grpc import RunServiceServicer
+from fedloom_server.exports import export
+from fedloom_server.models import MODEL_FILE
+from fedloom_server.records import Run
+from fedloom_server.rpc.messages import blob, change_message, round_message, run_message, site_message
+from fedloom_server.runs import Runs
+from fedloom_server.sites import Sites
+from fedloom_server.store import Store
+from fedloom_server.watching import Watching
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class RunEdge(RunServiceServicer):
+    """Submit, List, Get, Watch, Stop, Resume, Export and ListSites."""
+
+    def __init__(self, runs: Runs, sites: Sites, store: Store, watching: Watching) -> None:
+        self._runs = runs
+        self._sites = sites
+        self._store = store
+        self._watching = watching
+
+    async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.Run:  # noqa: N802
+        """Check a run spec and queue the run."""
+        return run_message(await self._runs.submit(request.spec), MODEL_FILE)
+
+    async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:  # noqa: N802
+        """Runs, newest first."""
+        return pb.ListResponse(runs=[run_message(run, MODEL_FILE) for run in reversed(self._store.runs())])
+
+    async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:  # noqa: N802
+        """One run with its rounds."""
+        run = self._store.run(request.run_id)
+        return pb.GetResponse(run=run_message(run, MODEL_FILE), rounds=self._rounds(run))
+
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchEvent]:  # noqa: N802
+        """The run and its rounds as they stand, then every change, until the run ends."""
+        run = self._store.run(request.run_id)
+        with self._watching.watcher(
+            run.id
+        ) as watcher:  # before the first look, so that nothing falls between
+            run = self._store.run(run.id)
+            has_ended = run.state.is_end
+            for message in self._rounds(run):
+                yield pb.WatchEvent(round=message)
+            yield pb.WatchEvent(run=run_message(run, MODEL_FILE))
+            while not has_ended:
+                change = await watcher.get()
+                has_ended = isinstance(change, Run) and change.state.is_end  # it may change while we yield
+                yield change_message(change, MODEL_FILE)
+
+    async def Stop(self, request: pb.StopRequest, context: Context) -> pb.Run:  # noqa: N802
+        """End a run."""
+        return run_message(await self._runs.stop(request.run_id, request.reason), MODEL_FILE)
+
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.Run:  # noqa: N802
+        """Queue a stopped or failed run again."""
+        return run_message(self._runs.resume(request.run_id), MODEL_FILE)
+
+    async def Export(self, request: pb.ExportRequest, context: Context) -> pb.ExportResponse:  # noqa: N802
+        """Name the files of a run's model."""
+        number = request.round if request.HasField("round") else None
+        found = export(self._store, request.run_id, number)
+        return pb.ExportResponse(files=[blob(file) for file in found.files], model_card=found.card)
+
+    async def ListSites(self, request: pb.ListSitesRequest, context: Context) -> pb.ListSitesResponse:  # noqa: N802
+        """Sites by name."""
+        return pb.ListSitesResponse(sites=[site_message(site) for site in self._sites.all()])
+
+    def _rounds(self, run: Run) -> list[pb.Round]:
+        assignments = self._store.assignments(run.id)
+        return [
+            round_message(record, [a for a in assignments if a.round == record.number], MODEL_FILE)
+            for record in self._store.rounds(run.id)
+        ]

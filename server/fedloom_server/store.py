@@ -1,0 +1,184 @@
+"""The coordinator's durable state: records in a database, files by digest beside it.
+
+A file is on disk under its final name before the row that names it is
+committed, so a row never names a file that is not there.
+"""
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Select, create_engine, event, select
+from sqlalchemy.orm import sessionmaker
+
+from fedloom_common.errors import NotFound, WrongState
+from fedloom_common.files import digest_of_file, storage_errors, sync_folder
+from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run, RunState
+
+Row = TypeVar("Row", bound=Base)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file in the store."""
+
+    digest: str
+    size_bytes: int
+
+
+class Files:
+    """Immutable files, named by their digest."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, path: Path) -> StoredFile:
+        """Take a file into the store, by rename; the same content twice is one file."""
+        stored = StoredFile(digest_of_file(path), path.stat().st_size)
+        path.replace(self._place(stored.digest))
+        sync_folder(self._folder)
+        return stored
+
+    def path(self, digest: str) -> Path:
+        """Where a file lies.
+
+        Raises:
+            NotFound: the digest is not one, or no such file is kept.
+        """
+        place = self._place(digest)
+        if not place.is_file():
+            raise NotFound(f"the coordinator does not keep {digest}")
+        return place
+
+    def remove(self, digests: Iterable[str]) -> None:
+        """Remove files; those that are not there are no error."""
+        for digest in digests:
+            self._place(digest).unlink(missing_ok=True)
+
+    def _place(self, digest: str) -> Path:
+        kind, _, value = digest.partition(":")
+        if kind != "sha256" or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+            raise NotFound(f"not a digest: {digest[:100]!r}; wanted sha256: and 64 hexadecimal digits")
+        return self._folder / f"sha256-{value}"
+
+
+class Store:
+    """Runs, rounds and assignments. Calls are short transactions of a few milliseconds."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = Files(folder / "files")
+        self.spool = folder / "spool"
+        self.spool.mkdir(exist_ok=True)
+        engine = create_engine(f"sqlite:///{folder / 'coordinator.db'}")
+        event.listen(engine, "connect", _make_durable)
+        Base.metadata.create_all(engine)
+        self._engine = engine
+        self._sessions = sessionmaker(engine, expire_on_commit=False)
+
+    def close(self) -> None:
+        """Let the database go."""
+        self._engine.dispose()
+
+    def save(self, *records: Base) -> None:
+        """Write records, new or changed, in one transaction."""
+        with storage_errors(self.spool), self._sessions.begin() as session:
+            for record in records:
+                session.merge(record)
+
+    def run(self, prefix: str) -> Run:
+        """The run whose id begins so.
+
+        Raises:
+            NotFound: none does.
+            WrongState: several do.
+        """
+        with self._sessions() as session:
+            found = session.scalars(
+                select(Run).where(Run.id.startswith(prefix, autoescape=True)).limit(2)
+            ).all()
+        if not prefix or not found:
+            raise NotFound(f"there is no run {prefix!r}; `fedloom run list` names them")
+        if len(found) > 1:
+            raise WrongState(
+                f"several runs begin with {prefix!r}: {found[0].id}, {found[1].id}; give more of the id"
+            )
+        return found[0]
+
+    def runs(self, *states: RunState) -> list[Run]:
+        """Runs, oldest first; all, or those in the given states."""
+        query = select(Run).order_by(Run.submitted_at_s, Run.id)
+        return self._all(query.where(Run.state.in_(states)) if states else query)
+
+    def rounds(self, run_id: str) -> list[Round]:
+        """A run's rounds, first to last."""
+        return self._all(select(Round).where(Round.run_id == run_id).order_by(Round.number))
+
+    def assignments(self, run_id: str, round_number: int | None = None) -> list[Assignment]:
+        """Assignments of a run, or of one of its rounds, every attempt of them."""
+        query = select(Assignment).where(Assignment.run_id == run_id)
+        if round_number is not None:
+            query = query.where(Assignment.round == round_number)
+        return self._all(query.order_by(Assignment.round, Assignment.attempt, Assignment.site))
+
+    def assignment(self, assignment_id: str) -> Assignment | None:
+        """One assignment; None if there is none of that id."""
+        with self._sessions() as session:
+            return session.get(Assignment, assignment_id)
+
+    def begin_again(self, run: Run) -> None:
+        """Save a run that is taken up after its end: its unfinished round starts with a new attempt."""
+        unfinished = [record for record in self.rounds(run.id) if record.state is not RoundState.FINISHED]
+        for record in unfinished:
+            if record.state is not RoundState.EVALUATING:
+                record.state, record.cohort = RoundState.TRAINING, []
+                record.attempt = record.first_attempt = record.attempt + 1
+        self.save(run, *unfinished)
+
+    def finished_rounds(self, run_id: str) -> list[Round]:
+        """A run's rounds whose model is durable and evaluated, first to last."""
+        return [record for record in self.rounds(run_id) if record.state is RoundState.FINISHED]
+
+    def update_path(self, assignment: Assignment) -> Path:
+        """Where an assignment's update is spooled."""
+        return self.spool / f"{assignment.id}.safetensors"
+
+    def clear_spool(self) -> None:
+        """Remove spooled files that no unfinished round counts on."""
+        wanted = {
+            self.update_path(assignment).name
+            for run in self.runs(RunState.RUNNING, RunState.QUEUED)
+            for assignment in self.assignments(run.id, run.rounds_done + 1)
+            if assignment.state in (AssignmentState.OPEN, AssignmentState.DONE)
+        }
+        for path in self.spool.iterdir():
+            if path.name not in wanted:
+                path.unlink(missing_ok=True)
+
+    def drop_old_models(self, run: Run, keep: int) -> None:
+        """Remove the files of a run's models that are older than its latest ``keep``."""
+        rounds = [record for record in self.rounds(run.id) if record.model_digest]
+        old = {record.model_digest for record in rounds[:-keep]}
+        for other in self.runs():
+            kept = self.rounds(other.id)[-keep:]
+            old -= {other.model_digest} | {record.model_digest for record in kept}
+            old -= {record.base_digest for record in kept[-1:]}
+        self.files.remove(old)
+
+    def _all(self, query: Select[Row]) -> list[Row]:
+        with self._sessions() as session:
+            return list(session.scalars(query))
+
+
+def new_run_id() -> str:
+    """A short random name."""
+    return secrets.token_hex(6)
+
+
+def _make_durable(connection: Any, _: Any) -> None:
+    """WAL lets readers go on while a writer writes; FULL makes each commit survive a power cut."""
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+        connection.execute(f"PRAGMA {pragma}")

@@ -1,0 +1,332 @@
+"""A real coordinator on loopback, and sites that speak the protocol but train nothing."""
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Callable
+from enum import Enum, auto
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from fedloom.v1 import session_pb2 as pb
+from fedloom.v1 import transfer_pb2
+from fedloom.v1.session_pb2_grpc import FederationServiceStub
+from fedloom.v1.transfer_pb2_grpc import TransferServiceStub
+from fedloom_common.channels import open_channel
+from fedloom_common.errors import FederationError
+from fedloom_common.files import digest_of_file
+from fedloom_common.identity import Peer, Role
+from fedloom_common.runspec import RunSpec
+from fedloom_common.transfer import chunks_of, download, upload
+from fedloom_server.app import Coordinator, coordinator
+from fedloom_server.config import CoordinatorConfig
+from fedloom_server.records import Run
+from safetensors.numpy import load_file, save_file
+
+
+class Fault(Enum):
+    """What a site does wrong in its training assignments."""
+
+    NONE = auto()
+    REFUSES = auto()
+    FAILS = auto()
+    SILENT = auto()
+    NO_EXAMPLES = auto()
+    TOO_MANY_EXAMPLES = auto()
+    NAN = auto()
+    MISSING_TENSOR = auto()
+    SURPLUS_TENSOR = auto()
+    WRONG_SHAPE = auto()
+    WRONG_DTYPE = auto()
+    NOT_SAFETENSORS = auto()
+    CORRUPT_CHUNK = auto()
+    WRONG_DIGEST = auto()
+    TOO_LARGE = auto()
+    CUT_ONCE = auto()
+
+
+class FakeSite:
+    """A site whose training adds ``step`` to every value, by the contract alone."""
+
+    def __init__(
+        self, port: int, name: str, folder: Path, *, step: float, examples: int, fault: Fault
+    ) -> None:
+        self.name = name
+        self.step = step
+        self.examples = examples
+        self.fault = fault
+        self.folder = folder
+        self.trained: list[str] = []
+        self.downloads = 0
+        self.assigned = asyncio.Event()
+        self.cancelled: dict[str, str] = {}
+        self.ended_runs: list[str] = []
+        self.errors: list[str] = []
+        self.receipts: list[transfer_pb2.Receipt] = []
+        self._port = port
+        self._outbox: asyncio.Queue[pb.SiteMessage] = asyncio.Queue()
+        self._updates: dict[str, Path] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    async def attend(self) -> None:
+        """One session, until it ends."""
+        async with open_channel(f"127.0.0.1:{self._port}", None, Peer(Role.SITE, self.name)) as channel:
+            self.transfer = TransferServiceStub(channel)
+            hello = pb.Hello(
+                protocol_version=1, software="fake", data_sets=[pb.DataSet(name="text", size_bytes=1)]
+            )
+            self._outbox = asyncio.Queue()
+            self.send(hello=hello)
+            try:
+                async for message in FederationServiceStub(channel).Attach(self._messages()):
+                    self._take(message)
+            except grpc.aio.AioRpcError as error:
+                self.errors.append(error.details() or "")
+            finally:
+                for task in self._tasks:
+                    task.cancel()
+
+    def send(self, **kind: object) -> None:
+        self._outbox.put_nowait(pb.SiteMessage(**kind))
+
+    async def _messages(self) -> AsyncIterator[pb.SiteMessage]:
+        while True:
+            yield await self._outbox.get()
+
+    def _take(self, message: pb.CoordinatorMessage) -> None:
+        match message.WhichOneof("kind"):
+            case "assignment":
+                self.assigned.set()
+                self._spawn(self._do(message.assignment))
+            case "upload_grant":
+                self._spawn(self._upload(message.upload_grant))
+            case "cancel":
+                self.cancelled[message.cancel.assignment_id] = message.cancel.reason
+            case "run_ended":
+                self.ended_runs.append(message.run_ended.run_id)
+
+    def _spawn(self, work: object) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(work))
+
+    async def _do(self, assignment: pb.Assignment) -> None:
+        model = self.folder / assignment.model.digest.removeprefix("sha256:")
+        if not model.exists():
+            await download(self.transfer, assignment.model.digest, assignment.model.size_bytes, model)
+            self.downloads += 1
+        if assignment.work == pb.WORK_EVALUATE:
+            mean = float(np.mean([tensor.mean() for tensor in load_file(model).values()]))
+            metrics = {"loss": 10.0 - mean, "perplexity": float(np.exp(10.0 - mean))}
+            self.send(
+                outcome=pb.Outcome(
+                    assignment_id=assignment.id, examples=self.examples, tokens=10, metrics=metrics
+                )
+            )
+            return
+        if self.fault is Fault.REFUSES:
+            self.send(refusal=pb.Refusal(assignment_id=assignment.id, reason="policy permits nothing"))
+        elif self.fault is Fault.FAILS:
+            self.send(failure=pb.Failure(assignment_id=assignment.id, reason="ValueError: no such file"))
+        elif self.fault is not Fault.SILENT:
+            self._train(assignment, model)
+
+    def _train(self, assignment: pb.Assignment, model: Path) -> None:
+        if assignment.id not in self._updates:
+            self.trained.append(assignment.id)
+            path = self.folder / f"{assignment.id}.safetensors"
+            tensors = {name: tensor + np.float32(self.step) for name, tensor in load_file(model).items()}
+            _spoil(tensors, self.fault)
+            save_file(tensors, path, metadata={"format": "pt"})
+            if self.fault is Fault.NOT_SAFETENSORS:
+                path.write_bytes(b"\x80\x04pickled" * 40)
+            self._updates[assignment.id] = path
+        path = self._updates[assignment.id]
+        digest = digest_of_file(path)
+        if self.fault is Fault.WRONG_DIGEST:
+            digest = "sha256:" + "0" * 64
+        examples = {Fault.NO_EXAMPLES: 0, Fault.TOO_MANY_EXAMPLES: 10**12}.get(self.fault, self.examples)
+        size = path.stat().st_size + (10**9 if self.fault is Fault.TOO_LARGE else 0)
+        self.send(
+            outcome=pb.Outcome(
+                assignment_id=assignment.id, update_digest=digest, update_bytes=size, examples=examples,
+                tokens=examples * 8, metrics={"loss": 2.5}, phase_seconds={"train": 0.1},
+            )
+        )  # fmt: skip
+
+    async def _upload(self, grant: pb.UploadGrant) -> None:
+        path = self._updates[grant.assignment_id]
+        try:
+            if self.fault is Fault.CORRUPT_CHUNK:
+                await self._send_corrupt(grant, path)
+            if self.fault is Fault.CUT_ONCE:
+                self.fault = Fault.NONE
+                await self._send_half(grant, path)
+                return
+            self.receipts.append(await upload(self.transfer, grant.upload, path, grant.offset))
+        except FederationError as error:
+            self.errors.append(str(error))
+        except grpc.aio.AioRpcError as error:
+            self.errors.append(error.details() or "")
+
+    async def _send_corrupt(self, grant: pb.UploadGrant, path: Path) -> None:
+        async def chunks() -> AsyncIterator[transfer_pb2.Chunk]:
+            async for chunk in chunks_of(path, grant.offset, grant.upload):
+                chunk.payload = b"\xff" + chunk.payload[1:]
+                yield chunk
+
+        await self.transfer.Write(chunks())
+
+    async def _send_half(self, grant: pb.UploadGrant, path: Path) -> None:
+        """Break off after 60 bytes, ask where to go on, go on there."""
+        whole = path.read_bytes()
+        first = await anext(chunks_of(path, 0, grant.upload))
+        import google_crc32c
+
+        async def half() -> AsyncIterator[transfer_pb2.Chunk]:
+            payload = first.payload[:60]
+            yield transfer_pb2.Chunk(
+                upload=grant.upload, offset=0, payload=payload, crc32c=google_crc32c.value(payload)
+            )
+
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await self.transfer.Write(half())
+        held = await self.transfer.QueryWrite(transfer_pb2.QueryWriteRequest(upload=grant.upload))
+        assert 0 < held.committed_bytes < len(whole)
+        assert not held.complete
+        self.resumed_at = held.committed_bytes
+        self.receipts.append(await upload(self.transfer, grant.upload, path, held.committed_bytes))
+
+
+def _spoil(tensors: dict[str, np.ndarray], fault: Fault) -> None:
+    match fault:
+        case Fault.NAN:
+            tensors["layer.weight"][1, 2] = np.nan
+        case Fault.MISSING_TENSOR:
+            del tensors["layer.bias"]
+        case Fault.SURPLUS_TENSOR:
+            tensors["layer.extra"] = np.zeros(3, np.float32)
+        case Fault.WRONG_SHAPE:
+            tensors["layer.bias"] = np.zeros((1,), np.float32)
+        case Fault.WRONG_DTYPE:
+            tensors["layer.bias"] = tensors["layer.bias"].astype(np.float64)
+
+
+INITIAL = {
+    "layer.weight": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,
+    "layer.bias": np.linspace(-1, 1, 4, dtype=np.float32),
+}
+
+
+def spec_of(**changes: object) -> RunSpec:
+    content = {
+        "name": "tiny",
+        "model": {"config": {"model_type": "gpt2"}},
+        "data": "text",
+        "rounds": 1,
+        "local": {"steps": 100, "batch_examples": 100},
+        "cohort": {"stall_s": 20},
+    }
+    return RunSpec.model_validate(content | changes)
+
+
+class Bench:
+    """A coordinator and its fake sites."""
+
+    def __init__(self, running: Coordinator, folder: Path) -> None:
+        self.running = running
+        self.folder = folder
+        self.sites: dict[str, FakeSite] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    def site(
+        self, name: str, *, step: float = 1.0, examples: int = 10, fault: Fault = Fault.NONE
+    ) -> FakeSite:
+        site = FakeSite(
+            self.running.port, name, self.folder / name, step=step, examples=examples, fault=fault
+        )
+        return self.attach(site)
+
+    def attach(self, site: FakeSite) -> FakeSite:
+        site._port = self.running.port
+        self.sites[site.name] = site
+        self.tasks[site.name] = asyncio.create_task(site.attend())
+        return site
+
+    async def detach(self, name: str) -> None:
+        self.tasks[name].cancel()
+        await asyncio.wait([self.tasks[name]])
+
+    async def enqueue(self, spec: RunSpec) -> Run:
+        folder = self.folder / "initial"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        save_file(INITIAL, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+        return await self.running.runs.enqueue(spec, folder)
+
+    async def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
+        async with asyncio.timeout(seconds):
+            while not holds():
+                await asyncio.sleep(0.01)
+
+    async def ended(self, run: Run, seconds: float = 20) -> Run:
+        await self.until(lambda: self.running.store.run(run.id).state.is_end, seconds)
+        return self.running.store.run(run.id)
+
+    def model(self, run: Run) -> dict[str, np.ndarray]:
+        store = self.running.store
+        return load_file(store.files.path(store.run(run.id).model_digest))
+
+    def outcomes(self, run: Run, number: int = 1) -> dict[str, tuple[str, str]]:
+        """State and reason of each site's training in a round."""
+        return {
+            a.site: (str(a.state), a.reason)
+            for a in self.running.store.assignments(run.id, number)
+            if a.work == "train"
+        }
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> CoordinatorConfig:
+    return CoordinatorConfig(listen="127.0.0.1:0", insecure=True, state_dir=tmp_path / "state", drain_s=0.2)
+
+
+@pytest.fixture
+async def bench(config: CoordinatorConfig, tmp_path: Path) -> AsyncIterator[Bench]:
+    async with coordinator(config) as running:
+        bench = Bench(running, tmp_path / "sites")
+        yield bench
+        for name in bench.tasks:
+            await bench.detach(name)
+
+
+@pytest.fixture
+def fault() -> type[Fault]:
+    return Fault
+
+
+@pytest.fixture
+def spec() -> Callable[..., RunSpec]:
+    return spec_of
+
+
+@pytest.fixture
+def initial() -> dict[str, np.ndarray]:
+    return INITIAL
+
+
+@pytest.fixture
+async def bench_of(tmp_path: Path) -> AsyncIterator[Callable[[Coordinator], Bench]]:
+    """For tests that start their coordinators themselves."""
+    benches = []
+
+    def make(running: Coordinator) -> Bench:
+        benches.append(Bench(running, tmp_path / "sites"))
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        for name in bench.tasks:
+            await bench.detach(name)

@@ -1,0 +1,213 @@
+import asyncio
+
+import numpy as np
+import pytest
+from fedloom_server.app import coordinator
+
+
+async def test_the_new_model_is_the_weighted_mean_of_the_updates(bench, spec, initial):
+    bench.site("a", step=1.0, examples=10)
+    bench.site("b", step=4.0, examples=30)
+    bench.site("c", step=-2.5, examples=60)
+    run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 3})))
+    assert (run.state, run.rounds_done) == ("finished", 1)
+    for name, tensor in bench.model(run).items():
+        start = initial[name]
+        updates = [start + np.float32(step) for step in (1.0, 4.0, -2.5)]
+        mean = np.average(np.float64(updates), axis=0, weights=[10, 30, 60])
+        np.testing.assert_array_max_ulp(tensor, mean.astype(np.float32), maxulp=1)
+
+
+async def test_rounds_build_on_each_other_until_the_stop_condition(bench, spec, initial):
+    bench.site("a", step=1.0)
+    bench.site("b", step=2.0)
+    run = await bench.ended(await bench.enqueue(spec(rounds=3, cohort={"min_sites": 2})))
+    assert run.reason == "all 3 rounds are done"
+    np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 4.5, rtol=1e-6)
+    rounds = bench.running.store.rounds(run.id)
+    assert [record.number for record in rounds] == [0, 1, 2, 3]
+    losses = [record.metrics["loss"] for record in rounds]
+    assert losses == sorted(losses, reverse=True)
+    assert rounds[1].metrics["train_loss"] == 2.5
+
+
+async def test_a_target_metric_ends_the_run_early(bench, spec):
+    bench.site("a", step=1.0)
+    stop = {"target": {"metric": "loss", "value": 8.0}}
+    run = await bench.ended(await bench.enqueue(spec(rounds=50, stop=stop)))
+    assert run.state == "finished"
+    assert run.rounds_done < 5
+    assert "loss" in run.reason
+
+
+BAD_UPDATES = {
+    "NAN": ("rejected", "layer.weight"),
+    "MISSING_TENSOR": ("rejected", "layer.bias is missing"),
+    "SURPLUS_TENSOR": ("rejected", "layer.extra"),
+    "WRONG_SHAPE": ("rejected", "layer.bias has shape [1], wanted [4]"),
+    "WRONG_DTYPE": ("rejected", "layer.bias has dtype F64, wanted F32"),
+    "NOT_SAFETENSORS": ("rejected", "not a safetensors file"),
+    "NO_EXAMPLES": ("rejected", "0 examples"),
+    "TOO_MANY_EXAMPLES": ("rejected", "1000000000000 examples"),
+    "TOO_LARGE": ("rejected", "bytes, the model has"),
+    "REFUSES": ("refused", "policy permits nothing"),
+    "FAILS": ("failed", "ValueError: no such file"),
+    "SILENT": ("lost", "no progress for 1 s"),
+    "CORRUPT_CHUNK": ("lost", "is corrupt: its CRC-32C is"),
+    "WRONG_DIGEST": ("lost", "wanted sha256:000000"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_UPDATES)
+async def test_a_round_goes_on_without_a_site_that_fails(bench, spec, initial, fault, name):
+    bench.site("good", step=2.0)
+    bad = bench.site("bad", step=100.0, fault=fault[name])
+    cohort = {"min_sites": 2, "quorum": 1, "stall_s": 1}
+    run = await bench.ended(await bench.enqueue(spec(cohort=cohort)))
+    assert run.state == "finished"
+    np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
+    outcomes = bench.outcomes(run)
+    assert outcomes["good"] == ("done", "")
+    state, reason = BAD_UPDATES[name]
+    assert outcomes["bad"][0] == state
+    assert reason in outcomes["bad"][1]
+    assert not bad.receipts
+    assert not list(bench.running.store.spool.iterdir())
+
+
+async def test_too_few_updates_fail_the_run_and_keep_the_model(bench, spec, initial, fault):
+    bench.site("a")
+    bench.site("b", fault=fault.NAN)
+    run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 2, "attempts": 2})))
+    assert run.state == "failed"
+    assert "1 of 2 sites reported, the quorum is 2 (b rejected: " in run.reason
+    np.testing.assert_array_equal(bench.model(run)["layer.bias"], initial["layer.bias"])
+    assert {a.attempt for a in bench.running.store.assignments(run.id, 1)} == {1, 2}
+
+
+async def test_a_failed_run_goes_on_after_resume(bench, spec, fault):
+    bad = bench.site("a", fault=fault.FAILS)
+    run = await bench.ended(await bench.enqueue(spec(cohort={"attempts": 1})))
+    assert run.state == "failed"
+    bad.fault = fault.NONE
+    bench.running.runs.resume(run.id)
+    run = await bench.ended(run)
+    assert (run.state, run.rounds_done) == ("finished", 1)
+
+
+async def test_a_late_site_is_left_behind_at_the_deadline(bench, spec, initial, fault):
+    bench.site("good", step=2.0)
+    slow = bench.site("slow", fault=fault.SILENT)
+    cohort = {"min_sites": 2, "quorum": 1, "deadline_s": 1, "stall_s": 100}
+    run = await bench.ended(await bench.enqueue(spec(cohort=cohort, evaluation={"initial": False})))
+    assert run.state == "finished"
+    assert bench.outcomes(run)["slow"] == (
+        "lost",
+        "not finished by the deadline of 1 s",
+    )
+    assert list(slow.cancelled.values()) == ["not finished by the deadline of 1 s"]
+
+
+async def test_a_run_waits_for_enough_sites_and_says_so(bench, spec):
+    run = await bench.enqueue(spec(cohort={"min_sites": 2}))
+    bench.site("a")
+    await bench.until(lambda: "1 of 2 connected" in bench.running.store.run(run.id).reason)
+    bench.site("b")
+    assert (await bench.ended(run)).state == "finished"
+
+
+async def test_a_site_without_the_data_is_not_asked(bench, spec):
+    a = bench.site("a")
+    run = await bench.enqueue(spec(data="elsewhere"))
+    await bench.until(lambda: "0 of 1 connected" in bench.running.store.run(run.id).reason)
+    assert not a.assigned.is_set()
+
+
+async def test_a_model_that_a_site_holds_is_not_sent_again(bench, spec):
+    a = bench.site("a")
+    run = await bench.ended(await bench.enqueue(spec(rounds=2)))
+    assert run.state == "finished"
+    assert a.downloads == 3  # the initial model and two rounds', each used to evaluate and to train
+
+
+async def test_a_cut_upload_goes_on_from_the_bytes_held(bench, spec, initial, fault):
+    site = bench.site("a", step=3.0, fault=fault.CUT_ONCE)
+    run = await bench.ended(await bench.enqueue(spec()))
+    assert run.state == "finished"
+    assert site.resumed_at == 60
+    np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 3, rtol=1e-6)
+
+
+async def test_uploads_beyond_the_cap_wait_their_turn(config, tmp_path, spec, bench_of):
+    async with coordinator(config.model_copy(update={"concurrent_uploads": 1})) as running:
+        bench = bench_of(running)
+        for name in "abcd":
+            bench.site(name)
+        run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 4})))
+        assert run.state == "finished"
+        assert set(bench.outcomes(run).values()) == {("done", "")}
+
+
+async def test_a_site_that_reattaches_gets_its_assignment_again(bench, spec, fault):
+    site = bench.site("a", fault=fault.SILENT)
+    run = await bench.enqueue(spec(evaluation={"initial": False}))
+    await asyncio.wait_for(site.assigned.wait(), 10)
+    await bench.detach("a")
+    bench.site("a", fault=fault.NONE)
+    assert (await bench.ended(run)).state == "finished"
+
+
+async def test_a_stopped_run_keeps_its_last_model(bench, spec, fault):
+    site = bench.site("a")
+    run = await bench.enqueue(spec(rounds=10_000))
+    await bench.until(lambda: bench.running.store.run(run.id).rounds_done >= 2)
+    ended = await bench.running.runs.stop(run.id, "enough")
+    assert (ended.state, ended.reason) == ("stopped", "enough")
+    assert bench.model(run)["layer.bias"].shape == (4,)
+    await bench.until(lambda: run.id in site.ended_runs)
+    assert not list(bench.running.store.spool.iterdir())
+
+
+async def test_a_restarted_coordinator_goes_on_in_the_same_round(config, bench_of, spec, initial, fault):
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        done = bench.site("done", step=1.0)
+        late = bench.site("late", step=3.0, fault=fault.SILENT)
+        run = await bench.enqueue(spec(rounds=2, cohort={"min_sites": 2}))
+        await bench.until(lambda: bench.outcomes(run).get("done") == ("done", ""))
+        await bench.until(late.assigned.is_set)
+    late.fault = fault.NONE
+    async with coordinator(config) as running:
+        bench.running = running
+        bench.attach(late)
+        await bench.until(lambda: bench.outcomes(run)["late"] == ("done", ""))
+        assert len(done.trained) == 1  # its update of before the restart counts
+        bench.attach(done)
+        run = await bench.ended(run)
+        assert (run.state, run.rounds_done) == ("finished", 2)
+        assert len(done.trained) == 2
+        np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 4, rtol=1e-6)
+
+
+async def test_only_the_latest_models_are_kept(config, bench_of, spec):
+    async with coordinator(config.model_copy(update={"keep_models": 2})) as running:
+        bench = bench_of(running)
+        bench.site("a")
+        run = await bench.ended(await bench.enqueue(spec(rounds=5)))
+        rounds = running.store.rounds(run.id)
+        kept = [
+            record.number
+            for record in rounds
+            if (config.state_dir / "files" / record.model_digest.replace(":", "-")).exists()
+        ]
+        assert kept == [4, 5]
+
+
+async def test_runs_are_worked_off_in_order(bench, spec):
+    first = await bench.enqueue(spec(name="first"))
+    second = await bench.enqueue(spec(name="second"))
+    bench.site("a")
+    second = await bench.ended(second)
+    first = bench.running.store.run(first.id)
+    assert first.state == "finished"
+    assert first.ended_at_s <= second.started_at_s
