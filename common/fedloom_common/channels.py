@@ -1,0 +1,107 @@
+"""Channels to the coordinator, and the options that both ends of one must agree on."""
+
+import logging
+from typing import Any
+
+import grpc
+
+from fedloom_common.errors import BadSpec
+from fedloom_common.identity import Peer, TlsFiles, channel_credentials, insecure_metadata, require_loopback
+
+MESSAGE_BYTES = 8 << 20
+
+_BOTH_ENDS: list[tuple[str, int]] = [
+    # A minute is short enough for the NATs and firewalls that forget idle connections.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # The transport's own limit on pings; by default a stalled peer is noticed only after a minute and more.
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    # By default pings stop after two without data between them, and an idle session would go unwatched.
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Tensors travel in chunks of 1 MiB: a larger message is refused before it is decoded.
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+]
+
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    *_BOTH_ENDS,
+    # The default grows to two minutes, which a site would wait after every restart of the coordinator.
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+]
+
+SERVER_OPTIONS: list[tuple[str, int]] = [
+    *_BOTH_ENDS,
+    # Half of what clients use; the default of five minutes ends their connections with "too many pings".
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    # Connections that never finish a handshake cost nothing for longer than this.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    # Identity only: a compressed message could grow a thousandfold before its size is checked.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    # With it, a second coordinator on the same port would start and silently take half of the connections.
+    ("grpc.so_reuseport", 0),
+]
+
+logger = logging.getLogger(__name__)
+
+
+def open_channel(address: str, tls: TlsFiles | None, insecure: Peer | None) -> grpc.aio.Channel:
+    """A channel to the coordinator at host:port, with a certificate or, on loopback only, a claimed identity.
+
+    Raises:
+        BadSpec: not exactly one of both is given, or a certificate's files are wrong.
+        NotPermitted: no TLS, and the address is not a loopback address.
+    """
+    if tls is not None and insecure is not None:
+        raise BadSpec("tls and insecure are both given; keep tls, and drop insecure")
+    if tls is not None:
+        return grpc.aio.secure_channel(address, channel_credentials(tls), options=CHANNEL_OPTIONS)
+    if insecure is None:
+        raise BadSpec("neither tls nor insecure is given; set tls to the files that `fedloom provision` made")
+    require_loopback(address, "a channel without TLS")
+    logger.warning(
+        "NO TLS: everything is sent in clear and nobody's identity is proven; for tests on one machine only",
+        extra={"coordinator": address, "identity": str(insecure)},
+    )
+    # A proxy from the environment would carry even a loopback address off this host.
+    options = [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)]
+    return grpc.aio.insecure_channel(address, options=options, interceptors=_interceptors(insecure))
+
+
+class _Identified:
+    """Adds the identity to a call's metadata; gRPC wants one interceptor for each kind of call."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._metadata = insecure_metadata(peer)
+
+    def _add_identity(self, details: Any) -> Any:
+        return details._replace(metadata=grpc.aio.Metadata(*(details.metadata or ()), *self._metadata))
+
+
+class _UnaryUnary(_Identified, grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(self._add_identity(client_call_details), request)
+
+
+class _UnaryStream(_Identified, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(self._add_identity(client_call_details), request)
+
+
+class _StreamUnary(_Identified, grpc.aio.StreamUnaryClientInterceptor):
+    async def intercept_stream_unary(
+        self, continuation: Any, client_call_details: Any, request_iterator: Any
+    ) -> Any:
+        return await continuation(self._add_identity(client_call_details), request_iterator)
+
+
+class _StreamStream(_Identified, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(
+        self, continuation: Any, client_call_details: Any, request_iterator: Any
+    ) -> Any:
+        return await continuation(self._add_identity(client_call_details), request_iterator)
+
+
+def _interceptors(peer: Peer) -> list[grpc.aio.ClientInterceptor]:
+    return [kind(peer) for kind in (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)]

@@ -1,0 +1,82 @@
+"""The ``fedloom`` command: a thin root that finds each side's commands by entry points.
+
+It imports the chosen command's module and no other, so that help is quick and the operator's
+commands work where the site's libraries are missing.
+"""
+
+import sys
+import traceback
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Annotated, NoReturn
+
+import typer
+
+from fedloom_common.errors import FederationError, NeverRetry
+
+GROUP = "fedloom.commands"
+# Help must not import the commands to describe them.
+SUMMARIES = {
+    "client": "The daemon at a data-holding site.",
+    "coordinator": "The service that runs the federation.",
+    "provision": "Make the certificates and configs of a federation.",
+    "run": "Submit, watch, stop and export runs.",
+    "sites": "See which sites are connected.",
+}
+
+
+def main() -> NoReturn:
+    """Run the command that the arguments name, and exit with its status.
+
+    A failure that fedloom names is one line on standard error: status 2 if the same command would
+    fail again, 1 otherwise. Ctrl-C is status 130.
+    """
+    arguments = sys.argv[1:]
+    commands = {entry.name: entry for entry in entry_points(group=GROUP)}
+    try:
+        if arguments and arguments[0] in commands:
+            command = typer.main.get_command(_load(commands[arguments[0]]))
+            sys.exit(command(args=arguments[1:], prog_name=f"fedloom {arguments[0]}"))
+        sys.exit(typer.main.get_command(_root(commands))(args=arguments, prog_name="fedloom"))
+    except FederationError as error:
+        typer.secho(f"fedloom: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2 if isinstance(error, NeverRetry) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _load(entry: EntryPoint) -> typer.Typer:
+    try:
+        app = entry.load()
+    except Exception as error:  # a module of another distribution may fail in any way
+        traceback.print_exc()
+        raise FederationError(
+            f"the command {entry.name!r} cannot be loaded from {entry.value}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(app, typer.Typer):
+        raise FederationError(
+            f"the command {entry.name!r} is {entry.value}, a {type(app).__name__}, not a typer app"
+        )
+    return app
+
+
+def _root(commands: dict[str, EntryPoint]) -> typer.Typer:
+    """The root for help, the version and mistakes; the commands in it are only their names."""
+    root = typer.Typer(name="fedloom", no_args_is_help=True, add_completion=False)
+
+    @root.callback()
+    def fedloom(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        ] = False,
+    ) -> None:
+        """Federated training of large language models for organisations that may not share their data."""
+
+    for name, entry in sorted(commands.items()):
+        root.command(name, help=SUMMARIES.get(name, f"From {entry.value}."))(lambda: None)
+    return root
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedloom {version('fedloom')}")
+        raise typer.Exit

@@ -1,0 +1,195 @@
+"""Who the peer is: certificates at both ends of a channel, and the one identity that a certificate gives.
+
+An identity is the certificate's only URI, ``spiffe://<federation>/<role>/<name>``. Nothing else in a
+certificate, and nothing in a message, says who somebody is.
+"""
+
+import functools
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+import grpc
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from pydantic import TypeAdapter, ValidationError
+
+from fedloom_common.certificates import certificate_expiry as certificate_expiry
+from fedloom_common.certificates import read_credential
+from fedloom_common.errors import NotPermitted
+from fedloom_common.runspec import Name, Strict
+from fedloom_common.settings import ConfigPath
+
+_NAME = TypeAdapter(Name)
+_ROLE_KEY, _NAME_KEY = "fedloom-role", "fedloom-name"
+_IDENTITY = re.compile(r"spiffe://[^/?#]+/(?P<role>[^/?#]+)/(?P<name>[^/?#]+)")
+_LOOPBACK = re.compile(r"(?:\[(?P<six>[^\]]+)\]|(?P<four>[^:\[\]]+)):\d+")
+
+
+class TlsFiles(Strict):
+    """A certificate, its key, and the CA that the other end's certificate must come from."""
+
+    ca: ConfigPath
+    """Certificate of the federation's CA (PEM)."""
+    certificate: ConfigPath
+    """This host's certificate, followed by any intermediate ones (PEM)."""
+    key: ConfigPath
+    """Private key of the certificate (PEM, no passphrase)."""
+
+
+class Role(StrEnum):
+    """What a certificate allows its holder to be."""
+
+    SITE = "site"
+    OPERATOR = "operator"
+    VIEWER = "viewer"
+    COORDINATOR = "coordinator"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The identity of whoever is at the other end."""
+
+    role: Role
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.name}"
+
+
+def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    """Credentials that demand a certificate of the same CA from every client.
+
+    Raises:
+        BadSpec: a file is missing, unreadable, expired, or does not belong to the others.
+    """
+    ca, certificate, key = read_credential(tls.ca, tls.certificate, tls.key)
+    return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=True)
+
+
+def channel_credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
+    """Credentials that show this host's certificate and trust only the federation's CA.
+
+    Raises:
+        BadSpec: a file is missing, unreadable, expired, or does not belong to the others.
+    """
+    ca, certificate, key = read_credential(tls.ca, tls.certificate, tls.key)
+    return grpc.ssl_channel_credentials(ca, key, certificate)
+
+
+def peer_of(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
+    """The client's identity, from the context that gRPC keeps of the TLS handshake.
+
+    Cheap enough for every call, which is what ends a long-lived connection whose certificate expires.
+
+    Raises:
+        NotPermitted: no certificate, one for another use, an expired one, or not exactly one identity.
+    """
+    certificates = list(auth_context.get("x509_pem_cert", ()))
+    identities = list(auth_context.get("peer_spiffe_id", ()))
+    if len(certificates) != 1:
+        raise NotPermitted("a client certificate is required; get one from whoever runs `fedloom provision`")
+    facts = _facts_of(certificates[0])
+    # gRPC gives no identity for a certificate with several URIs: read the certificate, and let both agree.
+    if len(facts.uris) != 1 or identities != [facts.uris[0].encode()]:
+        raise NotPermitted(
+            f"the certificate names {len(facts.uris)} identities ({', '.join(facts.uris) or 'no URI'}); "
+            "exactly one spiffe://<federation>/<role>/<name> is wanted"
+        )
+    # A certificate without this extension passes gRPC's own check for any use.
+    if not facts.for_clients:
+        raise NotPermitted(f"the certificate of {facts.uris[0]} is not made for clients (clientAuth)")
+    if datetime.now(UTC) > facts.expires:
+        raise NotPermitted(
+            f"the certificate of {facts.uris[0]} expired at {facts.expires:%Y-%m-%d %H:%M} UTC"
+        )
+    return _parse_identity(facts.uris[0])
+
+
+def insecure_metadata(peer: Peer) -> tuple[tuple[str, str], ...]:
+    """The identity as call metadata, for channels without TLS on loopback."""
+    return ((_ROLE_KEY, peer.role.value), (_NAME_KEY, peer.name))
+
+
+def insecure_peer(metadata: Iterable[tuple[str, str | bytes]]) -> Peer:
+    """The identity that a client without TLS claims; only a server on a loopback address may believe it.
+
+    Raises:
+        NotPermitted: the metadata does not name exactly one role and name.
+    """
+    pairs = [(key, value) for key, value in metadata if key in (_ROLE_KEY, _NAME_KEY)]
+    claimed = {
+        key: value.decode("ascii", "replace") if isinstance(value, bytes) else value for key, value in pairs
+    }
+    if len(pairs) != 2 or len(claimed) != 2:
+        raise NotPermitted(f"without TLS a call names itself by {_ROLE_KEY} and {_NAME_KEY}, once each")
+    return _peer(claimed[_ROLE_KEY], claimed[_NAME_KEY], f"{_ROLE_KEY} and {_NAME_KEY}")
+
+
+def require_loopback(address: str, what: str) -> None:
+    """Allow only addresses that never leave this host: localhost, 127.0.0.0/8, [::1] or unix:PATH.
+
+    Raises:
+        NotPermitted: the address is, or may resolve to, one that other hosts reach.
+    """
+    match = _LOOPBACK.fullmatch(address)
+    if address.startswith("unix:") or (match and _is_loopback(match["six"] or match["four"])):
+        return
+    raise NotPermitted(
+        f"{what} has no encryption and no proof of identity, so it is for loopback addresses only "
+        f"(127.0.0.1, [::1], localhost), not {address}; give tls for any other"
+    )
+
+
+@dataclass(frozen=True)
+class _Facts:
+    uris: tuple[str, ...]
+    for_clients: bool
+    expires: datetime
+
+
+@functools.lru_cache(maxsize=4096)
+def _facts_of(pem: bytes) -> _Facts:
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        extensions = certificate.extensions
+    except ValueError as error:
+        raise NotPermitted(f"the client certificate cannot be read: {error}") from error
+    uris: list[str] = []
+    for_clients = False
+    for extension in extensions:
+        if isinstance(extension.value, x509.SubjectAlternativeName):
+            uris = extension.value.get_values_for_type(x509.UniformResourceIdentifier)
+        if isinstance(extension.value, x509.ExtendedKeyUsage):
+            for_clients = ExtendedKeyUsageOID.CLIENT_AUTH in extension.value
+    return _Facts(tuple(uris), for_clients, certificate.not_valid_after_utc)
+
+
+def _parse_identity(uri: str) -> Peer:
+    match = _IDENTITY.fullmatch(uri)
+    if match is None:
+        raise NotPermitted(f"the certificate names {uri}, which is not spiffe://<federation>/<role>/<name>")
+    return _peer(match["role"], match["name"], uri)
+
+
+def _peer(role: str, name: str, source: str) -> Peer:
+    if role not in list(Role):
+        raise NotPermitted(f"{source} gives the role {role!r}; known are {', '.join(Role)}")
+    try:
+        return Peer(Role(role), _NAME.validate_python(name))
+    except ValidationError as error:
+        raise NotPermitted(
+            f"{source} gives the name {name!r}; a name is small letters, digits, dots, dashes and underscores"
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

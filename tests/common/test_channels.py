@@ -1,0 +1,180 @@
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from fedloom_common.authority import Authority
+from fedloom_common.channels import MESSAGE_BYTES, SERVER_OPTIONS, open_channel
+from fedloom_common.errors import BadSpec, NotPermitted
+from fedloom_common.identity import (
+    Peer,
+    Role,
+    TlsFiles,
+    insecure_peer,
+    peer_of,
+    server_credentials,
+)
+
+PEER = Peer(Role.SITE, "ward-a")
+
+
+def caller(context: grpc.aio.ServicerContext) -> bytes:
+    if context.auth_context().get("x509_pem_cert"):
+        return str(peer_of(context.auth_context())).encode()
+    return str(insecure_peer(context.invocation_metadata() or ())).encode()
+
+
+async def one_one(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    return caller(context) + b" " + str(len(request)).encode()
+
+
+async def one_many(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    for _ in range(2):
+        yield caller(context)
+
+
+async def many_one(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
+    received = [request async for request in requests]
+    return caller(context) + b" " + b"".join(received)
+
+
+async def many_many(
+    requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext
+) -> AsyncIterator[bytes]:
+    async for request in requests:
+        yield caller(context) + b" " + request
+
+
+HANDLER = grpc.method_handlers_generic_handler(
+    "test.Calls",
+    {
+        "OneOne": grpc.unary_unary_rpc_method_handler(one_one),
+        "OneMany": grpc.unary_stream_rpc_method_handler(one_many),
+        "ManyOne": grpc.stream_unary_rpc_method_handler(many_one),
+        "ManyMany": grpc.stream_stream_rpc_method_handler(many_many),
+    },
+)
+
+
+@pytest.fixture
+async def address() -> AsyncIterator[str]:
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server.add_generic_rpc_handlers([HANDLER])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+@pytest.fixture
+async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
+    async with open_channel(address, None, PEER) as channel:
+        yield channel
+
+
+async def requests() -> AsyncIterator[bytes]:
+    yield b"a"
+    yield b"b"
+
+
+async def test_every_kind_of_call_carries_the_claimed_identity(channel: grpc.aio.Channel) -> None:
+    assert await channel.unary_unary("/test.Calls/OneOne")(b"123", timeout=10) == b"site ward-a 3"
+    many = channel.unary_stream("/test.Calls/OneMany")(b"", timeout=10)
+    assert [answer async for answer in many] == [b"site ward-a"] * 2
+    assert await channel.stream_unary("/test.Calls/ManyOne")(requests(), timeout=10) == b"site ward-a ab"
+    both = channel.stream_stream("/test.Calls/ManyMany")(requests(), timeout=10)
+    assert [answer async for answer in both] == [b"site ward-a a", b"site ward-a b"]
+
+
+async def test_a_written_stream_carries_it_beside_the_calls_own_metadata(channel: grpc.aio.Channel) -> None:
+    call = channel.stream_stream("/test.Calls/ManyMany")(timeout=10, metadata=(("own", "x"),))
+    await call.write(b"a")
+    assert await call.read() == b"site ward-a a"
+    await call.write(b"b")
+    assert await call.read() == b"site ward-a b"
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+    assert await call.code() is grpc.StatusCode.OK
+
+
+async def test_a_secure_channel_has_the_certificates_identity(tmp_path: Path) -> None:
+    authority = Authority.create(tmp_path, "fed.test")
+
+    def files(role: Role, name: str) -> TlsFiles:
+        authority.issue(role, name).save(tmp_path / f"{role}.crt", tmp_path / f"{role}.key")
+        return TlsFiles(
+            ca=tmp_path / "ca.crt", certificate=tmp_path / f"{role}.crt", key=tmp_path / f"{role}.key"
+        )
+
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server.add_generic_rpc_handlers([HANDLER])
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(files(Role.COORDINATOR, "coordinator")))
+    await server.start()
+    async with open_channel(f"localhost:{port}", files(Role.OPERATOR, "ann"), None) as channel:
+        assert await channel.unary_unary("/test.Calls/OneOne")(b"", timeout=10) == b"operator ann 0"
+    await server.stop(None)
+
+
+async def test_a_channel_without_tls_is_for_loopback_and_says_so_loudly(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(NotPermitted, match="loopback addresses only"):
+        open_channel("10.0.0.1:7443", None, PEER)
+    with caplog.at_level(logging.WARNING):
+        await open_channel(address, None, PEER).close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "NO TLS" in caplog.text
+
+
+async def test_a_proxy_never_sees_a_channel_without_tls(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    async with open_channel(address, None, PEER) as channel:
+        assert await channel.unary_unary("/test.Calls/OneOne")(b"", timeout=10) == b"site ward-a 0"
+
+
+async def test_exactly_one_way_to_be_known_is_needed(tmp_path: Path) -> None:
+    tls = TlsFiles(ca=tmp_path / "a", certificate=tmp_path / "b", key=tmp_path / "c")
+    with pytest.raises(BadSpec, match="both given"):
+        open_channel("127.0.0.1:1", tls, PEER)
+    with pytest.raises(BadSpec, match="neither tls nor insecure"):
+        open_channel("127.0.0.1:1", None, None)
+    with pytest.raises(BadSpec, match="CA file"):
+        open_channel("127.0.0.1:1", tls, None)
+
+
+async def test_messages_above_the_cap_are_refused_at_both_ends(
+    address: str, channel: grpc.aio.Channel
+) -> None:
+    fits, too_large = b"x" * (MESSAGE_BYTES - 100), b"x" * (MESSAGE_BYTES + 1)
+    call = channel.unary_unary("/test.Calls/OneOne")
+    assert await call(fits, timeout=10) == b"site ward-a %d" % len(fits)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(too_large, timeout=10)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    uncapped = [("grpc.max_send_message_length", -1)]
+    async with grpc.aio.insecure_channel(address, options=uncapped) as reckless:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reckless.unary_unary("/test.Calls/OneOne")(too_large, timeout=10)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_compressed_message_is_refused(address: str) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/test.Calls/OneOne")(
+                b"0" * 100_000, timeout=10, compression=grpc.Compression.Gzip
+            )
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_second_coordinator_cannot_take_the_port(address: str) -> None:
+    second = grpc.aio.server(options=SERVER_OPTIONS)
+    with pytest.raises(RuntimeError, match="Failed to bind"):
+        second.add_insecure_port(address)
