@@ -7,9 +7,10 @@ commands work where the site's libraries are missing.
 import sys
 import traceback
 from importlib.metadata import EntryPoint, entry_points, version
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from fedloom_common.errors import FederationError, NeverRetry
 
@@ -42,6 +43,16 @@ def main() -> NoReturn:
         sys.exit(2 if isinstance(error, NeverRetry) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class StartByDefault(TyperGroup):
+    """Makes ``fedloom client --config site.yaml`` mean ``fedloom client start --config site.yaml``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put ``start`` first unless another command or help is asked for."""
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = ["start", *args]
+        return super().parse_args(ctx, args)
 
 
 def _load(entry: EntryPoint) -> typer.Typer:

@@ -105,9 +105,9 @@ class Assignments:
 
     def progress(self, site: str, progress: SiteProgress) -> None:
         """A site says how far it has come; only what has moved is a sign of life."""
-        entry = self._entry(site, progress.assignment_id)
-        if entry is None:
-            return
+        entry = self._open.get(progress.assignment_id)
+        if entry is None or entry.assignment.site != site:
+            return  # it crossed with our word that the assignment has ended
         if progress != entry.last:
             entry.alive_at_s = _now_s()
         entry.last = replace(progress, round=entry.assignment.round, work=entry.assignment.work)

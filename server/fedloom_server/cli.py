@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedloom_common.channels import open_channel
+from fedloom_common.cli import StartByDefault
 from fedloom_common.errors import FederationError
 from fedloom_common.identity import Peer, Role
 from fedloom_common.logs import set_up_logging
@@ -24,32 +25,28 @@ ConfigFile = Annotated[
 ]
 
 app = typer.Typer(
+    cls=StartByDefault,
     add_completion=False,
-    context_settings=FLAGS,
+    help="The service that runs the federation; without a command it starts.",
     epilog="\n\n\b\n" + settings_help(CoordinatorConfig, env_prefix=ENV_PREFIX),
 )
 
 
 @app.command(context_settings=FLAGS)
-def coordinator(
-    context: typer.Context,
-    config: ConfigFile = None,
-    health: Annotated[
-        bool, typer.Option("--health", help="Ask the running coordinator whether it serves, and exit.")
-    ] = False,
-) -> None:
-    """Run the service that picks sites, averages their updates and keeps the model.
-
-    SIGTERM and Ctrl-C drain it: the round under way is kept and goes on after the next start.
-    """
+def start(context: typer.Context, config: ConfigFile = None) -> None:
+    """Run rounds until SIGTERM or Ctrl-C; the round under way is kept and goes on after the next start."""
     settings = load_settings(CoordinatorConfig, config, env_prefix=ENV_PREFIX, flags=context.args)
-    if health:
-        asyncio.run(_check_health(settings))
-        return
     set_up_logging(settings.log_format, settings.log_level)
-    from fedloom_server.app import serve_until_signalled  # here, so that --help need not import torch
+    from fedloom_server.app import serve_until_signalled  # here, so that help and health need no torch
 
     asyncio.run(serve_until_signalled(settings))
+
+
+@app.command(context_settings=FLAGS)
+def health(context: typer.Context, config: ConfigFile = None) -> None:
+    """Exit with 0 only if the coordinator of this config serves."""
+    settings = load_settings(CoordinatorConfig, config, env_prefix=ENV_PREFIX, flags=context.args)
+    asyncio.run(_check_health(settings))
 
 
 async def _check_health(config: CoordinatorConfig) -> None:

@@ -42,7 +42,10 @@ def export(store: Store, run_id: str, round_number: int | None) -> Export:
 
 def _facts(run: Run, rounds: Sequence[Round], assignments: Sequence[Assignment]) -> CardFacts:
     last = rounds[-1].number if rounds else 0
-    counted = [a for a in assignments if a.state is AssignmentState.DONE and a.round <= last]
+    final_attempts = {(record.number, record.attempt) for record in rounds}
+    counted = [
+        a for a in assignments if a.state is AssignmentState.DONE and (a.round, a.attempt) in final_attempts
+    ]
     whole = last == run.rounds_done
     return CardFacts(
         run_id=run.id,

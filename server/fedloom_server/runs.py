@@ -36,7 +36,7 @@ class Runs:
             BadSpec: the spec or the model it names is wrong; nothing is queued.
         """
         spec = parse_run_spec(spec_text)
-        folder = Path(tempfile.mkdtemp(dir=self._store.spool, prefix="model-"))
+        folder = Path(tempfile.mkdtemp(dir=self._store.workshop))
         try:
             await prepare_model(spec, folder)
             return await self.enqueue(spec, folder)

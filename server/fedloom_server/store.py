@@ -5,6 +5,7 @@ committed, so a row never names a file that is not there.
 """
 
 import secrets
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,10 @@ class Store:
         self.files = Files(folder / "files")
         self.spool = folder / "spool"
         self.spool.mkdir(exist_ok=True)
+        self.workshop = folder / "workshop"
+        """Initial models in the making; what a killed coordinator left of them is of no use."""
+        shutil.rmtree(self.workshop, ignore_errors=True)
+        self.workshop.mkdir()
         engine = create_engine(f"sqlite:///{folder / 'coordinator.db'}")
         event.listen(engine, "connect", _make_durable)
         Base.metadata.create_all(engine)

@@ -55,7 +55,15 @@ def test_the_metadata_is_what_the_hub_reads():
 
 
 @pytest.mark.parametrize(
-    "fact", ["20260101-abc", "Rounds done: 2 of at most 5", "loss is 2.1 after round 2", "FedAvg", "Seed: 17", "gpt2"]
+    "fact",
+    [
+        "20260101-abc",
+        "Rounds done: 2 of at most 5",
+        "loss is 2.1 after round 2",
+        "FedAvg",
+        "Seed: 17",
+        "gpt2",
+    ],
 )
 def test_the_card_says_how_the_model_came_about(fact):
     assert fact in front_matter(model_card(FACTS))[1]

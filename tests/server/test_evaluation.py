@@ -33,7 +33,10 @@ def test_a_hopeless_loss_has_infinite_perplexity():
 
 
 def test_a_metric_is_combined_over_the_sites_that_report_it():
-    assert combine([site(1, 1, loss=2.0, accuracy=0.5), site(1, 1, loss=4.0)]) == {"accuracy": 0.5, "loss": 3.0}
+    assert combine([site(1, 1, loss=2.0, accuracy=0.5), site(1, 1, loss=4.0)]) == {
+        "accuracy": 0.5,
+        "loss": 3.0,
+    }
 
 
 def test_a_metric_that_stands_for_no_data_is_left_out():

@@ -11,9 +11,9 @@ from fedloom_server.selection import select
 HUNDRED = [f"site-{number:02}" for number in range(100)]
 
 
-def cohort_of(connected, *, fraction=1.0, min_sites=1, seed=0, round=1, attempt=1):
+def cohort_of(connected, *, fraction=1.0, min_sites=1, seed=0, number=1, attempt=1):
     cohort = Cohort(fraction=fraction, min_sites=min_sites)
-    return select(connected, cohort=cohort, seed=seed, round=round, attempt=attempt)
+    return select(connected, cohort=cohort, seed=seed, round=number, attempt=attempt)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,9 @@ def cohort_of(connected, *, fraction=1.0, min_sites=1, seed=0, round=1, attempt=
         pytest.param(3, 1.0, 3, 3, id="exactly-enough"),
     ],
 )
-def test_a_cohort_has_the_fraction_rounded_up_but_no_fewer_than_min_sites(connected, fraction, min_sites, size):
+def test_a_cohort_has_the_fraction_rounded_up_but_no_fewer_than_min_sites(
+    connected, fraction, min_sites, size
+):
     chosen = cohort_of(HUNDRED[:connected], fraction=fraction, min_sites=min_sites)
     assert len(chosen) == len(set(chosen)) == size
     assert set(chosen) <= set(HUNDRED[:connected])
@@ -47,25 +49,29 @@ def test_another_process_draws_the_same_cohort():
         "print(*select(sites, cohort=Cohort(fraction=0.1), seed=7, round=3, attempt=1))"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert tuple(answer.stdout.split()) == cohort_of(HUNDRED, fraction=0.1, seed=7, round=3)
+    assert tuple(answer.stdout.split()) == cohort_of(HUNDRED, fraction=0.1, seed=7, number=3)
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"round": 2}, {"attempt": 2}])
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"number": 2}, {"attempt": 2}])
 def test_another_seed_round_or_attempt_draws_another_cohort(changed):
     assert cohort_of(HUNDRED, fraction=0.2) != cohort_of(HUNDRED, fraction=0.2, **changed)
 
 
 def test_over_many_rounds_every_site_is_drawn_about_equally_often():
     rounds = 2000
-    drawn = Counter(site for round in range(rounds) for site in cohort_of(HUNDRED[:10], fraction=0.3, round=round))
+    drawn = Counter(
+        site for number in range(rounds) for site in cohort_of(HUNDRED[:10], fraction=0.3, number=number)
+    )
     # Binomial with p = 0.3: mean 600, standard deviation 20.5; five of them to each side.
     assert set(drawn) == set(HUNDRED[:10])
     assert all(abs(count - 600) < 103 for count in drawn.values())
 
 
 def test_too_few_connected_sites_are_named():
-    with pytest.raises(TooFewUpdates, match=r"2 sites are connected \(a, b\), round 4 needs 3 \(cohort.min_sites\)"):
-        cohort_of(["b", "a"], min_sites=3, round=4)
+    with pytest.raises(
+        TooFewUpdates, match=r"2 sites are connected \(a, b\), round 4 needs 3 \(cohort.min_sites\)"
+    ):
+        cohort_of(["b", "a"], min_sites=3, number=4)
 
 
 def test_no_connected_site_is_an_error():

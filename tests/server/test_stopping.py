@@ -39,7 +39,9 @@ def test_a_round_counts_by_its_number():
 def test_a_reached_target_stops_the_run():
     target = spec(target={"metric": "loss", "value": 2.5})
     assert stop_reason(target, losses(3, 2.6), 0) is None
-    assert stop_reason(target, losses(3, 2.5), 0) == "loss is 2.5 after round 2, at or below the target of 2.5"
+    assert (
+        stop_reason(target, losses(3, 2.5), 0) == "loss is 2.5 after round 2, at or below the target of 2.5"
+    )
 
 
 def test_a_target_may_ask_for_higher_values():
@@ -60,9 +62,13 @@ def test_only_the_last_round_can_reach_the_target():
     assert stop_reason(target, losses(2.0, None), 0) is None
 
 
-@pytest.mark.parametrize("stop", [{"target": {"metric": "los", "value": 1}}, {"patience": {"metric": "los", "evaluations": 2}}])
+@pytest.mark.parametrize(
+    "stop", [{"target": {"metric": "los", "value": 1}}, {"patience": {"metric": "los", "evaluations": 2}}]
+)
 def test_a_metric_that_evaluations_do_not_report_is_an_error_that_names_those_there_are(stop):
-    with pytest.raises(BadSpec, match=r"waits for metric los, which no round reports; metrics are: loss, train_loss"):
+    with pytest.raises(
+        BadSpec, match=r"waits for metric los, which no round reports; metrics are: loss, train_loss"
+    ):
         stop_reason(spec(**stop), losses(3.0), 0)
 
 

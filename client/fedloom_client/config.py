@@ -1,0 +1,86 @@
+"""What one site's own file says: where the coordinator is, what data there is, what is permitted."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedloom_common.identity import TlsFiles
+from fedloom_common.runspec import Name, Strict
+from fedloom_common.settings import ConfigGlob, ConfigPath
+
+
+class DataSource(Strict):
+    """Files of one data set, by the name under which run specs ask for it."""
+
+    format: Literal["text", "jsonl", "parquet", "dataset"] = "text"
+    """``text``: one document a file; ``jsonl`` and ``parquet``: one document a record; ``dataset``: a directory
+    that the datasets library saved."""
+    files: tuple[ConfigGlob, ...] = Field(min_length=1)
+    """Paths or globs, relative to the config file's folder."""
+    text_field: str = "text"
+    """Field of a record that holds its text."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share kept out of training, to measure models on: the tail of each text file, or records drawn at random."""
+
+
+class Workers(Strict):
+    """The group of training processes that torchrun starts, one rank a device."""
+
+    nproc_per_node: int | None = Field(default=None, ge=1)
+    """Ranks on this host; every GPU if not given, or one rank on the CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ranks train; ``auto`` takes CUDA where there is a device."""
+    threads_per_rank: int | None = Field(default=None, ge=1)
+    """CPU threads of a rank; the host's cores shared evenly if not given."""
+    max_restarts: int = Field(default=2, ge=0)
+    """Times that the launcher restarts the group after a rank has died, for one assignment."""
+    collective_timeout_s: float = Field(default=120, gt=0)
+    """Seconds after which ranks give up on a rank that is silent within a step."""
+    idle_s: float = Field(default=1800, gt=0)
+    """Seconds without work after which the warm group is let go."""
+    nnodes: int = Field(default=1, ge=1)
+    """Hosts of the group; on more than one they share ``state_dir`` and data through a common file system."""
+    rdzv_endpoint: str | None = None
+    """host:port at which the launchers of several hosts meet; this host's address."""
+    rdzv_id: str = "fedloom"
+    """Name of the meeting, the same on every host of the site."""
+
+
+class Policy(Strict):
+    """What this site permits; an assignment beyond it is refused with the reason."""
+
+    tasks: tuple[str, ...] = ("causal_lm",)
+    """Kinds of task."""
+    model_types: tuple[str, ...] | None = None
+    """Model families by transformers' ``model_type``; any if not given."""
+    max_model_bytes: int | None = Field(default=None, ge=1)
+    """Largest model file, in bytes."""
+    max_steps_per_round: int | None = Field(default=None, ge=1)
+    """Most optimizer steps in one round."""
+    max_epochs_per_round: float | None = Field(default=None, gt=0)
+    """Most passes over the data in one round."""
+
+
+class SiteConfig(Strict):
+    """The config of a client daemon, site.yaml."""
+
+    coordinator: str = Field(pattern=r"^.+:\d+$")
+    """host:port of the coordinator."""
+    tls: TlsFiles | None = None
+    """This site's certificate, its key and the federation's CA."""
+    insecure: Name | None = None
+    """Instead of ``tls``, for tests on one machine: a site name sent in clear; loopback addresses only."""
+    state_dir: ConfigPath
+    """Folder for models, packed data and updates that wait for delivery; made if missing."""
+    cache_models: int = Field(default=3, ge=1)
+    """Global models kept in ``state_dir``; the newest ones."""
+    data: dict[Name, DataSource] = Field(min_length=1)
+    """Data sets of this site."""
+    workers: Workers = Workers()
+    """The training processes."""
+    policy: Policy = Policy()
+    """What this site permits."""
+    log_format: Literal["human", "json"] = "human"
+    """How log lines look on standard error."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severe lines that are logged."""

@@ -1,0 +1,46 @@
+"""Rules by which the updates of a round become the next global model.
+
+A rule reads spooled update files piece by piece and writes a model file; it
+knows nothing of sites' sessions, rounds or the store.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fedloom_common.runspec import Aggregation
+from fedloom_server.aggregation.mean import WeightedMean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One site's valid update, whole and on disk."""
+
+    site: str
+    path: Path
+    examples: int
+    """nₖ: training examples that the site used."""
+
+
+class Aggregator(Protocol):
+    """Folds the updates of a round into a model file."""
+
+    def aggregate(self, base: Path, updates: Sequence[Update], out: Path) -> None:
+        """Write the next global model to ``out``, whole or not at all.
+
+        ``base`` is the model that the sites started from. The same updates in
+        the same order give the same bytes.
+
+        Memory: a few pieces, whatever the size of the model and the number of updates.
+
+        Raises:
+            TooFewUpdates: there is nothing to aggregate.
+            BadTensor: an update cannot be aggregated; the message names its site.
+        """
+
+
+def aggregator_for(spec: Aggregation) -> Aggregator:
+    """The rule that a run spec asks for."""
+    rules = {"weighted_mean": WeightedMean}
+    return rules[spec.rule]()

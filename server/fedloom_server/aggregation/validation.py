@@ -1,0 +1,51 @@
+"""Whether an uploaded file may count: checked before it reaches any aggregator."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedloom_common.errors import BadTensor
+from fedloom_common.tensors import ITEM_BYTES, Manifest, TensorInfo, read_into
+from fedloom_server.aggregation.floats import first_not_finite, value_at
+
+PIECE_BYTES = 512 << 10  # stays in a core's L2 cache between the read and the check
+
+
+def validate_update(path: Path, manifest: Manifest, *, examples: int, max_examples: int | None) -> None:
+    """Check an update against the model that it belongs to.
+
+    ``examples`` is the nₖ that the site claims, ``max_examples`` the most that the run permits.
+
+    Memory: one piece, whatever the size of the file.
+
+    Raises:
+        BadTensor: the claim is not positive or over the cap, the file is not safetensors, its
+            tensors differ from the manifest's, or a value is NaN or infinite.
+    """
+    if examples <= 0:
+        raise BadTensor(f"the update claims {examples} examples, wanted 1 or more")
+    if max_examples is not None and examples > max_examples:
+        raise BadTensor(
+            f"the update claims {examples} examples, aggregation.max_examples permits {max_examples}"
+        )
+    update = Manifest.read(path)
+    manifest.require_same_tensors(update)
+    buffer = np.empty(PIECE_BYTES, np.uint8)
+    with path.open("rb", buffering=0) as file:
+        for info in update.tensors:
+            if info.is_float:
+                _require_finite(file.fileno(), info, buffer)
+
+
+def _require_finite(descriptor: int, info: TensorInfo, buffer: NDArray[np.uint8]) -> None:
+    for offset_bytes in range(0, info.size_bytes, PIECE_BYTES):
+        raw = buffer[: min(PIECE_BYTES, info.size_bytes - offset_bytes)]
+        read_into(descriptor, raw.data, info.start_bytes + offset_bytes)
+        found = first_not_finite(raw, info.dtype)
+        if found is None:
+            continue
+        flat = offset_bytes // ITEM_BYTES[info.dtype] + found
+        index = [int(place) for place in np.unravel_index(flat, info.shape)]
+        value = value_at(raw, info.dtype, found)
+        raise BadTensor(f"tensor {info.name} holds {value} at index {index}, wanted finite values")

@@ -1,0 +1,146 @@
+"""The model card that travels with an exported model: where its weights come from."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+import yaml
+
+from fedloom_common.runspec import RunSpec
+from fedloom_server.stopping import RoundResult
+
+_RULES = {
+    "weighted_mean": "weighted mean of the sites' models by training examples (FedAvg, arXiv:1602.05629)"
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFacts:
+    """One site's part in a run."""
+
+    site: str
+    rounds: int
+    """Rounds to which its update counted."""
+    examples: int
+    """Training examples over these rounds."""
+    tokens: int
+    """Training tokens over these rounds."""
+    loss: float | None = None
+    """Last loss on its held-out data; None if it never measured."""
+    perplexity: float | None = None
+    """Last perplexity on its held-out data; None if it never measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a model card says of the run that made the model."""
+
+    run_id: str
+    spec: RunSpec
+    rounds_done: int
+    """Rounds whose updates are in this model."""
+    reason: str
+    """Why the run ended with this model; empty if it did not."""
+    sites: Sequence[SiteFacts]
+    history: Sequence[RoundResult]
+    """Every finished round up to this model, first to last; 0 is the initial model."""
+
+
+def model_card(facts: CardFacts) -> str:
+    """A Hugging Face model card: Markdown after YAML metadata."""
+    parts = [_metadata(facts), _what(facts), _how_to_load(), _sites(facts), _metrics(facts)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(facts: CardFacts) -> str:
+    entries = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["federated-learning", "fedloom"],
+        "model_name": facts.spec.name,
+    }
+    return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---"
+
+
+def _what(facts: CardFacts) -> str:
+    spec, rounds = facts.spec, facts.rounds_done
+    lines = [
+        f"# {_escaped(spec.name)}",
+        "",
+        "A causal language model trained by federated learning with fedloom:",
+        "each site trained on its own text, and only model weights left it.",
+        "",
+        f"- Run: {_escaped(spec.name)} ({_escaped(facts.run_id)})",
+        f"- Rounds done: {rounds} of at most {spec.rounds}",
+        f"- Why it stopped: {_escaped(facts.reason) or 'it did not, the run goes on after this model'}",
+        f"- Initial weights: {_origin(spec)}",
+        f"- Data set: {_escaped(spec.data)}",
+        f"- Aggregation: {_RULES[spec.aggregation.rule]}",
+        f"- Seed: {spec.seed}",
+    ]
+    return "\n".join(lines)
+
+
+def _origin(spec: RunSpec) -> str:
+    if spec.model.config is not None:
+        return f"random, of a {_escaped(str(spec.model.config['model_type']))} config"
+    assert spec.model.path is not None
+    return (
+        f"the pretrained model {_escaped(PurePath(spec.model.path).name)}"  # its folder is nobody's business
+    )
+
+
+def _how_to_load() -> str:
+    return """## How to load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+```"""
+
+
+def _sites(facts: CardFacts) -> str:
+    rows = [
+        (
+            _escaped(site.site), f"{site.rounds}", f"{site.examples:,}", f"{site.tokens:,}",
+            _number(site.loss), _number(site.perplexity),
+        )
+        for site in facts.sites
+    ]  # fmt: skip
+    head = ("Site", "Rounds", "Training examples", "Training tokens", "Held-out loss", "Held-out perplexity")
+    return "## Sites\n\n" + _table(head, rows) if rows else ""
+
+
+def _metrics(facts: CardFacts) -> str:
+    rows = list(_first_and_last(facts.history))
+    head = ("Metric", "First", "Last")
+    title = "## Metrics over all sites\n\n"
+    return title + _table(head, rows) if rows else ""
+
+
+def _first_and_last(history: Sequence[RoundResult]) -> Iterator[tuple[str, str, str]]:
+    for name in sorted({name for result in history for name in result.metrics}):
+        reported = [result for result in history if name in result.metrics]
+        first, last = (f"{_number(r.metrics[name])} ({_when(r)})" for r in (reported[0], reported[-1]))
+        yield _escaped(name), first, last
+
+
+def _when(result: RoundResult) -> str:
+    return f"round {result.number}" if result.number else "initial model"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and the others numbers."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, in a table too, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>&()#+!|~$])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,156 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from fedloom_common.errors import BadTensor
+from fedloom_common.tensors import Manifest, encode_header
+from fedloom_server.aggregation.floats import first_not_finite
+from fedloom_server.aggregation.validation import PIECE_BYTES, validate_update
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MODEL = {"w": torch.zeros(2, 3), "steps": torch.tensor([1, 2])}
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    save_file(MODEL, tmp_path / "model")
+    return Manifest.read(tmp_path / "model")
+
+
+def file_of(folder, tensors):
+    path = folder / "update"
+    save_file(tensors, path)
+    return path
+
+
+def validate(path, manifest, examples=1, max_examples=None):
+    validate_update(path, manifest, examples=examples, max_examples=max_examples)
+
+
+def test_a_good_update_passes(tmp_path, manifest):
+    validate(file_of(tmp_path, MODEL | {"w": torch.randn(2, 3)}), manifest, examples=5, max_examples=5)
+
+
+@pytest.mark.parametrize(
+    ("update", "complaint"),
+    [
+        pytest.param({"steps": MODEL["steps"]}, "tensor w is missing", id="missing-tensor"),
+        pytest.param(
+            MODEL | {"w": torch.zeros(3, 2)}, r"tensor w has shape \[3, 2\], wanted \[2, 3\]", id="shape"
+        ),
+        pytest.param(MODEL | {"w": torch.zeros(1, 3)}, r"tensor w has shape \[1, 3\]", id="would-broadcast"),
+        pytest.param(
+            MODEL | {"w": torch.zeros(2, 3).bfloat16()}, "tensor w has dtype BF16, wanted F32", id="dtype"
+        ),
+        pytest.param(
+            MODEL | {"extra": torch.zeros(1)}, "tensor extra is not in the model", id="unknown-tensor"
+        ),
+    ],
+)
+def test_an_update_that_differs_from_the_manifest_is_refused(tmp_path, manifest, update, complaint):
+    with pytest.raises(BadTensor, match=complaint):
+        validate(file_of(tmp_path, update), manifest)
+
+
+@pytest.mark.parametrize(
+    ("examples", "cap", "complaint"),
+    [
+        (0, None, "claims 0 examples, wanted 1 or more"),
+        (-1, None, "claims -1 examples, wanted 1 or more"),
+        (101, 100, "claims 101 examples, aggregation.max_examples permits 100"),
+    ],
+)
+def test_a_claim_of_no_or_too_many_examples_is_refused(tmp_path, manifest, examples, cap, complaint):
+    with pytest.raises(BadTensor, match=complaint):
+        validate(file_of(tmp_path, MODEL), manifest, examples, cap)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 64])
+def test_a_file_that_is_not_safetensors_is_refused(tmp_path, manifest, content):
+    (tmp_path / "update").write_bytes(content)
+    with pytest.raises(BadTensor, match="not a safetensors file"):
+        validate(tmp_path / "update", manifest)
+
+
+def test_a_file_that_was_cut_short_is_refused(tmp_path, manifest):
+    path = file_of(tmp_path, MODEL)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(BadTensor, match="its header describes"):
+        validate(path, manifest)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_the_first_value_that_is_not_finite_is_named_with_its_place(tmp_path, dtype, value):
+    good = {"a": torch.ones(4, dtype=dtype), "w": torch.ones(3, 5, dtype=dtype)}
+    manifest = Manifest.read(file_of(tmp_path, good))
+    good["w"][1, 4] = good["w"][2, 0] = value
+    with pytest.raises(BadTensor, match=rf"tensor w holds {value} at index \[1, 4\], wanted finite values"):
+        validate(file_of(tmp_path, good), manifest)
+
+
+def test_a_place_beyond_the_first_piece_is_named_rightly(tmp_path):
+    tensor = torch.zeros(1000, PIECE_BYTES // 400, dtype=torch.float32)
+    manifest = Manifest.read(file_of(tmp_path, {"w": tensor}))
+    tensor[987, 65] = -torch.inf
+    with pytest.raises(BadTensor, match=r"-inf at index \[987, 65\]"):
+        validate(file_of(tmp_path, {"w": tensor}), manifest)
+
+
+def test_a_scalar_is_named_without_an_index(tmp_path):
+    manifest = Manifest.read(file_of(tmp_path, {"s": torch.tensor(1.0)}))
+    with pytest.raises(BadTensor, match=r"tensor s holds nan at index \[\]"):
+        validate(file_of(tmp_path, {"s": torch.tensor(torch.nan)}), manifest)
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_extreme_but_finite_values_pass(tmp_path, dtype):
+    limits = torch.finfo(dtype)
+    values = torch.tensor(
+        [limits.max, limits.min, limits.tiny, -limits.smallest_normal / 2, -0.0, 0.0], dtype=dtype
+    )
+    path = file_of(tmp_path, {"w": values, "empty": torch.zeros(0, dtype=dtype)})
+    validate(path, Manifest.read(path))
+
+
+def test_whole_numbers_may_have_any_bits(tmp_path):
+    path = file_of(tmp_path, {"i": torch.tensor([-1, 2**62]), "u": torch.tensor([255], dtype=torch.uint8)})
+    validate(path, Manifest.read(path))
+
+
+@given(st.sampled_from(list(FLOATS)), st.binary(max_size=64))
+def test_any_bits_are_judged_as_torch_judges_them(dtype, content):
+    content = content[: len(content) // 8 * 8]
+    raw = np.frombuffer(bytearray(content), np.uint8)
+    values = torch.from_numpy(raw).view(FLOATS[dtype])
+    wrong = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    assert first_not_finite(raw, dtype) == (wrong[0] if wrong else None)
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    assert _peak_bytes(tmp_path, 128 << 20) - _peak_bytes(tmp_path, 1 << 20) < 8 << 20
+
+
+def _peak_bytes(folder, tensor_bytes):
+    path = folder / "zeros"
+    with path.open("wb") as file:
+        file.write(encode_header([("w", "F32", (tensor_bytes // 4,))]))
+        file.truncate(file.tell() + tensor_bytes)
+    code = f"""
+import resource
+from pathlib import Path
+from fedloom_common.tensors import Manifest
+from fedloom_server.aggregation.validation import validate_update
+path = Path({str(path)!r})
+validate_update(path, Manifest.read(path), examples=1, max_examples=None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(answer.stdout)
