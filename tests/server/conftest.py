@@ -45,6 +45,7 @@ class Fault(Enum):
     WRONG_DIGEST = auto()
     TOO_LARGE = auto()
     CUT_ONCE = auto()
+    NEVER_UPLOADS = auto()
 
 
 class FakeSite:
@@ -60,6 +61,7 @@ class FakeSite:
         self.folder = folder
         self.trained: list[str] = []
         self.downloads = 0
+        self.granted = False
         self.assigned = asyncio.Event()
         self.cancelled: dict[str, str] = {}
         self.ended_runs: list[str] = []
@@ -156,6 +158,9 @@ class FakeSite:
         )  # fmt: skip
 
     async def _upload(self, grant: pb.UploadGrant) -> None:
+        self.granted = True
+        if self.fault is Fault.NEVER_UPLOADS:
+            return
         path = self._updates[grant.assignment_id]
         try:
             if self.fault is Fault.CORRUPT_CHUNK:

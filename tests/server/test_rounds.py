@@ -148,6 +148,20 @@ async def test_uploads_beyond_the_cap_wait_their_turn(config, tmp_path, spec, be
         assert set(bench.outcomes(run).values()) == {("done", "")}
 
 
+async def test_a_site_that_goes_leaves_its_turn_to_upload_to_others(config, spec, bench_of, fault):
+    async with coordinator(config.model_copy(update={"concurrent_uploads": 1})) as running:
+        bench = bench_of(running)
+        gone = bench.site("gone", fault=fault.NEVER_UPLOADS)
+        cohort = {"min_sites": 2, "quorum": 1, "stall_s": 3}
+        run = await bench.enqueue(spec(cohort=cohort, evaluation={"initial": False}))
+        bench.site("good")
+        await bench.until(lambda: gone.granted)
+        await bench.detach("gone")
+        await bench.until(lambda: bench.outcomes(run)["good"] == ("done", ""), seconds=2)
+        assert (await bench.ended(run)).state == "finished"
+        assert "the site is not connected" in bench.outcomes(run)["gone"][1]
+
+
 async def test_a_site_that_reattaches_gets_its_assignment_again(bench, spec, fault):
     site = bench.site("a", fault=fault.SILENT)
     run = await bench.enqueue(spec(evaluation={"initial": False}))

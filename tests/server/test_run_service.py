@@ -38,8 +38,8 @@ async def test_watching_an_ended_run_tells_it_all_and_returns(bench, spec, chann
     bench.site("a")
     run = await bench.ended(await bench.enqueue(spec(rounds=2)))
     events = [e async for e in RunServiceStub(channel).Watch(pb.WatchRequest(run_id=run.id))]
-    assert [e.round.number for e in events[:-1]] == [0, 1, 2]
-    assert events[-1].run.reason == "all 2 rounds are done"
+    assert events[0].run.reason == "all 2 rounds are done"
+    assert [e.round.number for e in events[1:]] == [0, 1, 2]
 
 
 async def test_export_names_files_that_read_serves(bench, spec, channel):

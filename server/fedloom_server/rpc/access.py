@@ -135,4 +135,5 @@ async def _abort(method: str, error: Exception, context: grpc.aio.ServicerContex
         code, text, metadata = status_of(error)
         await context.abort(code, text, metadata)
     logger.error("call failed", extra={"method": method, "caller": context.peer()}, exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the coordinator's log has its cause")
+    ours = FederationError("internal error; the coordinator's log has its cause")
+    await context.abort(*status_of(ours))

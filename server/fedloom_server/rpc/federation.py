@@ -112,19 +112,21 @@ class FederationEdge(FederationServiceServicer):
         site = self._access.peer(context).name
         hello = await _hello(request_iterator)
         link = SiteLink(self._model_name)
-        with self._sites.attached(site, _description(hello), link) as entry:
-            link.welcome(site, self._heartbeat_s)
-            self._assignments.attached(site)
-            reading = asyncio.create_task(self._read(site, entry, request_iterator, link))
-            try:
-                async for message in link.messages():
-                    yield message
-                if reading.done():
-                    reading.result()
-            finally:
-                reading.cancel()
-        if self._sites.link(site) is None:
-            self._assignments.detached(site)
+        try:
+            with self._sites.attached(site, _description(hello), link) as entry:
+                link.welcome(site, self._heartbeat_s)
+                self._assignments.attached(site)
+                reading = asyncio.create_task(self._read(site, entry, request_iterator, link))
+                try:
+                    async for message in link.messages():
+                        yield message
+                    if reading.done():
+                        reading.result()
+                finally:
+                    reading.cancel()
+        finally:
+            if self._sites.link(site) is None:  # no newer session has taken its place
+                self._assignments.detached(site)
 
     async def _read(
         self, site: str, entry: Site, requests: AsyncIterator[pb.SiteMessage], link: SiteLink
@@ -138,8 +140,8 @@ class FederationEdge(FederationServiceServicer):
                 kind = message.WhichOneof("kind")
                 if kind in self._handlers:
                     self._handlers[kind](site, getattr(message, kind))
-        except StopAsyncIteration:
-            pass
+        except (StopAsyncIteration, grpc.aio.UsageError):
+            pass  # the site has ended the session, or its connection is gone
         except TimeoutError:
             logger.warning("site is silent", extra={"site": site, "silence_s": silence_s})
         finally:

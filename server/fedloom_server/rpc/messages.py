@@ -65,6 +65,7 @@ def round_message(record: Round, assignments: Sequence[Assignment], model_name: 
 def _site_round(assignment: Assignment) -> runs_pb2.SiteRound:
     return runs_pb2.SiteRound(
         site=assignment.site,
+        attempt=assignment.attempt,
         work=work_message(assignment.work),
         state=assignment.state,
         reason=assignment.reason,

@@ -49,9 +49,9 @@ class RunEdge(RunServiceServicer):
         ) as watcher:  # before the first look, so that nothing falls between
             run = self._store.run(run.id)
             has_ended = run.state.is_end
+            yield pb.WatchEvent(run=run_message(run, MODEL_FILE))
             for message in self._rounds(run):
                 yield pb.WatchEvent(round=message)
-            yield pb.WatchEvent(run=run_message(run, MODEL_FILE))
             while not has_ended:
                 change = await watcher.get()
                 has_ended = isinstance(change, Run) and change.state.is_end  # it may change while we yield

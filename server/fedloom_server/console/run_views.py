@@ -1,0 +1,86 @@
+"""What the commands show of runs: from protobuf messages to rich renderables, and nothing else."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.v1.runs_pb2 import Round, Run, RunState
+from fedloom_server.console.formats import (
+    FittingTable,
+    bytes_text,
+    duration_text,
+    enum_word,
+    first_line,
+    plain,
+    time_text,
+)
+from fedloom_server.console.round_views import round_view, rounds_table, totals_table, troubles_table
+
+RUN_STYLE = {
+    RunState.RUN_STATE_QUEUED: "yellow",
+    RunState.RUN_STATE_RUNNING: "bold cyan",
+    RunState.RUN_STATE_FINISHED: "bold green",
+    RunState.RUN_STATE_FAILED: "bold red",
+    RunState.RUN_STATE_STOPPED: "bold yellow",
+}
+
+
+def run_state(run: Run) -> Text:
+    """The run's state as a coloured word."""
+    return Text(enum_word(RunState.DESCRIPTOR, run.state), style=RUN_STYLE.get(run.state, ""))
+
+
+def runs_table(runs: Iterable[Run], now_s: float) -> Table:
+    """One line a run."""
+    table = FittingTable("run", "name", "state", ">rounds", "submitted", ">time", "why")
+    for run in runs:
+        table.add_row(
+            Text(plain(run.id), no_wrap=True),
+            Text(plain(run.name)),
+            run_state(run),
+            f"{run.rounds_done}/{run.rounds_total}",
+            Text(time_text(run.submitted_at_s), no_wrap=True),
+            duration_text(run.started_at_s, run.ended_at_s, now_s),
+            Text(first_line(run.reason), style="dim"),
+        )
+    return table
+
+
+def run_view(run: Run, rounds: Sequence[Round], chosen: Round | None, now_s: float) -> RenderableType:
+    """All about one run: facts, rounds, what each site did in all, and every outcome that is not "done".
+
+    With a ``chosen`` round, each site's work in that round instead of all rounds.
+    """
+    if chosen is not None:
+        return Group(run_facts(run, now_s), Text(), round_view(chosen, now_s))
+    parts: list[RenderableType] = [run_facts(run, now_s)]
+    if rounds:
+        parts += [Text(), rounds_table(rounds, now_s), Text(), totals_table(rounds)]
+    if troubles := troubles_table(rounds):
+        parts += [Text(), troubles]
+    return Group(*parts)
+
+
+def run_facts(run: Run, now_s: float) -> Table:
+    """What is true of the run as a whole."""
+    state = run_state(run)
+    if run.reason:
+        state.append(f"  {plain(run.reason)}", style="default not bold")
+    model = (
+        f"{run.model.digest[:19]}…  {bytes_text(run.model.size_bytes)}" if run.model.digest else "none yet"
+    )
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column()
+    facts.add_row("run", Text(plain(run.id), style="bold"))
+    facts.add_row("name", Text(plain(run.name)))
+    facts.add_row("state", state)
+    facts.add_row("rounds", f"{run.rounds_done} of at most {run.rounds_total}")
+    facts.add_row("submitted", time_text(run.submitted_at_s))
+    facts.add_row("started", time_text(run.started_at_s))
+    facts.add_row("ended", time_text(run.ended_at_s))
+    facts.add_row("time", duration_text(run.started_at_s, run.ended_at_s, now_s))
+    facts.add_row("model", Text(plain(model)))
+    return facts

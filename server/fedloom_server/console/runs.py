@@ -1,0 +1,231 @@
+"""``fedloom run``: submit runs, look at them, stop them, take their model."""
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from fedloom.v1.runs_pb2 import GetRequest, ListRequest, ResumeRequest, Round, Run, StopRequest, SubmitRequest
+from fedloom_common.errors import NotFound
+from fedloom_common.runspec import parse_run_spec, run_spec_schema
+from fedloom_server.console.connection import Coordinator, Operator, operator_command
+from fedloom_server.console.export import export as export_model
+from fedloom_server.console.formats import as_data, bytes_text, console_for_output, json_text, plain
+from fedloom_server.console.overrides import apply_overrides, read_spec_text
+from fedloom_server.console.run_views import run_state, run_view, runs_table
+from fedloom_server.console.watch import EXIT_STATUS
+from fedloom_server.console.watch import watch as watch_run
+
+app = typer.Typer(
+    help="Submit runs, look at them, stop them, take their model.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, or its beginning.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+GiveUp = Annotated[
+    float,
+    typer.Option("--give-up-s", min=0, help="Seconds to try for when the connection is lost while watching."),
+]
+GIVE_UP_S = 600.0
+
+
+@operator_command(app, "submit")
+async def submit(
+    operator: Operator,
+    spec: Annotated[
+        str, typer.Argument(metavar="SPEC.yaml", help="File of the run spec, or - for standard input.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="PATH=VALUE", help="Change a value: --set local.steps=5. Repeat for more."
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--watch", help="Stay and watch the run, as `fedloom run watch` does.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the run's id and nothing else.")
+    ] = False,
+    give_up_s: GiveUp = GIVE_UP_S,
+) -> None:
+    """Check a run spec and queue the run; prints the run's id.
+
+    Where standard output is no terminal, the id is all that goes there: RUN=$(fedloom run submit spec.yaml).
+    """
+    text = apply_overrides(read_spec_text(spec), overrides or ())
+    parse_run_spec(text)  # so that mistakes show without a network
+    async with operator.connect() as coordinator:
+        run = await coordinator.call(coordinator.runs.Submit, SubmitRequest(spec=text))
+        bare = quiet or not sys.stdout.isatty()
+        if bare:
+            typer.echo(plain(run.id))
+        else:
+            console_for_output().print(f"Submitted {plain(run.name)} as run {plain(run.id)}.", soft_wrap=True)
+        if follow:
+            await _watch_to_end(coordinator, run.id, console_for_output(stderr=bare), give_up_s)
+        elif not bare:
+            console_for_output().print(f"Watch it with: fedloom run watch {plain(run.id)}", soft_wrap=True)
+
+
+@operator_command(app, "list")
+async def list_runs(operator: Operator, as_json: AsJson = False) -> None:
+    """List the runs, newest first."""
+    async with operator.connect() as coordinator:
+        answer = await coordinator.call(coordinator.runs.List, ListRequest())
+    if as_json:
+        typer.echo(json_text([as_data(run) for run in answer.runs]))
+    else:
+        console_for_output().print(
+            runs_table(answer.runs, time.time())
+            if answer.runs
+            else "No run yet; start one with `fedloom run submit SPEC.yaml`."
+        )
+
+
+@operator_command(app, "show")
+async def show(
+    operator: Operator,
+    run: RunId,
+    round_number: Annotated[
+        int | None, typer.Option("--round", min=0, help="Show each site's work in this round.")
+    ] = None,
+    spec: Annotated[
+        bool, typer.Option("--spec", help="Print the run's spec, with every default, as YAML.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show one run: its rounds, what each site did, and why anything was not done."""
+    async with operator.connect() as coordinator:
+        answer = await coordinator.call(coordinator.runs.Get, GetRequest(run_id=run))
+    if spec:
+        typer.echo(yaml.safe_dump(json.loads(answer.run.spec_json), sort_keys=False), nl=False)
+    elif as_json:
+        typer.echo(json_text(as_data(answer)))
+    else:
+        chosen = None if round_number is None else _round(answer.run, answer.rounds, round_number)
+        console_for_output().print(run_view(answer.run, answer.rounds, chosen, time.time()))
+
+
+@operator_command(app, "watch")
+async def watch(
+    operator: Operator, run: RunId, give_up_s: GiveUp = GIVE_UP_S, as_json: AsJson = False
+) -> None:
+    """Watch a run until it ends: live on a terminal, else a line for each change.
+
+    Exit status: 0 the run finished, 1 it failed, 3 it was stopped, 130 after Ctrl-C.
+
+    Ctrl-C leaves the run going. A lost connection is opened again. With --json every event is a line of JSON.
+    """
+    async with operator.connect() as coordinator:
+        await _watch_to_end(coordinator, run, console_for_output(), give_up_s, as_json=as_json)
+
+
+@operator_command(app, "stop")
+async def stop(
+    operator: Operator,
+    run: RunId,
+    reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+) -> None:
+    """Stop a run; its last model stays, and it can be resumed."""
+    async with operator.connect() as coordinator:
+        after = await coordinator.call(coordinator.runs.Stop, StopRequest(run_id=run, reason=reason))
+    _say_state(after)
+
+
+@operator_command(app, "resume")
+async def resume(operator: Operator, run: RunId) -> None:
+    """Queue a stopped or failed run again; it goes on after its last finished round."""
+    async with operator.connect() as coordinator:
+        after = await coordinator.call(coordinator.runs.Resume, ResumeRequest(run_id=run))
+    _say_state(after)
+
+
+@operator_command(app, "export")
+async def export(
+    operator: Operator,
+    run: RunId,
+    to: Annotated[
+        Path, typer.Option(help="Directory for the model: new, empty, or an earlier export of this run.")
+    ],
+    round_number: Annotated[
+        int | None,
+        typer.Option("--round", min=0, help="Take the model after this round; the latest if not given."),
+    ] = None,
+) -> None:
+    """Fetch a run's model as a directory that transformers loads, with a model card.
+
+    An export that broke off goes on where it was when called again.
+    """
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console_for_output(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    async with operator.connect() as coordinator:
+        with progress:
+            bar = progress.add_task("exporting", total=None)
+            done = await export_model(
+                coordinator,
+                run,
+                to,
+                round_number=round_number,
+                on_bytes=lambda held, total: progress.update(bar, completed=held, total=total),
+            )
+    console_for_output().print(
+        f"Exported run {plain(done.run_id)} to {done.directory} ({bytes_text(done.size_bytes)}).\n"
+        f"Load it: AutoModelForCausalLM.from_pretrained({str(done.directory)!r})",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the run spec, for editors and other languages."""
+    typer.echo(run_spec_schema())
+
+
+async def _watch_to_end(
+    coordinator: Coordinator, run_id: str, console: Console, give_up_s: float, *, as_json: bool = False
+) -> None:
+    try:
+        run = await watch_run(coordinator, run_id, console, give_up_s=give_up_s, as_json=as_json)
+    except asyncio.CancelledError:  # Ctrl-C
+        again = f"fedloom run watch {plain(run_id)}"
+        console_for_output(stderr=True).print(f"The run goes on. See it again with: {again}", soft_wrap=True)
+        raise
+    raise typer.Exit(EXIT_STATUS[run.state])
+
+
+def _round(run: Run, rounds: list[Round], number: int) -> Round:
+    found = {item.number: item for item in rounds}
+    if number not in found:
+        known = f"{min(found)} to {max(found)}" if found else "none yet"
+        raise NotFound(f"run {plain(run.id)} has no round {number}; its rounds are {known}")
+    return found[number]
+
+
+def _say_state(run: Run) -> None:
+    reason = f": {plain(run.reason)}" if run.reason else ""
+    console_for_output().print(f"Run {plain(run.id)} is {run_state(run)}{reason}", soft_wrap=True)

@@ -1,0 +1,183 @@
+"""A small fake coordinator on loopback, behind real gRPC, and the console's commands run against it."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import google_crc32c
+import grpc
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from fedloom.v1 import runs_pb2 as pb
+from fedloom.v1 import runs_pb2_grpc, transfer_pb2, transfer_pb2_grpc
+from fedloom.v1.session_pb2 import Blob
+from fedloom_common.errors import FederationError
+from fedloom_common.rpc import status_of
+from fedloom_server.console import runs, sites
+
+CHUNK = 1000
+
+
+@dataclass
+class Break:
+    """Ends a stream with a status instead of a message."""
+
+    code: grpc.StatusCode
+    text: str
+
+
+class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.TransferServiceServicer):
+    """Answers with what a test put into it, and records what it was asked."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.asked: list[object] = []
+        self.refusal: FederationError | Break | None = None
+        self.run = pb.Run(id="a1b2c3", name="plays", state=pb.RUN_STATE_QUEUED, rounds_total=3)
+        self.rounds: list[pb.Round] = []
+        self.sites: list[pb.Site] = []
+        self.connections: list[list[pb.WatchEvent | Break]] = []
+        """What each Watch call streams, in order; then it ends."""
+        self.hang = False
+        """Whether Watch stays open after its last event, until the caller leaves."""
+        self.content: dict[str, bytes] = {}
+        self.files: list[Blob] = []
+        self.break_reads_at: list[int] = []
+        """Each breaks one Read at that byte of the file."""
+
+    def breaks(self, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE, text: str = "reset") -> Break:
+        """An event that ends its stream, or a refusal of the next calls."""
+        return Break(code, text)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Add a file to what Export names."""
+        digest = "sha256:" + hashlib.sha256(content).hexdigest()
+        self.content[digest] = content
+        self.files.append(Blob(name=name, digest=digest, size_bytes=len(content)))
+
+    def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.Run:
+        return self._answer(request, context, self.run)
+
+    def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListResponse:
+        return self._answer(request, context, pb.ListResponse(runs=[self.run]))
+
+    def Get(self, request: pb.GetRequest, context: grpc.ServicerContext) -> pb.GetResponse:
+        return self._answer(request, context, pb.GetResponse(run=self.run, rounds=self.rounds))
+
+    def Stop(self, request: pb.StopRequest, context: grpc.ServicerContext) -> pb.Run:
+        self.run.state, self.run.reason = pb.RUN_STATE_STOPPED, request.reason
+        return self._answer(request, context, self.run)
+
+    def Resume(self, request: pb.ResumeRequest, context: grpc.ServicerContext) -> pb.Run:
+        self.run.state, self.run.reason = pb.RUN_STATE_QUEUED, ""
+        return self._answer(request, context, self.run)
+
+    def ListSites(self, request: pb.ListSitesRequest, context: grpc.ServicerContext) -> pb.ListSitesResponse:
+        return self._answer(request, context, pb.ListSitesResponse(sites=self.sites))
+
+    def Export(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> pb.ExportResponse:
+        return self._answer(request, context, pb.ExportResponse(files=self.files, model_card="# plays\n"))
+
+    def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchEvent]:
+        self._answer(request, context, None)
+        if not self.connections:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "no more connections in this test")
+        for event in self.connections.pop(0):
+            if isinstance(event, Break):
+                context.abort(event.code, event.text)
+            yield event
+        if self.hang:
+            left = threading.Event()
+            context.add_callback(left.set)
+            left.wait(30)
+
+    def Read(
+        self, request: transfer_pb2.ReadRequest, context: grpc.ServicerContext
+    ) -> Iterator[transfer_pb2.Chunk]:
+        self._answer(request, context, None)
+        content = self.content[request.digest]
+        stop = self.break_reads_at.pop(0) if self.break_reads_at else None
+        for offset in range(request.offset, len(content), CHUNK):
+            if stop is not None and offset >= stop:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+            payload = content[offset : offset + CHUNK]
+            yield transfer_pb2.Chunk(offset=offset, crc32c=google_crc32c.value(payload), payload=payload)
+
+    def asked_for(self, kind: type) -> list:
+        """The requests of one kind, in order."""
+        return [request for request in self.asked if isinstance(request, kind)]
+
+    def _answer(self, request, context, answer):
+        self.asked.append(request)
+        if isinstance(self.refusal, Break):
+            context.abort(self.refusal.code, self.refusal.text)
+        if self.refusal is not None:
+            code, text, metadata = status_of(self.refusal)
+            context.set_trailing_metadata(metadata)
+            context.abort(code, text)
+        return answer
+
+
+@dataclass
+class Console:
+    """The commands, called as a shell calls them."""
+
+    address: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, command: str, *arguments: str, status: int = 0, text: str | None = None) -> Result:
+        app: typer.Typer = sites.app if command == "sites" else runs.app
+        where = ("--coordinator", self.address, "--insecure", "alice") if self.address else ()
+        options = () if arguments[0] == "schema" else where
+        environment = {"FEDLOOM_OPERATOR_CONFIG": None, "COLUMNS": "200", **self.environment}
+        result = CliRunner().invoke(app, [*arguments, *options], input=text, env=environment)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == status, result.output
+        return result
+
+
+Serve = Callable[..., tuple[FakeCoordinator, str]]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts fake coordinators on free loopback ports, behind TLS if credentials are given."""
+    servers: list[grpc.Server] = []
+
+    def start(credentials: grpc.ServerCredentials | None = None) -> tuple[FakeCoordinator, str]:
+        fake = FakeCoordinator()
+        server = grpc.server(ThreadPoolExecutor(8))
+        runs_pb2_grpc.add_RunServiceServicer_to_server(fake, server)
+        transfer_pb2_grpc.add_TransferServiceServicer_to_server(fake, server)
+        port = (
+            server.add_secure_port("127.0.0.1:0", credentials)
+            if credentials
+            else server.add_insecure_port("127.0.0.1:0")
+        )
+        server.start()
+        servers.append(server)
+        fake.address = f"127.0.0.1:{port}"
+        return fake, fake.address
+
+    yield start
+    for server in servers:
+        server.stop(grace=None).wait()
+
+
+@pytest.fixture
+def fake(serve: Serve) -> FakeCoordinator:
+    """A fake coordinator that listens."""
+    return serve()[0]
+
+
+@pytest.fixture
+def console(fake: FakeCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Console:
+    """The commands against the fake coordinator, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return Console(fake.address)

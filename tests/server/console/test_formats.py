@@ -1,0 +1,98 @@
+import json
+
+import pytest
+
+from fedloom.v1 import runs_pb2 as pb
+from fedloom.v1.session_pb2 import PHASE_TRAIN, WORK_TRAIN, Progress
+from fedloom_server.console.formats import (
+    as_data,
+    bytes_text,
+    enum_word,
+    first_line,
+    json_text,
+    metric_text,
+    plain,
+    seconds_text,
+    time_text,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        pytest.param("\x1b[2Jgone", "�[2Jgone", id="terminal-escape"),
+        pytest.param("a\rb\x07", "a�b�", id="control-characters"),
+        pytest.param("safe\u202egpj", "safe�gpj", id="right-to-left-override"),
+        pytest.param("Köln [red]x[/red]\nü", "Köln [red]x[/red]\nü", id="ordinary-text"),
+    ],
+)
+def test_text_from_the_network_cannot_steer_the_terminal(text, shown):
+    assert plain(text) == shown
+
+
+def test_the_first_line_skips_blank_ones():
+    assert first_line("\n  \n  RuntimeError: out of memory\nTraceback") == "RuntimeError: out of memory"
+    assert first_line("") == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.04, "0.0 s"),
+        (59.94, "59.9 s"),
+        (59.97, "1m 00s"),
+        (75, "1m 15s"),
+        (3599.7, "1h 00m"),
+        (90061, "1d 01h"),
+    ],
+)
+def test_a_duration_shows_its_two_largest_units(seconds, shown):
+    assert seconds_text(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "–"),
+        (3.52071, "3.5207"),
+        (33.8081, "33.81"),
+        (123456.0, "1.235e+05"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_a_metric_has_as_many_digits_as_it_needs(value, shown):
+    assert metric_text(value) == shown
+
+
+def test_a_time_that_is_not_yet_is_a_dash():
+    assert time_text(0) == "–"
+    assert bytes_text(13_500_000) == "13.5 MB"
+
+
+def test_enums_are_words_and_unknown_numbers_stay():
+    assert enum_word(pb.RunState.DESCRIPTOR, pb.RUN_STATE_FINISHED) == "finished"
+    assert enum_word(pb.RunState.DESCRIPTOR, 99) == "99"
+
+
+def test_data_of_a_message_has_numbers_words_and_the_embedded_json():
+    run = pb.Run(id="a1", state=pb.RUN_STATE_RUNNING, spec_json='{"rounds": 3}')
+    work = pb.SiteRound(site="kiel", work=WORK_TRAIN, examples=1 << 60, metrics={"loss": float("nan")})
+    item = pb.Round(number=1, state=pb.ROUND_STATE_TRAINING, sites=[work])
+    data = json.loads(json_text(as_data(pb.GetResponse(run=run, rounds=[item]))))
+    assert (data["run"]["state"], data["run"]["spec"]) == ("running", {"rounds": 3})
+    assert "model" not in data["run"]
+    (site,) = data["rounds"][0]["sites"]
+    assert (site["work"], site["examples"], site["metrics"]) == ("train", 1 << 60, {"loss": "NaN"})
+
+
+def test_data_leaves_out_what_is_absent():
+    progress = Progress(assignment_id="x", phase=PHASE_TRAIN, done=3, total=9)
+    event = as_data(pb.WatchEvent(site_progress=pb.SiteProgress(site="kiel", round=1, progress=progress)))
+    assert list(event) == ["site_progress"]
+    assert event["site_progress"]["progress"] == {
+        "assignment_id": "x",
+        "phase": "train",
+        "done": 3,
+        "total": 9,
+    }

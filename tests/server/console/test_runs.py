@@ -1,0 +1,135 @@
+import json
+
+import pytest
+import yaml
+
+from fedloom.v1 import runs_pb2 as pb
+from fedloom.v1.session_pb2 import WORK_TRAIN
+from fedloom_common.errors import BadSpec, NotFound, NotPermitted
+from fedloom_common.runspec import RunSpec
+
+SPEC = {
+    "name": "plays",
+    "model": {"config": {"model_type": "gpt2"}},
+    "data": "plays",
+    "rounds": 3,
+    "local": {"steps": 10},
+}
+
+
+@pytest.fixture
+def spec_file(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("# my run\n" + yaml.safe_dump(SPEC))
+    return path
+
+
+def test_submit_sends_the_file_as_it_is_and_prints_only_the_id(console, fake, spec_file):
+    assert console("run", "submit", str(spec_file)).stdout == "a1b2c3\n"
+    (request,) = fake.asked_for(pb.SubmitRequest)
+    assert request.spec == spec_file.read_text()
+
+
+def test_submit_reads_standard_input_and_sets_values(console, fake):
+    given = ("--set", "local.steps=5", "--set", "local.optimizer.lr=1e-2", "--set", "seed=7")
+    console("run", "submit", "-", *given, text=yaml.safe_dump(SPEC))
+    (request,) = fake.asked_for(pb.SubmitRequest)
+    sent = RunSpec.model_validate(yaml.safe_load(request.spec))
+    assert (sent.local.steps, sent.local.optimizer.lr, sent.seed) == (5, 0.01, 7)
+    assert sent.name == "plays"
+
+
+def test_a_wrong_spec_is_refused_without_a_network(console, tmp_path):
+    console.address = ""  # and so without any setting
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**SPEC, "rounds": 0, "roundz": 1}))
+    with pytest.raises(BadSpec) as caught:
+        console("run", "submit", "bad.yaml")
+    assert "rounds:" in str(caught.value)
+    assert "roundz: no such key" in str(caught.value)
+
+
+def test_every_line_of_the_coordinators_objection_is_shown(console, fake, spec_file):
+    fake.refusal = BadSpec("the run spec has mistakes:\n  model.path: no such directory\n  data: unknown")
+    with pytest.raises(BadSpec) as caught:
+        console("run", "submit", str(spec_file))
+    assert str(caught.value).splitlines()[1:] == ["  model.path: no such directory", "  data: unknown"]
+
+
+def test_submit_and_watch_keeps_standard_output_for_the_id(console, fake, spec_file):
+    ended = pb.Run(id="a1b2c3", state=pb.RUN_STATE_FINISHED, reason="all 3 rounds are done")
+    fake.connections = [[pb.WatchEvent(run=ended)]]
+    result = console("run", "submit", str(spec_file), "--watch")
+    assert result.stdout == "a1b2c3\n"
+    assert "run a1b2c3 is finished: all 3 rounds are done" in result.stderr
+
+
+def test_list_shows_each_run_and_its_text_literally(console, fake):
+    fake.run.name, fake.run.reason = "[red]plays[/red] :smile:", "waits for 2 more sites"
+    out = console("run", "list").stdout
+    assert "a1b2c3" in out
+    assert "[red]plays[/red] :smile:" in out
+    assert "queued" in out
+    assert "0/3" in out
+    assert "waits for 2 more sites" in out
+
+
+def test_list_as_json(console, fake):
+    (run,) = json.loads(console("run", "list", "--json").stdout)
+    assert (run["id"], run["state"], run["rounds_total"]) == ("a1b2c3", "queued", 3)
+
+
+@pytest.fixture
+def trained(fake):
+    fake.run.spec_json = json.dumps(SPEC)
+    reason = "rank 1 died\nRuntimeError: no memory"
+    sites = [
+        pb.SiteRound(site="bremen", work=WORK_TRAIN, state="done", examples=640, metrics={"loss": 4.5}),
+        pb.SiteRound(site="kiel", work=WORK_TRAIN, state="failed", reason=reason),
+    ]
+    metrics = {"train_loss": 4.5, "loss": 4.25, "perplexity": 70.105}
+    fake.rounds = [pb.Round(number=1, state=pb.ROUND_STATE_FINISHED, sites=sites, metrics=metrics)]
+    return fake
+
+
+def test_show_has_the_rounds_and_why_a_site_is_not_done(console, trained):
+    out = console("run", "show", "a1").stdout
+    assert trained.asked == [pb.GetRequest(run_id="a1")]
+    row = next(line.split() for line in out.splitlines() if "1/2" in line)
+    assert row[:7] == ["1", "finished", "1/2", "640", "4.5000", "4.2500", "70.11"]
+    assert "RuntimeError: no memory" in out
+
+
+def test_show_one_round_or_say_which_there_are(console, trained):
+    assert "seconds by phase" in console("run", "show", "a1", "--round", "1").stdout
+    with pytest.raises(NotFound, match="run a1b2c3 has no round 9; its rounds are 1 to 1"):
+        console("run", "show", "a1", "--round", "9")
+
+
+def test_the_shown_spec_can_be_submitted_again(console, trained, tmp_path):
+    (tmp_path / "again.yaml").write_text(console("run", "show", "a1", "--spec").stdout)
+    console("run", "submit", "again.yaml")
+    assert yaml.safe_load(trained.asked_for(pb.SubmitRequest)[0].spec) == SPEC
+
+
+def test_show_as_json(console, trained):
+    data = json.loads(console("run", "show", "a1", "--json").stdout)
+    assert data["run"]["spec"] == SPEC
+    assert [work["state"] for work in data["rounds"][0]["sites"]] == ["done", "failed"]
+
+
+def test_stop_gives_the_reason_and_resume_takes_it_back(console, fake):
+    assert "a1b2c3 is stopped: too slow" in console("run", "stop", "a1", "--reason", "too slow").stdout
+    assert "a1b2c3 is queued" in console("run", "resume", "a1").stdout
+    assert fake.asked == [pb.StopRequest(run_id="a1", reason="too slow"), pb.ResumeRequest(run_id="a1")]
+
+
+def test_a_viewer_is_told_that_it_may_not_stop(console, fake):
+    fake.refusal = NotPermitted("viewer alice may not call Stop")
+    with pytest.raises(NotPermitted, match="viewer alice may not call Stop"):
+        console("run", "stop", "a1")
+
+
+def test_the_schema_needs_no_coordinator(console):
+    console.address = ""
+    schema = json.loads(console("run", "schema").stdout)
+    assert "rounds" in schema["required"]
