@@ -1,5 +1,6 @@
 """Channels to the coordinator, and the options that both ends of one must agree on."""
 
+import functools
 import logging
 from typing import Any
 
@@ -60,13 +61,18 @@ def open_channel(address: str, tls: TlsFiles | None, insecure: Peer | None) -> g
     if insecure is None:
         raise BadSpec("neither tls nor insecure is given; set tls to the files that `fedloom provision` made")
     require_loopback(address, "a channel without TLS")
+    _warn_of_no_tls(address, insecure)
+    # A proxy from the environment would carry even a loopback address off this host.
+    options = [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)]
+    return grpc.aio.insecure_channel(address, options=options, interceptors=_interceptors(insecure))
+
+
+@functools.cache  # a site opens a channel for each try to attach: once is loud enough
+def _warn_of_no_tls(address: str, insecure: Peer) -> None:
     logger.warning(
         "NO TLS: everything is sent in clear and nobody's identity is proven; for tests on one machine only",
         extra={"coordinator": address, "identity": str(insecure)},
     )
-    # A proxy from the environment would carry even a loopback address off this host.
-    options = [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)]
-    return grpc.aio.insecure_channel(address, options=options, interceptors=_interceptors(insecure))
 
 
 class _Identified:

@@ -1,0 +1,184 @@
+"""Models and their assets at the site, by digest: each is fetched from the coordinator once."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from fedloom_client.messages import Blob
+from fedloom_client.statedir import StateDir
+from fedloom_common.errors import ProtocolError, StorageFull
+from fedloom_common.files import storage_errors
+
+ASSET_SUFFIXES = (
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+)  # what configs and tokenizers are made of: nothing that runs
+ASSETS_LIMIT = 64
+ASSETS_LIMIT_BYTES = 256 << 20  # the largest tokenizers have a tenth of it
+ASSET_FOLDERS_KEPT = 4
+DISK_RESERVE_BYTES = 16 << 20  # logs and status files still fit after a download
+
+OnBytes = Callable[[int], None]
+
+logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Where files come from."""
+
+    async def fetch(self, blob: Blob, path: Path, on_bytes: OnBytes) -> None:
+        """Bring a file here, whole and checked, or raise."""
+
+
+class Cache:
+    """The files of ``state_dir/models`` and ``state_dir/assets``."""
+
+    def __init__(self, state: StateDir, source: Source, *, models_kept: int) -> None:
+        self._models = state.models
+        self._assets = state.assets
+        self._source = source
+        self._models_kept = models_kept
+
+    def tidy(self) -> None:
+        """Remove what an earlier daemon left of assets; a model that came in part goes on from there."""
+        for folder in self._assets.glob(".*"):
+            shutil.rmtree(folder)
+
+    def held_digests(self) -> list[str]:
+        """Digests of the cached models, newest first."""
+        return [f"sha256:{path.stem}" for path in self._newest_first()]
+
+    async def model(self, blob: Blob, on_bytes: OnBytes) -> Path:
+        """The model's file, which is fetched if it is not here; older models make room for it.
+
+        Raises:
+            StorageFull: the disk has not enough room; nothing of the model stays.
+        """
+        path = self._models / f"{_hex(blob)}.safetensors"
+        if not path.exists():
+            self._make_room(self._models_kept - 1, arriving=_partial(path))
+            require_space(self._models, blob.size_bytes - _size_bytes(_partial(path)), "the model")
+            await self._fetch(blob, path, on_bytes)
+        path.touch()
+        self._make_room(self._models_kept)
+        return path
+
+    async def assets(self, blobs: Sequence[Blob]) -> Path:
+        """A folder with exactly these files.
+
+        Raises:
+            ProtocolError: a name is not plain or not that of an asset, or there is too much.
+            StorageFull: the disk has not enough room; nothing of them stays.
+        """
+        check_assets(blobs)
+        listing = json.dumps(sorted((blob.name, blob.digest) for blob in blobs))
+        folder = self._assets / hashlib.sha256(listing.encode()).hexdigest()
+        if not folder.exists():
+            await self._fetch_folder(blobs, folder)
+        folder.touch()
+        for old in sorted(self._assets.iterdir(), key=_age)[ASSET_FOLDERS_KEPT:]:
+            shutil.rmtree(old)
+        return folder
+
+    async def _fetch_folder(self, blobs: Sequence[Blob], folder: Path) -> None:
+        require_space(self._assets, sum(blob.size_bytes for blob in blobs), "the model's assets")
+        arriving = folder.with_name(f".{folder.name}")
+        shutil.rmtree(arriving, ignore_errors=True)
+        arriving.mkdir()
+        try:
+            for blob in blobs:
+                await self._fetch(blob, arriving / blob.name, lambda _: None)
+            arriving.rename(folder)
+        finally:
+            shutil.rmtree(arriving, ignore_errors=True)
+
+    async def _fetch(self, blob: Blob, path: Path, on_bytes: OnBytes) -> None:
+        try:
+            with storage_errors(path, blob.size_bytes):
+                await self._source.fetch(blob, path, on_bytes)
+        except StorageFull as error:
+            _partial(path).unlink(missing_ok=True)
+            raise StorageFull(f"{blob.name} of {blob.size_bytes} bytes: {error}") from error
+
+    def _make_room(self, kept: int, arriving: Path | None = None) -> None:
+        for partial in self._models.glob(".*.partial"):
+            if partial != arriving:
+                partial.unlink()
+        for path in self._newest_first()[kept:]:
+            logger.debug("an old model is dropped", extra={"digest": f"sha256:{path.stem}"})
+            path.unlink()
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self._models.glob("*.safetensors"), key=_age)
+
+
+def check_assets(blobs: Sequence[Blob]) -> None:
+    """Check that assets are what they should be, before any of them is fetched.
+
+    Raises:
+        ProtocolError: says which file, and what is allowed.
+    """
+    names = [blob.name for blob in blobs]
+    for name in names:
+        if name.startswith(".") or "/" in name or "\\" in name or "\0" in name or len(name) > 128:
+            raise ProtocolError(f"asset name {name!r} is not a plain file name")
+        if not name.endswith(ASSET_SUFFIXES):
+            raise ProtocolError(f"asset {name!r} is not allowed; wanted one of *{', *'.join(ASSET_SUFFIXES)}")
+    if len(set(names)) < len(names) or len(names) > ASSETS_LIMIT or "config.json" not in names:
+        raise ProtocolError(
+            f"a model needs up to {ASSETS_LIMIT} assets with different names, config.json among them; "
+            f"came {len(names)}: {', '.join(names[:ASSETS_LIMIT])}"
+        )
+    total_bytes = sum(blob.size_bytes for blob in blobs)
+    if total_bytes > ASSETS_LIMIT_BYTES:
+        raise ProtocolError(f"the assets have {total_bytes} bytes, the limit is {ASSETS_LIMIT_BYTES}")
+
+
+def require_space(folder: Path, wanted_bytes: int, what: str) -> None:
+    """Check that something fits on a folder's disk before work goes into it.
+
+    Raises:
+        StorageFull: names the folder, what is wanted and what is free.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < wanted_bytes + DISK_RESERVE_BYTES:
+        raise StorageFull(
+            f"no space left in {folder}: {wanted_bytes} bytes are wanted for {what} and {DISK_RESERVE_BYTES} "
+            f"to spare, {free_bytes} are free; free some, or move state_dir"
+        )
+
+
+def model_type(assets: Path) -> str:
+    """The family of the model that config.json describes.
+
+    Raises:
+        ProtocolError: the file is not a model's config.
+    """
+    try:
+        kind = json.loads((assets / "config.json").read_text())["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProtocolError(f"the model's config.json names no model_type: {error}") from error
+    return str(kind)
+
+
+def _hex(blob: Blob) -> str:
+    return blob.digest.removeprefix("sha256:")
+
+
+def _partial(path: Path) -> Path:
+    """Where a download keeps what has come."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _size_bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime_ns

@@ -1,0 +1,70 @@
+"""``fedloom client``: the daemon at a site, its health check, and joining the group of another host."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom_client.config import SiteConfig
+from fedloom_common.cli import StartByDefault
+from fedloom_common.errors import BadSpec
+from fedloom_common.logs import set_up_logging
+from fedloom_common.settings import load_settings, settings_help
+
+ENV_PREFIX = "FEDLOOM_CLIENT_"
+FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", envvar=ENV_PREFIX + "CONFIG", help="The config file, site.yaml.")
+]
+
+
+app = typer.Typer(
+    cls=StartByDefault,
+    add_completion=False,
+    help="The daemon at a data-holding site; without a command it starts.",
+    epilog="\n\n\b\n" + settings_help(SiteConfig, env_prefix=ENV_PREFIX),
+)
+
+
+@app.command(context_settings=FLAGS)
+def start(context: typer.Context, config: ConfigFile = None) -> None:
+    """Attach to the coordinator, train for it, and stay until SIGTERM or Ctrl-C."""
+    settings = _settings(config, context.args)
+    set_up_logging(settings.log_format, settings.log_level)
+    from fedloom_client.daemon import Daemon  # here, so that the health check is quick
+
+    asyncio.run(Daemon(settings).run())
+
+
+@app.command(context_settings=FLAGS)
+def health(context: typer.Context, config: ConfigFile = None) -> None:
+    """Exit with 0 only if the daemon of this config lives and is attached."""
+    from fedloom_client.statedir import StateDir
+    from fedloom_client.status import ill_health
+
+    reason = ill_health(StateDir(_settings(config, context.args).state_dir).status)
+    typer.echo(reason or "attached", err=reason is not None)
+    sys.exit(0 if reason is None else 1)
+
+
+@app.command(context_settings=FLAGS)
+def node(context: typer.Context, config: ConfigFile = None) -> None:
+    """Lend this further host's devices to the site's worker group (workers.nnodes)."""
+    settings = _settings(config, context.args)
+    set_up_logging(settings.log_format, settings.log_level)
+    from fedloom_client.workers import join_group
+
+    sys.exit(join_group(settings))
+
+
+def _settings(config: Path | None, flags: list[str]) -> SiteConfig:
+    settings = load_settings(SiteConfig, config, env_prefix=ENV_PREFIX, flags=flags)
+    if (settings.tls is None) == (settings.insecure is None):
+        raise BadSpec(
+            "give tls: the folder that `fedloom provision site` made has its three files "
+            "(or, for tests on one machine only, insecure: the site's name); exactly one of both"
+        )
+    return settings

@@ -1,0 +1,137 @@
+"""The client daemon as a whole: its parts put together, started and stopped."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+
+from fedloom.v1 import session_pb2 as pb
+from fedloom_client import wire
+from fedloom_client.assignments import Assignments
+from fedloom_client.cache import Cache
+from fedloom_client.config import SiteConfig
+from fedloom_client.deliveries import Deliveries
+from fedloom_client.downloads import Downloads
+from fedloom_client.groups import Group, WarmGroup
+from fedloom_client.hardware import Device, data_set_bytes, find_devices, main_memory_bytes
+from fedloom_client.mailbox import Mailbox
+from fedloom_client.outbox import Outbox
+from fedloom_client.session import Session
+from fedloom_client.statedir import StateDir
+from fedloom_client.status import Status
+from fedloom_client.work import Performer
+from fedloom_client.workers import WorkerGroup
+from fedloom_common.channels import open_channel
+from fedloom_common.identity import Peer, Role
+
+STOP_S = 8.0  # container engines kill after 10
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+logger = logging.getLogger(__name__)
+
+
+class Daemon:
+    """One site's daemon."""
+
+    def __init__(self, config: SiteConfig, *, make_group: Callable[[str, Path], Group] | None = None) -> None:
+        """``make_group`` gives the worker group for a data set and a folder; torchrun's if not given."""
+        self._config = config
+        self._state = StateDir(config.state_dir)
+        self._status = Status(self._state.status)
+        self._devices: tuple[Device, ...] = ()
+        self._mailbox = Mailbox()
+        self._outbox = Outbox(self._state.outbox)
+        self._cache = Cache(self._state, Downloads(self._connect), models_kept=config.cache_models)
+        self._group = WarmGroup(self._state, make_group or self._worker_group, idle_s=config.workers.idle_s)
+        self._deliveries = Deliveries(
+            self._connect, outbox=self._outbox, report=self._mailbox.note, on_failure=self._fail
+        )
+        self._assignments = Assignments(
+            Performer(config, cache=self._cache, outbox=self._outbox, group=self._group),
+            mailbox=self._mailbox,
+            outbox=self._outbox,
+            deliveries=self._deliveries,
+            group=self._group,
+        )
+
+    async def run(self) -> None:
+        """Serve the coordinator until SIGTERM or SIGINT; what is finished is kept for the next start.
+
+        Raises:
+            BadSpec: the certificates or the state folder cannot be used.
+            NotPermitted: no TLS, and the coordinator is not on this host.
+            WrongState: another daemon uses the state folder.
+        """
+        with self._state.locked():
+            await self._connect().close()  # mistakes in the config end the start, not the first session
+            self._outbox.load()
+            self._cache.tidy()
+            await self._until_stopped(asyncio.create_task(self._serve()))
+
+    async def _until_stopped(self, serving: asyncio.Task[None]) -> None:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, stop.set)
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            serving.cancel()
+            await asyncio.wait({serving}, timeout=STOP_S)
+            for number in STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+        if not serving.done():
+            logger.error("the work under way does not end; leaving it", extra={"waited_s": STOP_S})
+            os._exit(0)  # its processes end with this one
+        if not serving.cancelled():
+            serving.result()
+        logger.info("stopped")
+
+    async def _serve(self) -> None:
+        session = Session(
+            self._connect,
+            coordinator=f"the coordinator at {self._config.coordinator}",
+            introduce=self._introduce,
+            listener=self._assignments,
+            mailbox=self._mailbox,
+            status=self._status,
+        )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(session.run())
+                tasks.create_task(self._assignments.run())
+        finally:
+            self._status.detached("it was stopped")
+            await self._deliveries.stop()
+            await self._group.stop()
+
+    async def _introduce(self) -> pb.SiteMessage:
+        if not self._devices:
+            self._devices = await asyncio.to_thread(find_devices, self._config.workers.device)
+        sources = self._config.data.items()
+        sizes = {name: await asyncio.to_thread(data_set_bytes, source) for name, source in sources}
+        return wire.hello(
+            devices=self._devices,
+            memory_bytes=main_memory_bytes(),
+            data_sets=sizes,
+            held_digests=self._cache.held_digests(),
+            open_assignments=self._assignments.open_ids(),
+        )
+
+    def _connect(self) -> grpc.aio.Channel:
+        name = self._config.insecure
+        peer = None if name is None else Peer(Role.SITE, name)
+        return open_channel(self._config.coordinator, self._config.tls, peer)
+
+    def _worker_group(self, data_set: str, directory: Path) -> Group:
+        return WorkerGroup(
+            workers=self._config.workers, source=self._config.data[data_set], directory=directory
+        )
+
+    def _fail(self, assignment_id: str, reason: str) -> None:
+        self._assignments.fail(assignment_id, reason)

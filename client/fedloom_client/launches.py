@@ -1,0 +1,228 @@
+"""One life of the launcher process, and the daemon's end of rank 0's socket."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from asyncio import StreamReader, StreamWriter
+from asyncio.subprocess import DEVNULL
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedloom_client.config import Workers
+from fedloom_client.training.launcher import SHUTDOWN_TIMEOUT_S, Launch, last_lines
+from fedloom_client.training.orders import LINE_LIMIT_BYTES, Job, WorkerProgress, decode, encode
+from fedloom_common.errors import TrainingFailed
+
+SOCKET_PATH_BYTES = 100  # sun_path holds 108 with the final zero
+FAILURE = "failure.txt"
+LAUNCHER_LOG = "launcher.log"
+STOP_S = 5.0  # for warm ranks to leave by themselves
+LOG_FOLDERS_KEPT = 5
+
+
+class RankZero:
+    """A rank 0 that has said ready."""
+
+    def __init__(self, reader: StreamReader, writer: StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self.has_served = False
+        """Whether it has done an order."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the process has ended, as far as its socket tells."""
+        return self._reader.at_eof()
+
+    async def ask(self, job: Job, on_progress: Callable[[WorkerProgress], None]) -> tuple[str, Any] | None:
+        """Have a job done; what the rank says at the end, None if it died."""
+        return await self._talk(encode("job", job.to_json()), on_progress)
+
+    async def call_off(self, order_id: str) -> bool:
+        """Have the order under way stopped; whether the rank is then ready for others."""
+        return await self._talk(encode("cancel", order_id), lambda _: None) is not None
+
+    def say_stop(self) -> None:
+        """Have the ranks end after what they do now."""
+        with contextlib.suppress(ConnectionError):
+            self._writer.write(encode("stop"))
+
+    async def close(self) -> None:
+        """Let go of the socket."""
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+
+    async def _talk(
+        self, line: bytes, on_progress: Callable[[WorkerProgress], None]
+    ) -> tuple[str, Any] | None:
+        with contextlib.suppress(ConnectionError):
+            self._writer.write(line)
+            await self._writer.drain()
+            while answer := await self._reader.readline():
+                kind, body = decode(answer)
+                if kind != "progress":
+                    return kind, body
+                on_progress(WorkerProgress(**body))
+        return None
+
+
+class Launched:
+    """A running launcher, and the socket that its rank 0 comes to."""
+
+    def __init__(self, folder: Path, logs: Path) -> None:
+        self._folder, self._logs = folder, logs
+        self._arrivals: asyncio.Queue[RankZero] = asyncio.Queue()
+        self._arrived: list[RankZero] = []
+        self._rank: RankZero | None = None
+        self._server: asyncio.Server | None = None
+
+    @classmethod
+    async def start(cls, workers: Workers, directory: Path, max_restarts: int) -> "Launched":
+        """Start the launcher, which starts the ranks.
+
+        Raises:
+            TrainingFailed: the workers' settings do not go together.
+        """
+        logs = directory / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        trim_logs(logs)
+        launched = cls(_short_folder(), logs)
+        try:
+            await launched._start(workers, directory, max_restarts)
+        except BaseException:
+            await launched._clean()
+            raise
+        return launched
+
+    @property
+    def has_served(self) -> bool:
+        """Whether the group has done an order."""
+        return any(rank.has_served for rank in self._arrived)
+
+    async def rank_zero(self) -> RankZero | None:
+        """Rank 0 when it is ready; None if the launcher ends first, its restarts used up."""
+        if self._rank is not None and not self._rank.is_lost:
+            return self._rank
+        arrival = asyncio.create_task(self._arrivals.get())
+        try:
+            await asyncio.wait({arrival, self._exit}, return_when=asyncio.FIRST_COMPLETED)
+            self._rank = arrival.result() if arrival.done() else None
+        finally:
+            arrival.cancel()
+        return self._rank
+
+    def reason(self) -> str:
+        """Why the launcher ended."""
+        where = f"(output of the ranks: {self._logs})"
+        failure = self._logs / FAILURE
+        if failure.is_file():
+            return f"{failure.read_text()}\n{where}"
+        log = last_lines((self._logs / LAUNCHER_LOG).read_text(errors="replace"))
+        return f"the launcher ended with status {self._exit.result()}: {log}\n{where}"
+
+    async def stop(self) -> None:
+        """End the launcher and its ranks: politely if they wait for work, else by signals."""
+        try:
+            if self._rank is not None and not self._rank.is_lost:
+                self._rank.say_stop()
+                await asyncio.wait({self._exit}, timeout=STOP_S)
+            for sign in (signal.SIGTERM, signal.SIGKILL):
+                if not self._exit.done():
+                    self._process.send_signal(sign)
+                    await asyncio.wait({self._exit}, timeout=2 * SHUTDOWN_TIMEOUT_S)
+        finally:
+            if not self._exit.done():
+                self._process.kill()  # the kernel then kills the ranks
+            await self._clean()
+
+    async def _start(self, workers: Workers, directory: Path, max_restarts: int) -> None:
+        control = self._folder / "control"
+        launch = launch_of(workers, self._logs, control=control, max_restarts=max_restarts)
+        (self._logs / FAILURE).unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._arrive, control, limit=LINE_LIMIT_BYTES)
+        with (self._logs / LAUNCHER_LOG).open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *launcher_command(launch), env=environment(directory), stdin=DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,  # a Ctrl-C in the daemon's terminal is the daemon's to handle
+            )  # fmt: skip
+        self._exit = asyncio.create_task(self._process.wait())
+
+    async def _clean(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for rank in self._arrived:
+            await rank.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _arrive(self, reader: StreamReader, writer: StreamWriter) -> None:
+        line = await reader.readline()
+        if line and decode(line)[0] == "ready":
+            rank = RankZero(reader, writer)
+            self._arrived.append(rank)
+            self._arrivals.put_nowait(rank)
+        else:
+            writer.close()
+
+
+def launch_of(workers: Workers, logs: Path, *, control: Path | None, max_restarts: int) -> Launch:
+    """What to tell a launcher; without ``control`` it joins the daemon's on another host.
+
+    Raises:
+        TrainingFailed: the workers' settings do not go together.
+    """
+    if workers.nnodes > 1 and workers.rdzv_endpoint is None:
+        raise TrainingFailed(
+            f"workers.nnodes is {workers.nnodes}, but workers.rdzv_endpoint is not set: give host:port of "
+            "the daemon's host, the same on every host of the site"
+        )
+    if workers.nnodes == 1 and control is None:
+        raise TrainingFailed("workers.nnodes is 1: the group has no further hosts to join it from")
+    endpoint = workers.rdzv_endpoint if workers.nnodes > 1 else f"{control}.rendezvous"
+    assert endpoint is not None
+    return Launch(
+        parent_pid=os.getpid(),
+        nproc_per_node=workers.nproc_per_node,
+        device=workers.device,
+        threads_per_rank=workers.threads_per_rank,
+        max_restarts=max_restarts,
+        collective_timeout_s=workers.collective_timeout_s,
+        nnodes=workers.nnodes,
+        rdzv_endpoint=endpoint,
+        rdzv_id=workers.rdzv_id,
+        control=None if control is None else str(control),
+        logs=str(logs),
+        failure=str(logs / FAILURE),
+    )
+
+
+def launcher_command(launch: Launch) -> list[str]:
+    """The command line that runs a launcher."""
+    return [sys.executable, "-m", "fedloom_client.training.launcher", launch.to_json()]
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """The environment of the training process: nothing comes from the hub, caches stay at the site."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str((directory / "huggingface").absolute())}
+
+
+def trim_logs(logs: Path) -> None:
+    """Keep the ranks' logs of the last few launches."""
+    folders = sorted(
+        (path for path in logs.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime_ns
+    )
+    for old in folders[:-LOG_FOLDERS_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _short_folder() -> Path:
+    """A folder for the socket that only this user can enter, with a path short enough for a socket."""
+    folder = Path(tempfile.mkdtemp(prefix="fedloom-"))
+    if len(os.fsencode(folder / "control")) <= SOCKET_PATH_BYTES:
+        return folder
+    folder.rmdir()
+    return Path(tempfile.mkdtemp(prefix="fedloom-", dir="/tmp"))

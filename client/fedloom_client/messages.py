@@ -1,0 +1,80 @@
+"""What site and coordinator say to each other about work, free of protobuf."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Phase = Literal["download", "start", "prepare", "train", "evaluate", "wait", "upload"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blob:
+    """One immutable file that the coordinator serves."""
+
+    name: str
+    digest: str
+    """"sha256:" and 64 hexadecimal digits."""
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """One piece of work; the id is the same every time the coordinator sends it."""
+
+    id: str
+    work: Literal["train", "evaluate"]
+    run_id: str
+    round: int
+    """From 1; 0 for the evaluation of the initial model."""
+    attempt: int
+    model: Blob
+    assets: tuple[Blob, ...]
+    """Files that make the architecture and tokenizer."""
+    spec_json: str
+    deadline_s: float
+    """Seconds, from its arrival, until the result is no longer wanted; 0 for no deadline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far an assignment has come."""
+
+    assignment_id: str
+    phase: Phase
+    done: int = 0
+    total: int = 0
+    """Units in all; 0 if not known."""
+    loss: float | None = None
+    tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result of a finished assignment."""
+
+    assignment_id: str
+    update_digest: str = ""
+    """Empty after an evaluation."""
+    update_bytes: int = 0
+    examples: int
+    tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """The site's policy does not permit an assignment."""
+
+    assignment_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The site tried an assignment and could not finish it."""
+
+    assignment_id: str
+    reason: str
+
+
+Answer = Outcome | Refusal | Failure

@@ -1,0 +1,125 @@
+"""Finished trainings that wait for delivery; they survive a crash of the daemon and of the host.
+
+An entry is a folder with the update and, written last, its outcome.json: a folder without one is
+work that was never finished.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from fedloom_client.messages import Assignment, Outcome
+from fedloom_client.statedir import safe_name
+from fedloom_common.files import digest_of_file, sync_folder, write_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """One finished training."""
+
+    run_id: str
+    round: int
+    attempt: int
+    outcome: Outcome
+    path: Path
+    """The update file."""
+
+
+class Outbox:
+    """The entries by assignment id."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._entries: dict[str, Finished] = {}
+
+    def load(self) -> None:
+        """Take up what an earlier daemon left, and clear away what it did not finish."""
+        for folder in sorted(self._folder.iterdir()):
+            entry = _read(folder)
+            if entry is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                self._entries[entry.outcome.assignment_id] = entry
+                logger.info(
+                    "a finished training waits for delivery",
+                    extra={"assignment": entry.outcome.assignment_id},
+                )
+
+    def __iter__(self) -> Iterator[str]:
+        """Ids of the assignments that have an entry."""
+        return iter(self._entries)
+
+    def get(self, assignment_id: str) -> Finished | None:
+        """The entry of an assignment."""
+        return self._entries.get(assignment_id)
+
+    def update_path(self, assignment_id: str) -> Path:
+        """Where the training writes its update."""
+        folder = self._folder / safe_name(assignment_id)
+        folder.mkdir(exist_ok=True)
+        return folder / "update.safetensors"
+
+    async def add(self, assignment: Assignment, outcome: Outcome) -> Outcome:
+        """Make a training durable whose update file is written; gives its outcome with the file's digest.
+
+        Raises:
+            StorageFull: the disk is full.
+        """
+        path = self.update_path(assignment.id)
+        digest = await asyncio.to_thread(digest_of_file, path)
+        outcome = replace(outcome, update_digest=digest, update_bytes=path.stat().st_size)
+        entry = Finished(
+            run_id=assignment.run_id,
+            round=assignment.round,
+            attempt=assignment.attempt,
+            outcome=outcome,
+            path=path,
+        )
+        text = json.dumps(asdict(entry) | {"path": path.name}, indent=2)
+        await asyncio.to_thread(_make_durable, path, text)
+        self._entries[assignment.id] = entry
+        return outcome
+
+    def remove(self, assignment_id: str) -> None:
+        """Forget an assignment's training, finished or not."""
+        self._entries.pop(assignment_id, None)
+        shutil.rmtree(self._folder / safe_name(assignment_id), ignore_errors=True)
+
+    def superseded_by(self, assignment: Assignment) -> list[str]:
+        """Trainings of the same run that this newer one makes worthless: earlier rounds and attempts."""
+        if assignment.work != "train":
+            return []
+        newest = (assignment.round, assignment.attempt)
+        return [
+            name
+            for name, entry in self._entries.items()
+            if entry.run_id == assignment.run_id and (entry.round, entry.attempt) < newest
+        ]
+
+    def of_run(self, run_id: str) -> list[str]:
+        """Ids of a run's entries."""
+        return [name for name, entry in self._entries.items() if entry.run_id == run_id]
+
+
+def _make_durable(path: Path, outcome: str) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    write_text(path.parent / "outcome.json", outcome)
+    sync_folder(path.parent.parent)
+
+
+def _read(folder: Path) -> Finished | None:
+    path = folder / "update.safetensors"
+    try:
+        facts = json.loads((folder / "outcome.json").read_text())
+        entry = Finished(**facts | {"outcome": Outcome(**facts["outcome"]), "path": path})
+        return entry if path.stat().st_size == entry.outcome.update_bytes else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

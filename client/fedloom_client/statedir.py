@@ -1,0 +1,65 @@
+"""The daemon's own folder: what lies where, and that one daemon alone uses it."""
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedloom_common.errors import BadSpec, WrongState
+
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class StateDir:
+    """Places in the state folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.models = root / "models"
+        self.assets = root / "assets"
+        self.outbox = root / "outbox"
+        self.runs = root / "runs"
+        self.status = root / "status.json"
+        self._lock = root / "lock"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder if it is missing, and keep every other daemon out of it.
+
+        Raises:
+            WrongState: another daemon uses the folder.
+            BadSpec: the folder cannot be made or written.
+        """
+        try:
+            for folder in (self.models, self.assets, self.outbox, self.runs):
+                folder.mkdir(parents=True, exist_ok=True)
+            file = self._lock.open("a+")
+        except OSError as error:
+            raise BadSpec(f"state_dir {self.root} cannot be used: {error.strerror}; give another") from error
+        with file:
+            self._claim(file.fileno())
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def _claim(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = self._lock.read_text().strip() or "unknown"
+            raise WrongState(
+                f"another client daemon (process {holder}) uses state_dir {self.root}; "
+                "stop it, or give this one its own state_dir"
+            ) from error
+
+
+def safe_name(name: str) -> str:
+    """A folder name for an id that came over the network: the id itself if it is plain, and never a path."""
+    if _PLAIN.fullmatch(name):
+        return name
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-")[:80]
+    return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:16]}".lstrip("-")

@@ -1,0 +1,161 @@
+"""Doing one assignment: may we, fetch what it needs, let the worker group do it, keep the result."""
+
+import asyncio
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+
+from fedloom_client.cache import Cache, model_type, require_space
+from fedloom_client.config import SiteConfig
+from fedloom_client.groups import WarmGroup
+from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress, Refusal
+from fedloom_client.outbox import Outbox
+from fedloom_client.policy import refusal_of_model, refusal_of_run
+from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult
+from fedloom_common.errors import FederationError
+from fedloom_common.runspec import RunSpec, parse_run_spec
+
+DEADLINE_GRACE_S = 10.0  # the coordinator's Cancel comes first; this ends work whose coordinator is gone
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[Progress], None]
+
+
+class Performer:
+    """Turns assignments into answers, one at a time."""
+
+    def __init__(self, config: SiteConfig, *, cache: Cache, outbox: Outbox, group: WarmGroup) -> None:
+        self._config = config
+        self._cache = cache
+        self._outbox = outbox
+        self._group = group
+
+    async def answer(self, assignment: Assignment, deadline_at_s: float | None, report: Report) -> Answer:
+        """Do an assignment; whatever goes wrong becomes its answer.
+
+        A finished training is in the outbox before this returns. ``deadline_at_s`` is a time of the
+        event loop's clock.
+        """
+        end_s = None if deadline_at_s is None else deadline_at_s + DEADLINE_GRACE_S
+        try:
+            async with asyncio.timeout_at(end_s):
+                answer = await self._do(assignment, report)
+        except TimeoutError as error:
+            late = f"not done by the deadline of {assignment.deadline_s:g} s"
+            answer = _failure(assignment, str(error) or late)
+        except (FederationError, OSError) as error:
+            answer = _failure(assignment, self._explain(error))
+        except Exception as error:  # the daemon outlives any assignment, and the operator hears why
+            logger.exception("an assignment failed in a way that fedloom does not know")
+            answer = _failure(assignment, f"{type(error).__name__}: {error}")
+        finally:
+            if self._outbox.get(assignment.id) is None:
+                self._outbox.remove(assignment.id)
+        return answer
+
+    async def _do(self, assignment: Assignment, report: Report) -> Answer:
+        spec = parse_run_spec(assignment.spec_json)
+        reason = refusal_of_run(
+            spec,
+            policy=self._config.policy,
+            data_sets=self._config.data,
+            model_bytes=assignment.model.size_bytes,
+        )
+        if reason:
+            return Refusal(assignment_id=assignment.id, reason=reason)
+        began_s = time.monotonic()
+        report(Progress(assignment_id=assignment.id, phase="download", total=assignment.model.size_bytes))
+        assets = await self._cache.assets(assignment.assets)
+        reason = refusal_of_model(model_type(assets), policy=self._config.policy)
+        if reason:
+            return Refusal(assignment_id=assignment.id, reason=reason)
+        model = await self._cache.model(assignment.model, _report_download(assignment, report))
+        download_s = time.monotonic() - began_s
+        result = await self._train(
+            assignment, spec, model_path=str(model), assets_dir=str(assets), report=report
+        )
+        return await self._keep(assignment, result, {"download": download_s, **result.phase_seconds})
+
+    async def _train(
+        self, assignment: Assignment, spec: RunSpec, *, model_path: str, assets_dir: str, report: Report
+    ) -> WorkerResult:
+        update_path = ""
+        if assignment.work == "train":
+            path = self._outbox.update_path(assignment.id)
+            require_space(path.parent, assignment.model.size_bytes, "the update")
+            update_path = str(path)
+        order = Order(
+            id=assignment.id,
+            work=assignment.work,
+            run_id=assignment.run_id,
+            round=assignment.round,
+            model_path=model_path,
+            assets_dir=assets_dir,
+            spec=spec.model_dump(mode="json"),
+            update_path=update_path,
+        )
+        report(Progress(assignment_id=assignment.id, phase="start"))
+        return await self._group.perform(order, spec.data, _report_work(assignment, report))
+
+    async def _keep(
+        self, assignment: Assignment, result: WorkerResult, phase_seconds: dict[str, float]
+    ) -> Outcome:
+        outcome = Outcome(
+            assignment_id=assignment.id,
+            examples=result.examples,
+            tokens=result.tokens,
+            metrics=result.metrics,
+            phase_seconds=phase_seconds,
+        )
+        if assignment.work == "evaluate":
+            return outcome
+        adding = asyncio.ensure_future(self._outbox.add(assignment, outcome))
+        try:
+            return await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            await adding  # a shutdown now must not cost the training
+            raise
+
+    def _explain(self, error: Exception) -> str:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            return str(error)
+        root = self._config.state_dir
+        free_bytes = shutil.disk_usage(root).free
+        return (
+            f"no space left in state_dir {root} ({free_bytes} bytes are free): free some, or move it\n{error}"
+        )
+
+
+def _failure(assignment: Assignment, reason: str) -> Failure:
+    return Failure(assignment_id=assignment.id, reason=reason)
+
+
+def _report_download(assignment: Assignment, report: Report) -> Callable[[int], None]:
+    def on_bytes(done: int) -> None:
+        report(
+            Progress(
+                assignment_id=assignment.id, phase="download", done=done, total=assignment.model.size_bytes
+            )
+        )
+
+    return on_bytes
+
+
+def _report_work(assignment: Assignment, report: Report) -> Callable[[WorkerProgress], None]:
+    def on_progress(progress: WorkerProgress) -> None:
+        report(
+            Progress(
+                assignment_id=assignment.id,
+                phase=progress.phase,
+                done=progress.done,
+                total=progress.total,
+                loss=progress.loss,
+                tokens_per_s=progress.tokens_per_s,
+            )
+        )
+
+    return on_progress

@@ -1,0 +1,157 @@
+"""The worker group as the daemon sees it: give it an order, get a result. No torch here.
+
+    WorkerGroup ── starts ──► launcher (torchrun) ── starts, restarts ──► ranks
+         └──────────────── Unix socket, JSON lines ──────────────────────► rank 0
+
+The daemon listens, rank 0 connects and says ready, again after every restart.
+"""
+
+import asyncio
+import logging
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from fedloom_client.config import DataSource, SiteConfig, Workers
+from fedloom_client.launches import (
+    LAUNCHER_LOG,
+    Launched,
+    RankZero,
+    environment,
+    launch_of,
+    launcher_command,
+    trim_logs,
+)
+from fedloom_client.training.launcher import SHUTDOWN_TIMEOUT_S
+from fedloom_client.training.orders import Job, Order, Source, WorkerProgress, WorkerResult
+from fedloom_common.errors import TrainingFailed
+
+CANCEL_S = 10.0  # for the ranks to agree on a stop; a step that lasts longer is ended with its processes
+REJOIN_S = 5.0  # between two tries of a further host to meet the group
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerGroup:
+    """The torchrun group of one run: started on first use, warm between orders."""
+
+    def __init__(self, *, workers: Workers, source: DataSource, directory: Path) -> None:
+        """``directory`` is the run's own folder at the site: packed data, optimizer state, logs."""
+        self._workers = workers
+        self._source = Source(**source.model_dump())
+        self._directory = directory
+        self._launched: Launched | None = None
+        self._turn = asyncio.Lock()
+
+    async def perform(self, order: Order, on_progress: Callable[[WorkerProgress], None]) -> WorkerResult:
+        """Do one order; orders wait for each other. Cancelling the caller stops the work, not the group.
+
+        Raises:
+            TrainingFailed: why it cannot be done, or the end of the failing rank's traceback after
+                ``workers.max_restarts`` restarts.
+        """
+        async with self._turn:
+            job = Job(order=order, source=self._source, directory=str(self._directory.absolute()))
+            started, lost = time.monotonic(), 0
+            while True:
+                rank = await self._ready_rank(lost, on_progress)
+                ready_s = time.monotonic() - started
+                result = await self._perform_on(rank, job, on_progress)
+                if result is not None:
+                    return replace(result, phase_seconds={"start": ready_s} | result.phase_seconds)
+                lost += 1
+                logger.warning("a rank died during an order", extra={"run": order.run_id, "lost": lost})
+                on_progress(WorkerProgress(phase="start", done=lost))
+
+    async def stop(self) -> None:
+        """End the group's processes; the next order would start them again."""
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            await launched.stop()
+
+    async def _ready_rank(self, lost: int, on_progress: Callable[[WorkerProgress], None]) -> RankZero:
+        """The rank that takes orders, after ``lost`` deaths during this one.
+
+        A launcher that ends has used up its restarts. If some of them went to earlier orders, or it ended
+        between orders, another one gets what is left of this order's.
+        """
+        while True:
+            if self._launched is None:
+                on_progress(WorkerProgress(phase="start", done=lost))
+                logger.info("the worker group starts", extra={"directory": str(self._directory)})
+                restarts = max(0, self._workers.max_restarts - lost)
+                self._launched = await Launched.start(self._workers, self._directory, restarts)
+            launched = self._launched
+            rank = await launched.rank_zero()
+            if rank is not None:
+                return rank
+            await self.stop()
+            if lost > self._workers.max_restarts or not launched.has_served:
+                raise TrainingFailed(launched.reason())
+
+    async def _perform_on(
+        self, rank: RankZero, job: Job, on_progress: Callable[[WorkerProgress], None]
+    ) -> WorkerResult | None:
+        """The result; None if the rank died."""
+        try:
+            answer = await rank.ask(job, on_progress)
+        except BaseException:  # cancelled, or on_progress raised: nobody waits for the result any more
+            await self._call_off(rank, job.order.id)
+            raise
+        if answer is None:
+            return None
+        kind, body = answer
+        if kind == "result":
+            rank.has_served = True
+            return WorkerResult(**body)
+        raise TrainingFailed(str(body))
+
+    async def _call_off(self, rank: RankZero, order_id: str) -> None:
+        stopped = False
+        try:
+            async with asyncio.timeout(CANCEL_S):
+                stopped = await rank.call_off(order_id)
+        except TimeoutError:
+            logger.warning("the ranks did not stop in time and are ended", extra={"order": order_id})
+        finally:
+            if not stopped:
+                await self.stop()
+
+
+def join_group(config: SiteConfig) -> int:
+    """Lend this host's devices to the group of the daemon on another host of the site, until interrupted."""
+    logs = config.state_dir / "logs" / socket.gethostname()
+    logs.mkdir(parents=True, exist_ok=True)
+    while True:
+        trim_logs(logs)
+        launch = launch_of(config.workers, logs, control=None, max_restarts=config.workers.max_restarts)
+        with (logs / LAUNCHER_LOG).open("wb") as log:
+            process = subprocess.Popen(
+                launcher_command(launch),
+                env=environment(config.state_dir),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            status = process.wait()
+            logger.info(
+                "the worker group has ended; this host waits for the next one", extra={"status": status}
+            )
+            time.sleep(REJOIN_S if status else 0)
+        except KeyboardInterrupt:
+            process.terminate()
+            _end(process)
+            return 0
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    try:
+        process.wait(2 * SHUTDOWN_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

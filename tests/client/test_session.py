@@ -1,0 +1,116 @@
+"""Attaching to a coordinator, and attaching again."""
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc
+import pytest
+
+from fedloom_client import session as session_module
+from fedloom_client.status import ill_health
+from fedloom_client.training.orders import WorkerProgress
+
+
+async def test_hello_says_what_the_site_has(world: Any) -> None:
+    world.daemon()
+    hello = await world.attached()
+    assert hello.protocol_version == 1
+    assert [device.kind for device in hello.devices] == ["cpu"]
+    assert hello.memory_bytes > 1 << 28
+    assert {data.name: data.size_bytes for data in hello.data_sets} == {"plays": len("to be or not to be")}
+    assert list(hello.held_digests) == list(hello.open_assignments) == []
+
+
+async def test_heartbeats_come_at_the_pace_that_the_coordinator_asks_for(world: Any) -> None:
+    world.coordinator.heartbeat_s = 0.1
+    world.daemon()
+    clock = asyncio.get_running_loop().time
+    await world.coordinator.until_heard("heartbeat", 1)
+    began_s = clock()
+    await world.coordinator.until_heard("heartbeat", 6)
+    assert 0.45 < clock() - began_s < 1.5
+
+
+async def test_the_site_attaches_again_after_the_coordinator_was_away(
+    world: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedloom_client")
+    world.daemon()
+    await world.attached()
+    await world.coordinator.stop()
+    await asyncio.sleep(1.5)
+    await world.coordinator.start()
+    await world.attached(2)
+    await world.coordinator.until_heard("heartbeat", 2)
+    lines = [record for record in caplog.records if record.name == session_module.__name__]
+    assert [line.message for line in lines] == ["attached", "not attached; trying on", "attached"]
+
+
+async def test_work_goes_on_while_the_session_is_broken_and_its_result_goes_over_the_next(world: Any) -> None:
+    world.group.gate.clear()
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    await world.group.started.wait()
+    world.coordinator.break_session()
+    assert list((await world.attached(2)).open_assignments) == ["r1-train"]
+    world.group.gate.set()
+    await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-train"])
+    assert len(world.group.orders) == 1
+
+
+async def test_a_refused_site_says_what_to_do_once_and_tries_at_the_slowest_pace(
+    world: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedloom_client.backoff.LONGEST_S", 0.2)
+    monkeypatch.setattr("fedloom_client.backoff.Backoff.slowest_s", lambda self: 0.05)
+    world.coordinator.attach_error = (grpc.StatusCode.UNAUTHENTICATED, "the certificate is revoked")
+    world.daemon()
+    await asyncio.sleep(0.7)
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert "the certificate is revoked" in errors[0].reason
+    assert "fedloom provision site" in errors[0].reason
+    world.coordinator.attach_error = None
+    await world.attached()
+
+
+async def test_another_protocol_version_is_an_error_that_names_both(
+    world: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.coordinator.protocol_version = 2
+    world.daemon()
+    await world.attached()
+    await asyncio.sleep(0.3)
+    (error,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert "protocol version 2" in error.reason
+    assert "version 1" in error.reason
+
+
+async def test_a_coordinator_that_never_answers_hello_is_left(
+    world: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "WELCOME_S", 0.3)
+    world.coordinator.is_silent = True
+    world.daemon()
+    await world.attached(2)
+    (line,) = [record for record in caplog.records if record.message.startswith("not attached")]
+    assert "does not answer Hello within 0.3 s" in line.reason
+    assert "is not attached" in str(ill_health(world.state / "status.json"))
+
+
+async def test_progress_is_coalesced_and_its_latest_value_arrives(world: Any) -> None:
+    world.group.gate.clear()
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    await world.group.started.wait()
+    for step in range(200):
+        world.group.report(WorkerProgress(phase="train", done=step, total=200, loss=2.0, tokens_per_s=1e4))
+        await asyncio.sleep(0.005)
+    progress = await world.coordinator.until(
+        lambda: [p for p in world.coordinator.kinds("progress") if p.done == 199]
+    )
+    assert progress[0].loss == 2.0
+    assert len(world.coordinator.kinds("progress")) < 15
