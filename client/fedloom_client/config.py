@@ -13,14 +13,14 @@ class DataSource(Strict):
     """Files of one data set, by the name under which run specs ask for it."""
 
     format: Literal["text", "jsonl", "parquet", "dataset"] = "text"
-    """``text``: one document a file; ``jsonl`` and ``parquet``: one document a record; ``dataset``: a directory
-    that the datasets library saved."""
+    """``text``: one document a file; ``jsonl`` and ``parquet``: one document a record; ``dataset``: a
+    directory that the datasets library saved."""
     files: tuple[ConfigGlob, ...] = Field(min_length=1)
     """Paths or globs, relative to the config file's folder."""
     text_field: str = "text"
     """Field of a record that holds its text."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share kept out of training, to measure models on: the tail of each text file, or records drawn at random."""
+    """Share kept out of training, to measure models on: the tail of each text file, or records at random."""
 
 
 class Workers(Strict):

@@ -61,9 +61,10 @@ class Federation:
                         "--listen", f"127.0.0.1:{self._port}")  # fmt: skip
             for site, ranks in SITES.items():
                 source = {"format": "text", "files": [str(HERE / "texts" / site / "*.txt")]}
-                data = json.dumps({"shakespeare": source, site: source})  # under its own name, to train alone
-                self._start("client", self._kit / f"sites/{site}/site.yaml", "--data", data,
-                            "--workers.nproc-per-node", str(ranks), "--workers.threads-per-rank", "1")  # fmt: skip
+                data = json.dumps({"shakespeare": source, site: source})  # its own name: to train alone
+                config = self._kit / f"sites/{site}/site.yaml"
+                workers = ("--workers.nproc-per-node", str(ranks), "--workers.threads-per-rank", "1")
+                self._start("client", config, "--data", data, *workers)
             self._wait_for_sites()
             yield
         finally:
@@ -149,9 +150,7 @@ def main(
     ),
 ) -> None:
     """Train a small GPT on three sites' plays, and show what came of it."""
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # `kill` ends what was started, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end what was started, as Ctrl-C does
     shutil.rmtree(output / "model", ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fedloom-demo-") as scratch:

@@ -92,7 +92,8 @@ def save_plot(by_round: Losses, path: Path) -> None:
             rounds,
             [by_round[number].get(name, math.nan) for number in rounds],
             label=name, marker="o", markersize=4,
-            color="black" if overall else None, linewidth=2.5 if overall else 1.2,
+            color="lightgrey" if overall else None, linewidth=6 if overall else 1.2,
+            zorder=1 if overall else 2,
         )  # fmt: skip
     axes.set(xlabel="Round", ylabel="Held-out loss (nats a byte)", title="One GPT, trained by three sites")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import RunSpec, parse_run_spec, run_spec_schema
 

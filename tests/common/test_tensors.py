@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from fedloom_common.errors import BadTensor
-from fedloom_common.tensors import Manifest, encode_header, read_tensors, write_tensors
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fedloom_common.errors import BadTensor
+from fedloom_common.tensors import Manifest, encode_header, read_tensors, write_tensors
 
 TENSORS = {
     "scalar": torch.tensor(1.5),

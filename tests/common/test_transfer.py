@@ -4,6 +4,7 @@ import os
 import google_crc32c
 import grpc
 import pytest
+
 from fedloom.v1.transfer_pb2 import Chunk
 from fedloom.v1.transfer_pb2_grpc import (
     TransferServiceServicer,
@@ -97,7 +98,7 @@ async def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
     partial = await PartialFile.open(tmp_path / "part", 100, "sha256:0")
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(StorageFull, match="no space left for 100 bytes in .*: free some"):
+    with pytest.raises(StorageFull, match=r"no space left for 100 bytes in .*: free some"):
         await partial.add(chunk_at(0, 100))
     partial.close()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from fedloom.v1 import session_pb2 as pb
 from fedloom.v1 import transfer_pb2
 from fedloom.v1.session_pb2_grpc import FederationServiceStub
@@ -23,7 +25,6 @@ from fedloom_common.transfer import chunks_of, download, upload
 from fedloom_server.app import Coordinator, coordinator
 from fedloom_server.config import CoordinatorConfig
 from fedloom_server.records import Run
-from safetensors.numpy import load_file, save_file
 
 
 class Fault(Enum):
@@ -273,7 +274,7 @@ class Bench:
 
     async def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
         async with asyncio.timeout(seconds):
-            while not holds():
+            while not holds():  # noqa: ASYNC110 (any condition at all)
                 await asyncio.sleep(0.01)
 
     async def ended(self, run: Run, seconds: float = 20) -> Run:

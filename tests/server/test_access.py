@@ -1,11 +1,12 @@
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from fedloom.v1 import runs_pb2, runs_pb2_grpc, session_pb2, transfer_pb2
 from fedloom_common.channels import open_channel
 from fedloom_common.identity import Peer, Role
 from fedloom_server.rpc.access import ADMITTED
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 
 def test_every_method_of_the_contract_is_in_the_table():
@@ -78,7 +79,7 @@ async def test_a_session_without_hello_is_refused(bench):
             await call.read()
         hello = session_pb2.SiteMessage(hello=session_pb2.Hello(protocol_version=99, software="future"))
         call = FederationServiceStub(channel).Attach(iter([hello]))
-        with pytest.raises(grpc.aio.AioRpcError, match="speaks protocol version 99 .future."):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"speaks protocol version 99 .future."):
             await call.read()
 
 

@@ -2,6 +2,7 @@ import asyncio
 
 import numpy as np
 import pytest
+
 from fedloom_server.app import coordinator
 
 

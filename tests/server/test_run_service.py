@@ -3,6 +3,7 @@ import hashlib
 
 import grpc
 import pytest
+
 from fedloom.v1 import runs_pb2 as pb
 from fedloom.v1 import transfer_pb2
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
@@ -23,7 +24,7 @@ async def test_watch_tells_of_every_round_and_ends_with_the_run(bench, spec, cha
 
     async def watch() -> None:
         async for event in RunServiceStub(channel).Watch(pb.WatchRequest(run_id=run.id[:5])):
-            events.append(event)
+            events.append(event)  # noqa: PERF401 (the test looks at them as they come)
 
     watching = asyncio.create_task(watch())
     await bench.until(lambda: events)

@@ -1,5 +1,6 @@
 import grpc
 import pytest
+
 from fedloom.v1 import transfer_pb2
 from fedloom.v1.transfer_pb2_grpc import TransferServiceStub
 from fedloom_common.channels import open_channel
@@ -47,7 +48,7 @@ async def test_a_late_upload_is_refused(bench, spec, fault):
     cohort = {"min_sites": 2, "quorum": 1, "stall_s": 0.5}
     run = await bench.ended(await bench.enqueue(spec(cohort=cohort)))
     path = next(bench.sites["good"].folder.glob("*.safetensors"))
-    with pytest.raises(WrongState, match="no progress for 0.5 s"):
+    with pytest.raises(WrongState, match=r"no progress for 0\.5 s"):
         await upload(late.transfer, f"{run.id}.1.1.train.late", path, 0)
 
 
