@@ -69,7 +69,7 @@ class _JsonLines(logging.Formatter):
             "message": record.getMessage(),
         }
         # A field may not replace what every line has.
-        line = {**_fields(record), **line}
+        line = {**line, **_fields(record), **line}
         if trace := _traceback(record):
             line["exception"] = trace
         return json.dumps(line, default=str)
