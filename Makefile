@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/fedloom/v1/*.proto)
 
-.PHONY: demo test test-slow test-docker check protos clean help
+.PHONY: setup demo test test-slow test-docker test-gpu check protos clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16

@@ -121,14 +121,14 @@ class Assignments:
         logger.info("the coordinator goes away", extra={"reason": reason})
         self._draining = True
 
-    def end_run(self, run_id: str) -> None:
-        """Stop a run's work and let everything that belongs to it go."""
+    def end_run(self, run_id: str, *, may_resume: bool) -> None:
+        """Stop a run's work and let what belongs to it go; all but its own files if it may be resumed."""
         for name in [name for name, item in self._answers.items() if item.run_id == run_id]:
             del self._answers[name]
         waiting = [name for name, item in self._queue.items() if item.assignment.run_id == run_id]
         for name in (*waiting, *self._outbox.of_run(run_id)):
             self._forget(name, "the run has ended")
-        self._start(self._group.end_run(run_id))
+        self._start(self._group.end_run(run_id, may_resume=may_resume))
 
     async def _do(self, waiting: _Waiting) -> None:
         assignment = waiting.assignment

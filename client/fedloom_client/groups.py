@@ -57,12 +57,16 @@ class WarmGroup:
             finally:
                 self._rest(self._idle_s)
 
-    async def end_run(self, run_id: str) -> None:
-        """Let a run's group go, and what it kept: packed data and the optimizer's state, but not its logs."""
+    async def end_run(self, run_id: str, *, may_resume: bool) -> None:
+        """Let a run's group go, and what it kept: packed data and the optimizer's state, but not its logs.
+
+        A run that may be resumed keeps its files: its next round goes on with the same optimizer.
+        """
         async with self._lock:
             if self._run_id == run_id:
                 await self._let_go()
-            await asyncio.to_thread(_clear, self._runs / safe_name(run_id))
+            if not may_resume:
+                await asyncio.to_thread(_clear, self._runs / safe_name(run_id))
 
     async def stop(self) -> None:
         """End the processes."""

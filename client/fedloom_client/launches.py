@@ -30,13 +30,15 @@ class RankZero:
 
     def __init__(self, reader: StreamReader, writer: StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self._lost = False
         self.has_served = False
         """Whether it has done an order."""
 
     @property
     def is_lost(self) -> bool:
         """Whether the process has ended, as far as its socket tells."""
-        return self._reader.at_eof()
+        # a process that was killed may leave a reset connection instead of an end of file
+        return self._lost or self._reader.at_eof() or self._reader.exception() is not None
 
     async def ask(self, job: Job, on_progress: Callable[[WorkerProgress], None]) -> tuple[str, Any] | None:
         """Have a job done; what the rank says at the end, None if it died."""
@@ -68,6 +70,7 @@ class RankZero:
                 if kind != "progress":
                     return kind, body
                 on_progress(WorkerProgress(**body))
+        self._lost = True
         return None
 
 
@@ -106,14 +109,15 @@ class Launched:
 
     async def rank_zero(self) -> RankZero | None:
         """Rank 0 when it is ready; None if the launcher ends first, its restarts used up."""
-        if self._rank is not None and not self._rank.is_lost:
-            return self._rank
-        arrival = asyncio.create_task(self._arrivals.get())
-        try:
-            await asyncio.wait({arrival, self._exit}, return_when=asyncio.FIRST_COMPLETED)
-            self._rank = arrival.result() if arrival.done() else None
-        finally:
-            arrival.cancel()
+        while self._rank is None or self._rank.is_lost:
+            arrival = asyncio.create_task(self._arrivals.get())
+            try:
+                await asyncio.wait({arrival, self._exit}, return_when=asyncio.FIRST_COMPLETED)
+                if not arrival.done():
+                    return None
+                self._rank = arrival.result()
+            finally:
+                arrival.cancel()
         return self._rank
 
     def reason(self) -> str:

@@ -47,7 +47,7 @@ class Listener(Protocol):
 
     def drain(self, reason: str) -> None: ...
 
-    def end_run(self, run_id: str) -> None: ...
+    def end_run(self, run_id: str, *, may_resume: bool) -> None: ...
 
 
 class Session:
@@ -168,7 +168,8 @@ class Session:
             case "drain":
                 self._listener.drain(message.drain.reason)
             case "run_ended":
-                self._listener.end_run(message.run_ended.run_id)
+                ended = message.run_ended
+                self._listener.end_run(ended.run_id, may_resume=ended.may_resume)
             case kind:
                 logger.warning("the coordinator sent a message of no known kind", extra={"kind": kind})
 

@@ -16,7 +16,7 @@ from fedloom_client.outbox import Outbox
 from fedloom_client.policy import refusal_of_model, refusal_of_run
 from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult
 from fedloom_common.errors import FederationError
-from fedloom_common.runspec import RunSpec, parse_run_spec
+from fedloom_common.runspec import RunSpec, read_run_spec
 
 DEADLINE_GRACE_S = 10.0  # the coordinator's Cancel comes first; this ends work whose coordinator is gone
 
@@ -58,7 +58,7 @@ class Performer:
         return answer
 
     async def _do(self, assignment: Assignment, report: Report) -> Answer:
-        spec = parse_run_spec(assignment.spec_json)
+        spec = read_run_spec(assignment.spec_json)
         reason = refusal_of_run(
             spec,
             policy=self._config.policy,

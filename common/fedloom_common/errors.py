@@ -13,6 +13,7 @@ FederationError
     ├── TrainingFailed     the worker group at a site could not finish
     ├── TooFewUpdates      fewer sites reported than the quorum asks for
     ├── Unreachable        the peer does not answer
+    ├── TooManyCalls       the peer has too many calls under way
     └── StorageFull        no space left for what must be stored
 """
 
@@ -85,6 +86,12 @@ class Unreachable(AttemptFailed):
     """The peer does not answer."""
 
     status = "UNAVAILABLE"
+
+
+class TooManyCalls(AttemptFailed):
+    """The peer has too many calls under way."""
+
+    status = "RESOURCE_EXHAUSTED"
 
 
 class StorageFull(AttemptFailed):

@@ -5,6 +5,7 @@ The coordinator and every site read the same spec; what belongs to one machine
 """
 
 import json
+import re
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -120,11 +121,11 @@ class Schedule(Strict):
 class Local(Strict):
     """What each site does in a round."""
 
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=1_000_000_000)
     """Optimizer steps in a round; give this or ``epochs``."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the site's training data in a round; give this or ``steps``."""
-    batch_examples: int = Field(default=32, ge=1)
+    batch_examples: int = Field(default=32, ge=1, le=1_000_000)
     """Examples in one optimizer step at one site, over all of its ranks and accumulation steps."""
     accumulation_steps: int = Field(default=1, ge=1)
     """Parts that a rank's share of the batch is cut into, to fit in memory."""
@@ -224,7 +225,7 @@ class RunSpec(Strict):
     """What the model is trained to do."""
     data: Name
     """Name of the data set; every site says in its own config which files that is."""
-    rounds: int = Field(ge=1)
+    rounds: int = Field(ge=1, le=1_000_000)
     """Rounds at most."""
     cohort: Cohort = Cohort()
     """Which sites take part in a round."""
@@ -246,6 +247,15 @@ class RunSpec(Strict):
         return self
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML as people and JSON write it: 1e-5 is a number, which YAML 1.1 reads as text."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def parse_run_spec(text: str) -> RunSpec:
     """Read a run spec from YAML or JSON text.
 
@@ -253,7 +263,7 @@ def parse_run_spec(text: str) -> RunSpec:
         BadSpec: one line for each wrong key or value: its path, what came, what was wanted.
     """
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Yaml)  # noqa: S506 (a safe loader)
     except yaml.YAMLError as error:
         raise BadSpec(f"the run spec is not YAML: {error}") from error
     if not isinstance(data, dict):
@@ -262,6 +272,18 @@ def parse_run_spec(text: str) -> RunSpec:
         return RunSpec.model_validate(data)
     except ValidationError as error:
         raise BadSpec("the run spec has mistakes:\n" + describe(error)) from error
+
+
+def read_run_spec(json_text: str) -> RunSpec:
+    """Read a run spec as the coordinator sends it: JSON, with every default.
+
+    Raises:
+        BadSpec: it is not one; the coordinator's release may be another.
+    """
+    try:
+        return RunSpec.model_validate_json(json_text)
+    except ValidationError as error:
+        raise BadSpec("the coordinator's run spec has mistakes:\n" + describe(error)) from error
 
 
 def describe(error: ValidationError) -> str:

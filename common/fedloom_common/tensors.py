@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 HEADER_LIMIT_BYTES = 16 << 20  # a model of 1,000 layers needs under 2 MB; read nothing larger from a peer
+LONGEST_NAME = 500
+MOST_DIMENSIONS = 16  # bounds the product of a shape, which is taken before the tensor's size is known
 HEADER_ALIGN_BYTES = 8  # tensors begin at a multiple, so that a mapped file can be viewed in place
 
 ITEM_BYTES = {
@@ -138,15 +140,18 @@ def _place(info: TensorInfo) -> tuple[int, int]:
 
 
 def _info_of(name: str, entry: Any, data_start: int) -> TensorInfo:
+    if len(name) > LONGEST_NAME:
+        raise BadTensor(f"a tensor has a name of {len(name)} characters, the limit is {LONGEST_NAME}")
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise BadTensor(f"tensor {name}'s header entry lacks dtype, shape or data_offsets") from error
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise BadTensor(f"tensor {name} has dtype {dtype!r}, wanted one of {', '.join(ITEM_BYTES)}")
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-        raise BadTensor(f"tensor {name}'s shape or offsets are not sizes: {shape}, {begin}, {end}")
+    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS:
+        raise BadTensor(f"tensor {name} has no shape, or one of more than {MOST_DIMENSIONS} dimensions")
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, begin, end)):
+        raise BadTensor(f"tensor {name}'s shape or offsets are not sizes: {str([shape, begin, end])[:200]}")
     size = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != size:
         raise BadTensor(f"tensor {name} has {end - begin} bytes, its shape {shape} of {dtype} needs {size}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import google_crc32c
 
 from fedloom.v1.transfer_pb2 import Chunk, ReadRequest, Receipt
-from fedloom_common.errors import BadChunk, Unreachable
+from fedloom_common.errors import BadChunk, FederationError, Unreachable
 from fedloom_common.files import PIECE_BYTES, storage_errors, sync_folder
 from fedloom_common.rpc import federation_errors
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = (
     1 << 20
 )  # smaller costs CPU (64 KiB three times as much), larger makes a slow link less responsive
-PATIENCE_S = 120.0  # a download that gets no byte for so long is given up
+PATIENCE_S = 600.0  # a transfer that moves no chunk for so long is given up: 1 MiB takes that at 14 kbit/s
 RETRY_S = (0.2, 10.0)  # first and longest pause before a broken download goes on
 
 OnBytes = Callable[[int], None]
@@ -53,10 +53,10 @@ def _read_chunk(descriptor: int, offset: int, upload: str) -> Chunk:
 
 
 class PartialFile:
-    """A file that arrives in chunks, durable as far as it has come.
+    """A file that arrives in chunks, and survives a crash of the process as far as it has come.
 
-    What lies on disk after a crash is taken up again; only bytes that passed
-    their checksum are ever written.
+    Only bytes that passed their checksum are written, and what lies there is taken up again. A power cut
+    may cost bytes until ``finish``; the digest then tells.
     """
 
     def __init__(self, path: Path, size_bytes: int, digest: str) -> None:
@@ -73,7 +73,7 @@ class PartialFile:
         """Take up what is there of a file."""
         partial = cls(path, size_bytes, digest)
         try:
-            await asyncio.to_thread(partial._take_up)
+            await _to_its_end(partial._take_up)
         except BaseException:
             partial.close()
             raise
@@ -101,7 +101,7 @@ class PartialFile:
             raise BadChunk(
                 f"a chunk ends at byte {self.offset + len(chunk.payload)}, the file has {self.size_bytes}"
             )
-        await asyncio.to_thread(self._write, chunk)
+        await _to_its_end(self._write, chunk)
 
     def _write(self, chunk: Chunk) -> None:
         came = google_crc32c.value(chunk.payload)
@@ -129,7 +129,7 @@ class PartialFile:
         if came != self.digest:
             self._file.truncate(0)
             raise BadChunk(f"the file's digest is {came}, wanted {self.digest}; send it again from byte 0")
-        await asyncio.to_thread(self._sync)
+        await _to_its_end(self._sync)
 
     def _sync(self) -> None:
         with storage_errors(self.path, self.size_bytes):
@@ -170,9 +170,13 @@ async def _fetch(stub: "TransferServiceStub", partial: PartialFile, on_bytes: On
     while partial.offset < partial.size_bytes:
         try:
             with federation_errors("the coordinator"):
-                async for chunk in stub.Read(ReadRequest(digest=partial.digest, offset=partial.offset)):
-                    await partial.add(chunk)
-                    on_bytes(partial.offset)
+                async with asyncio.timeout(PATIENCE_S) as patience:
+                    async for chunk in stub.Read(ReadRequest(digest=partial.digest, offset=partial.offset)):
+                        await partial.add(chunk)
+                        on_bytes(partial.offset)
+                        patience.reschedule(clock() + PATIENCE_S)
+        except TimeoutError:
+            raise Unreachable(f"the coordinator has sent no byte for {PATIENCE_S:g} s") from None
         except Unreachable:
             if partial.offset > held:
                 pause_s, held, alive_at = RETRY_S[0], partial.offset, clock()
@@ -194,16 +198,43 @@ async def upload(
 
     Raises:
         FederationError: whatever the receiver found wrong, or Unreachable.
+        OSError: the file cannot be read.
     """
 
-    async def chunks() -> AsyncIterator[Chunk]:
-        if offset == path.stat().st_size:  # all is there already: an empty chunk asks for the receipt
-            yield Chunk(upload=upload, offset=offset, crc32c=google_crc32c.value(b""))
-        async for chunk in chunks_of(path, offset, upload):
-            yield chunk
-            if on_bytes:
-                on_bytes(chunk.offset + len(chunk.payload))
+    found_here: list[Exception] = []  # gRPC would turn it into a mere cancellation
 
-    with federation_errors("the coordinator"):
-        receipt: Receipt = await stub.Write(chunks())
-        return receipt
+    async def chunks() -> AsyncIterator[Chunk]:
+        try:
+            if offset == path.stat().st_size:  # all is there already: an empty chunk asks for the receipt
+                yield Chunk(upload=upload, offset=offset, crc32c=google_crc32c.value(b""))
+            async for chunk in chunks_of(path, offset, upload):
+                yield chunk
+                patience.reschedule(clock() + PATIENCE_S)
+                if on_bytes:
+                    on_bytes(chunk.offset + len(chunk.payload))
+        except (OSError, BadChunk) as error:
+            found_here.append(error)
+            raise
+
+    clock = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(PATIENCE_S) as patience:
+            with federation_errors("the coordinator"):
+                receipt: Receipt = await stub.Write(chunks())
+                return receipt
+    except TimeoutError:
+        raise Unreachable(f"the coordinator has taken no byte for {PATIENCE_S:g} s") from None
+    except FederationError:
+        if found_here:
+            raise found_here[0] from None
+        raise
+
+
+async def _to_its_end(function: Callable[..., None], *arguments: object) -> None:
+    """Run in a thread, and wait for its end even when cancelled: a file must not be closed under it."""
+    running = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise

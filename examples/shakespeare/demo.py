@@ -127,7 +127,9 @@ class Federation:
         raise SystemExit(f"the sites did not attach within {READY_S} s; the logs are in {self._logs}")
 
     def _stop(self) -> None:
-        """End sites first, so that none looks for a coordinator that has gone."""
+        """End sites first, so that none looks for a coordinator that has gone; a second Ctrl-C must wait."""
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.SIG_IGN)
         for process in reversed(self._processes.values()):
             process.terminate()
         deadline_at_s = time.monotonic() + STOP_S

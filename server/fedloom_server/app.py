@@ -3,13 +3,13 @@
 import asyncio
 import fcntl
 import logging
+import resource
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import grpc
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -39,6 +39,8 @@ SERVICES = tuple(
     )
 )
 
+BROKEN_QUEUE_S = 10.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -51,6 +53,8 @@ class Coordinator:
     sites: Sites
     runs: Runs
     store: Store
+    working: asyncio.Task[None]
+    """Works off the queue of runs."""
 
 
 async def serve_until_signalled(config: CoordinatorConfig) -> None:
@@ -72,10 +76,8 @@ async def serve_until_signalled(config: CoordinatorConfig) -> None:
 @asynccontextmanager
 async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
     """A coordinator that serves inside the block."""
-    torch.set_num_threads(
-        1
-    )  # averaging is bound by memory; more threads only take cores from sites on this host
     config.state_dir.mkdir(parents=True, exist_ok=True)
+    _open_more_files()
     with _locked(config):
         store, sites, watching = Store(config.state_dir), Sites(), Watching()
         assignments = Assignments(store, sites, watching, concurrent_uploads=config.concurrent_uploads)
@@ -87,20 +89,9 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
             keep_models=config.keep_models,
         )
         runs = Runs(federation)
-        access = Access(insecure=config.insecure)
-        server = grpc.aio.server(interceptors=[Guard(access)], options=SERVER_OPTIONS)
-        edge = FederationEdge(
-            access, sites, assignments, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE
-        )
-        session_pb2_grpc.add_FederationServiceServicer_to_server(edge, server)
-        transfer_pb2_grpc.add_TransferServiceServicer_to_server(
-            TransferEdge(access, store, assignments), server
-        )
-        runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, watching), server)
+        server = _server(config, federation, runs)
         healthy = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
         port = _listen(server, config)
         await server.start()
         working = asyncio.create_task(_work(runs), name="runs")
@@ -110,7 +101,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
             "coordinator ready", extra={"listen": config.listen, "port": port, "state_dir": config.state_dir}
         )
         try:
-            yield Coordinator(port=port, sites=sites, runs=runs, store=store)
+            yield Coordinator(port=port, sites=sites, runs=runs, store=store, working=working)
         finally:
             await healthy.enter_graceful_shutdown()
             working.cancel()
@@ -123,12 +114,28 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
 
 
 async def _work(runs: Runs) -> None:
-    """Work off the queue; an error here is the coordinator's own and must not pass in silence."""
-    try:
-        await runs.work()
-    except Exception:
-        logger.critical("the queue of runs has died; restart the coordinator", exc_info=True)
-        signal.raise_signal(signal.SIGTERM)
+    """Work off the queue; after an error of the coordinator's own, such as a full disk, begin again."""
+    while True:
+        try:
+            await runs.work()
+        except Exception:
+            logger.critical("the queue of runs broke off; it begins again", exc_info=True)
+            await asyncio.sleep(BROKEN_QUEUE_S)
+
+
+def _server(config: CoordinatorConfig, federation: Federation, runs: Runs) -> grpc.aio.Server:
+    """The services behind their guard."""
+    store, sites, assignments = federation.store, federation.sites, federation.assignments
+    access = Access(insecure=config.insecure)
+    server = grpc.aio.server(interceptors=[Guard(access)], options=SERVER_OPTIONS)
+    session_pb2_grpc.add_FederationServiceServicer_to_server(
+        FederationEdge(access, sites, assignments, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE),
+        server,
+    )
+    transfer_pb2_grpc.add_TransferServiceServicer_to_server(TransferEdge(access, store, assignments), server)
+    runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, federation.watching), server)
+    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return server
 
 
 def _listen(server: grpc.aio.Server, config: CoordinatorConfig) -> int:
@@ -144,6 +151,12 @@ def _listen(server: grpc.aio.Server, config: CoordinatorConfig) -> int:
             f"cannot listen on {config.listen}: {error}; is another coordinator running?"
         ) from error
     return int(port)
+
+
+def _open_more_files() -> None:
+    """Raise the limit of open files as far as the system lets us: averaging opens every update of a round."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

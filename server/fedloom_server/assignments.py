@@ -8,15 +8,25 @@ one that makes none for ``stall_s`` is lost.
 import asyncio
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from fedloom_common.errors import NotFound, NotPermitted, WrongState
+from fedloom_common.errors import NotFound, NotPermitted, Unreachable, WrongState
 from fedloom_common.tensors import HEADER_LIMIT_BYTES
 from fedloom_server.records import Assignment, AssignmentState, Run, RunState, Work
 from fedloom_server.sites import Sites
 from fedloom_server.store import Store
+from fedloom_server.turns import UploadTurns
 from fedloom_server.watching import SiteProgress, Watching
+
+WORKING_PHASES = frozenset({"start", "prepare", "train", "evaluate"})
+"""Phases whose progress the site alone can tell; transfers are alive by the bytes that we see."""
+
+MOST_ANNOUNCEMENTS = (
+    5  # a site that lost its update trains again; endless announcements must not hold a round
+)
+
+LARGEST_COUNT = 1 << 53  # beyond it a count is no longer exact as a float, nor ever honest
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +65,10 @@ class _Open:
     alive_at_s: float
     ended: asyncio.Future[None]
     last: SiteProgress | None = None
+    announcements: int = 0
+    """Different updates that the site has said it will send."""
     trouble: str = ""
     """The latest error of a transfer that may yet be retried."""
-    begun_at_s: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.begun_at_s = self.alive_at_s
 
 
 class Assignments:
@@ -70,10 +78,8 @@ class Assignments:
         self._store = store
         self._sites = sites
         self._watching = watching
-        self._concurrent_uploads = concurrent_uploads
         self._open: dict[str, _Open] = {}
-        self._waiting: list[str] = []  # finished trainings whose upload's turn has not come
-        self._uploading: set[str] = set()
+        self._turns = UploadTurns(concurrent_uploads, self._grant)
 
     async def carry_out(self, run: Run, batch: Sequence[Assignment], terms: Terms) -> None:
         """Give assignments to their sites and wait until every one has ended.
@@ -92,23 +98,25 @@ class Assignments:
             for entry in opened:
                 self._forget(entry)
 
-    def attached(self, site: str) -> None:
-        """Send a site its open assignments again: it may have missed them."""
+    def attached(self, site: str, open_ids: Iterable[str] = ()) -> None:
+        """Send a site its open assignments again: it may have missed them, or that others have ended."""
+        for assignment_id in open_ids:
+            self._entry(site, assignment_id)
         for entry in self._of(site):
             self._send(entry)
 
     def detached(self, site: str) -> None:
         """Let other sites upload in place of one that has gone."""
         for entry in self._of(site):
-            self._leave_queue(entry.assignment.id)
-        self._grant_next()
+            self._turns.leave(entry.assignment.id)
 
     def progress(self, site: str, progress: SiteProgress) -> None:
         """A site says how far it has come; only what has moved is a sign of life."""
         entry = self._open.get(progress.assignment_id)
         if entry is None or entry.assignment.site != site:
             return  # it crossed with our word that the assignment has ended
-        if progress != entry.last:
+        moved = entry.last is None or (progress.phase, progress.done) != (entry.last.phase, entry.last.done)
+        if moved and progress.phase in WORKING_PHASES:
             entry.alive_at_s = _now_s()
         entry.last = replace(progress, round=entry.assignment.round, work=entry.assignment.work)
         self._watching.tell(entry.run.id, entry.last)
@@ -135,7 +143,14 @@ class Assignments:
         if (wrong := _objection(result, assignment, entry.run)) is not None:
             self._reject(entry, wrong)
             return
-        if assignment.update_digest not in ("", result.update_digest):
+        if assignment.update_digest and assignment.update_digest == result.update_digest:
+            self._turns.ask(assignment.id)  # it asks again after a reconnect
+            return
+        entry.announcements += 1
+        if entry.announcements > MOST_ANNOUNCEMENTS:
+            self._reject(entry, f"it has announced {entry.announcements} different updates")
+            return
+        if assignment.update_digest:
             self._store.update_path(assignment).unlink(missing_ok=True)  # trained again, with other bytes
         assignment.examples, assignment.tokens = result.examples, result.tokens
         assignment.metrics, assignment.phase_seconds = dict(result.metrics), dict(result.phase_seconds)
@@ -145,9 +160,7 @@ class Assignments:
             return
         entry.alive_at_s = _now_s()
         self._store.save(assignment)
-        self._leave_queue(assignment.id)
-        self._waiting.append(assignment.id)
-        self._grant_next()
+        self._turns.ask(assignment.id)
 
     def refused(self, site: str, assignment_id: str, reason: str) -> None:
         """A site does not permit an assignment."""
@@ -165,6 +178,7 @@ class Assignments:
         Raises:
             NotFound, NotPermitted: it is no upload, or another site's.
             WrongState: it is not, or no longer, wanted.
+            Unreachable: it will be, when its run goes on after a restart.
         """
         entry = self._open.get(upload)
         assignment = entry.assignment if entry else self._store.assignment(upload)
@@ -172,22 +186,28 @@ class Assignments:
             raise NotFound(f"there is no upload {upload[:200]!r}")
         if assignment.site != site:
             raise NotPermitted(f"upload {upload} belongs to another site")
-        if assignment.state is not AssignmentState.DONE and (entry is None or not assignment.update_digest):
+        if assignment.state is AssignmentState.DONE:
+            return assignment
+        if entry is None and self._may_be_taken_up(site, upload):
+            raise Unreachable(f"the run of upload {upload} has yet to go on after a restart; try again")
+        if entry is None or not assignment.update_digest:
             raise WrongState(
                 f"upload {upload} is not wanted now: {assignment.reason or 'send its outcome first'}"
             )
         return assignment
 
-    def delivered(self, assignment: Assignment) -> None:
-        """An update is whole, valid and on disk: it counts from now on.
+    def delivered(self, assignment: Assignment, digest: str) -> None:
+        """An update, by its digest, is whole, valid and on disk: it counts from now on.
 
         Raises:
-            WrongState: the round went on while the update was being checked.
+            WrongState: the round went on, or the site announced another update, while this one was checked.
+            Unreachable: the run has yet to go on after a restart.
         """
-        entry = self._open.get(assignment.id)
-        if entry is None:
-            raise WrongState(f"upload {assignment.id} came too late: its round has gone on")
-        self._end(entry, AssignmentState.DONE)
+        current = self.uploading(assignment.site, assignment.id)
+        if current.update_digest != digest:
+            raise WrongState(f"upload {assignment.id} is {digest}, but the site has since announced another")
+        if current.state is not AssignmentState.DONE:
+            self._end(self._open[assignment.id], AssignmentState.DONE)
 
     def rejected(self, assignment: Assignment, reason: str) -> None:
         """An update is not valid and will not count."""
@@ -232,7 +252,7 @@ class Assignments:
         for entry in opened:
             if entry.ended.done():
                 continue
-            if entry.assignment.id in self._waiting and self._sites.link(entry.assignment.site):
+            if self._turns.is_waiting(entry.assignment.id) and self._sites.link(entry.assignment.site):
                 entry.alive_at_s = now_s  # it waits for us
             stall_s = entry.terms.stall_s
             if now_s >= deadline_at_s:
@@ -263,7 +283,11 @@ class Assignments:
         """The one place where an assignment ends: in the store first, then for those who wait."""
         assignment = entry.assignment
         assignment.state, assignment.reason = state, reason
-        self._store.save(assignment)
+        try:
+            self._store.save(assignment)
+        except Exception:
+            assignment.state, assignment.reason = AssignmentState.OPEN, ""
+            raise
         self._forget(entry)
         if not entry.ended.done():
             entry.ended.set_result(None)
@@ -280,21 +304,16 @@ class Assignments:
 
     def _forget(self, entry: _Open) -> None:
         self._open.pop(entry.assignment.id, None)
-        self._leave_queue(entry.assignment.id)
-        self._grant_next()
+        self._turns.leave(entry.assignment.id)
 
-    def _leave_queue(self, assignment_id: str) -> None:
-        self._uploading.discard(assignment_id)
-        if assignment_id in self._waiting:
-            self._waiting.remove(assignment_id)
-
-    def _grant_next(self) -> None:
-        while self._waiting and len(self._uploading) < self._concurrent_uploads:
-            entry = self._open[self._waiting.pop(0)]
-            if link := self._sites.link(entry.assignment.site):
-                self._uploading.add(entry.assignment.id)
-                entry.alive_at_s = _now_s()
-                link.grant(entry.assignment.id, self.held_bytes(entry.assignment))
+    def _grant(self, assignment_id: str) -> bool:
+        entry = self._open.get(assignment_id)
+        link = self._sites.link(entry.assignment.site) if entry else None
+        if entry is None or link is None:
+            return False  # it asks again when it is back
+        entry.alive_at_s = _now_s()
+        link.grant(assignment_id, self.held_bytes(entry.assignment))
+        return True
 
     def held_bytes(self, assignment: Assignment) -> int:
         """Bytes of an update that are on disk."""
@@ -324,8 +343,10 @@ class Assignments:
 def _objection(result: Result, assignment: Assignment, run: Run) -> str | None:
     """What is wrong with a result's numbers; None if nothing is."""
     spec = run.spec
-    if result.examples <= 0:
+    if not 0 < result.examples <= LARGEST_COUNT:
         return f"it claims {result.examples} examples, wanted a positive number"
+    if not 0 <= result.tokens <= LARGEST_COUNT:
+        return f"it claims {result.tokens} tokens, wanted a number from 0 to {LARGEST_COUNT}"
     wrong = [name for name, value in result.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"its metric {wrong[0]} is {result.metrics[wrong[0]]}, wanted a finite number"

@@ -16,6 +16,7 @@ from fedloom_server.store import Store
 class Export:
     """The files of a model directory, by name, digest and size_bytes, and its card."""
 
+    run: Run
     files: list[dict[str, Any]]
     card: str
 
@@ -37,7 +38,7 @@ def export(store: Store, run_id: str, round_number: int | None) -> Export:
     digest = rounds[-1].model_digest if rounds else run.model_digest
     size = store.files.path(digest).stat().st_size
     model = {"name": MODEL_FILE, "digest": digest, "size_bytes": size}
-    return Export([model, *run.assets], model_card(_facts(run, rounds, store.assignments(run.id))))
+    return Export(run, [model, *run.assets], model_card(_facts(run, rounds, store.assignments(run.id))))
 
 
 def _facts(run: Run, rounds: Sequence[Round], assignments: Sequence[Assignment]) -> CardFacts:

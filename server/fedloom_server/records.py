@@ -87,6 +87,8 @@ class Run(Base):
     reason: Mapped[str] = mapped_column(Text, default="")
     started_at_s: Mapped[float] = mapped_column(default=0.0)
     ended_at_s: Mapped[float] = mapped_column(default=0.0)
+    paused_s: Mapped[float] = mapped_column(default=0.0)
+    """Time between an end and an operator's resume, which does not count for stop.wall_s."""
     rounds_done: Mapped[int] = mapped_column(default=0)
 
     @property

@@ -24,6 +24,7 @@ from fedloom_server.store import Store
 from fedloom_server.watching import RoundChange, Watching
 
 ATTEMPT_PAUSE_S = 2.0  # sites that all failed at once are given a moment before they are asked again
+CAUSES_TOLD = 20  # a round's reason is for people; every cause stands with its assignment
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ def _save_run(run: Run, federation: Federation) -> None:
 def _stop_reason(run: Run, federation: Federation) -> str | None:
     rounds = federation.store.finished_rounds(run.id)
     history = [RoundResult(number=record.number, metrics=record.metrics) for record in rounds]
-    return stop_reason(run.spec, history, time.time() - run.started_at_s)
+    return stop_reason(run.spec, history, time.time() - run.started_at_s - run.paused_s)
 
 
 def _is_evaluated(run: Run, record: Round) -> bool:
@@ -225,6 +226,13 @@ def _combined(done: Sequence[Assignment]) -> dict[str, float]:
 def _shortfall(record: Round, batch: Sequence[Assignment], needed: int) -> str:
     """What the quorum was, and each missing site's cause."""
     missing = [assignment for assignment in batch if assignment.state is not AssignmentState.DONE]
-    causes = "; ".join(f"{assignment.site} {assignment.state}: {assignment.reason}" for assignment in missing)
+    causes = "; ".join(f"{a.site} {a.state}: {_first_line(a.reason)}" for a in missing[:CAUSES_TOLD])
+    if len(missing) > CAUSES_TOLD:
+        causes += f"; and {len(missing) - CAUSES_TOLD} more"
     good = len(batch) - len(missing)
     return f"round {record.number}: {good} of {len(batch)} sites reported, the quorum is {needed} ({causes})"
+
+
+def _first_line(text: str) -> str:
+    line, *rest = text.strip().splitlines() or [""]
+    return f"{line[:300]} …" if rest or len(line) > 300 else line

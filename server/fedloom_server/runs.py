@@ -93,6 +93,7 @@ class Runs:
         run = self._store.run(run_id)
         if run.state not in (RunState.STOPPED, RunState.FAILED):
             raise WrongState(f"run {run.id} is {run.state}; only a stopped or failed run can be resumed")
+        run.paused_s += time.time() - run.ended_at_s
         run.state, run.reason, run.ended_at_s = RunState.QUEUED, "", 0.0
         self._store.begin_again(run)
         self._queue_changed.set()
@@ -121,8 +122,9 @@ class Runs:
         try:
             reason = await rounds
         except asyncio.CancelledError:
-            if run.id not in self._stopping:
-                raise
+            task = asyncio.current_task()
+            if run.id not in self._stopping or (task is not None and task.cancelling()):
+                raise  # the coordinator shuts down: the run goes on after the next start
             self._end(run, RunState.STOPPED, self._stopping.pop(run.id))
         except FederationError as error:
             self._end(run, RunState.FAILED, str(error))
@@ -133,6 +135,7 @@ class Runs:
             self._end(run, RunState.FINISHED, reason)
         finally:
             self._under_way = None
+            self._stopping.pop(run.id, None)
             self._idle.set()
 
     def _end(self, run: Run, state: RunState, reason: str) -> Run:
@@ -144,7 +147,7 @@ class Runs:
         self._store.clear_spool()
         for site in self._federation.sites.all():
             if site.link is not None:
-                site.link.run_ended(run.id)
+                site.link.run_ended(run.id, may_resume=state is not RunState.FINISHED)
         self._federation.watching.tell(run.id, run)
         logger.info("run ended", extra={"run": run.id, "state": state, "reason": reason})
         return run

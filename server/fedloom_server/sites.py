@@ -25,8 +25,8 @@ class Link(Protocol):
     def cancel(self, assignment_id: str, reason: str) -> None:
         """Say that an assignment is no longer wanted."""
 
-    def run_ended(self, run_id: str) -> None:
-        """Say that a run has ended."""
+    def run_ended(self, run_id: str, *, may_resume: bool) -> None:
+        """Say that a run has ended, for good or until an operator resumes it."""
 
     def close(self, reason: str) -> None:
         """Tell the site to attach again later, and end the session."""

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, create_engine, event, select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import sessionmaker
 
-from fedloom_common.errors import NotFound, WrongState
-from fedloom_common.files import digest_of_file, storage_errors, sync_folder
-from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run, RunState
+from fedloom_common.errors import NotFound, StorageFull, WrongState
+from fedloom_common.files import digest_of_file, sync_folder
+from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run, RunState, Work
 
 Row = TypeVar("Row", bound=Base)
 
@@ -90,9 +91,14 @@ class Store:
 
     def save(self, *records: Base) -> None:
         """Write records, new or changed, in one transaction."""
-        with storage_errors(self.spool), self._sessions.begin() as session:
-            for record in records:
-                session.merge(record)
+        try:
+            with self._sessions.begin() as session:
+                for record in records:
+                    session.merge(record)
+        except OperationalError as error:
+            if "full" not in str(error.orig):
+                raise
+            raise StorageFull(f"no space left for the database in {self.spool.parent}: free some") from error
 
     def run(self, prefix: str) -> Run:
         """The run whose id begins so.
@@ -135,13 +141,23 @@ class Store:
             return session.get(Assignment, assignment_id)
 
     def begin_again(self, run: Run) -> None:
-        """Save a run that is taken up after its end: its unfinished round starts with a new attempt."""
-        unfinished = [record for record in self.rounds(run.id) if record.state is not RoundState.FINISHED]
-        for record in unfinished:
-            if record.state is not RoundState.EVALUATING:
+        """Save a run that is taken up after its end: training begins a new attempt, later steps go on."""
+        changed: list[Base] = [run]
+        for record in self.rounds(run.id):
+            if record.state in (RoundState.TRAINING, RoundState.FAILED):
                 record.state, record.cohort = RoundState.TRAINING, []
                 record.attempt = record.first_attempt = record.attempt + 1
-        self.save(run, *unfinished)
+                changed.append(record)
+            if record.state is RoundState.EVALUATING:
+                cancelled = [
+                    assignment
+                    for assignment in self.assignments(run.id, record.number)
+                    if assignment.work is Work.EVALUATE and assignment.state is AssignmentState.CANCELLED
+                ]
+                for assignment in cancelled:
+                    assignment.state, assignment.reason = AssignmentState.OPEN, ""
+                changed += cancelled
+        self.save(*changed)
 
     def finished_rounds(self, run_id: str) -> list[Round]:
         """A run's rounds whose model is durable and evaluated, first to last."""
@@ -153,24 +169,31 @@ class Store:
 
     def clear_spool(self) -> None:
         """Remove spooled files that no unfinished round counts on."""
-        wanted = {
-            self.update_path(assignment).name
-            for run in self.runs(RunState.RUNNING, RunState.QUEUED)
-            for assignment in self.assignments(run.id, run.rounds_done + 1)
-            if assignment.state in (AssignmentState.OPEN, AssignmentState.DONE)
-        }
+        unfinished = select(Round.run_id, Round.number).where(
+            Round.state.in_((RoundState.TRAINING, RoundState.AGGREGATING))
+        )
+        counted = (AssignmentState.OPEN, AssignmentState.DONE)
+        with self._sessions() as session:
+            wanted = {
+                self.update_path(assignment).name
+                for run_id, number in session.execute(unfinished)
+                for assignment in self.assignments(run_id, number)
+                if assignment.state in counted
+            }
         for path in self.spool.iterdir():
             if path.name not in wanted:
                 path.unlink(missing_ok=True)
 
     def drop_old_models(self, run: Run, keep: int) -> None:
         """Remove the files of a run's models that are older than its latest ``keep``."""
-        rounds = [record for record in self.rounds(run.id) if record.model_digest]
-        old = {record.model_digest for record in rounds[:-keep]}
-        for other in self.runs():
-            kept = self.rounds(other.id)[-keep:]
-            old -= {other.model_digest} | {record.model_digest for record in kept}
-            old -= {record.base_digest for record in kept[-1:]}
+        models = select(Round.model_digest).where(Round.run_id == run.id, Round.model_digest != "")
+        with self._sessions() as session:
+            mine = session.scalars(models.order_by(Round.number)).all()
+            old = set(mine[:-keep]) - set(mine[-keep:])
+            elsewhere = select(Round.model_digest).where(Round.run_id != run.id, Round.model_digest.in_(old))
+            old -= set(session.scalars(elsewhere)) | set(
+                session.scalars(select(Run.model_digest).where(Run.model_digest.in_(old)))
+            )
         self.files.remove(old)
 
     def _all(self, query: Select[Row]) -> list[Row]:

@@ -118,7 +118,7 @@ def asset(name: str) -> pb.Blob:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        pytest.param({"spec_json": "{"}, "not YAML", id="spec-is-no-json"),
+        pytest.param({"spec_json": "{"}, "Invalid JSON", id="spec-is-no-json"),
         pytest.param({"spec_json": spec_json(local={})}, "give either steps or epochs", id="spec-is-wrong"),
         pytest.param({"work": 7}, "known are 1 (train), 2 (evaluate)", id="unknown-work"),
         pytest.param({"model": BAD_DIGEST}, "sha256: with 64 hexadecimal digits", id="digest"),

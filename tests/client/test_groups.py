@@ -85,7 +85,7 @@ async def test_work_in_time_keeps_a_group_from_being_let_go(bench: Bench) -> Non
 
 async def test_the_end_of_another_run_leaves_the_group(bench: Bench) -> None:
     await bench.perform("one", "a")
-    await bench.warm.end_run("b")
+    await bench.warm.end_run("b", may_resume=False)
     assert bench.events == ["a/plays performs one"]
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fedloom_common.errors import BadSpec
-from fedloom_common.runspec import RunSpec, parse_run_spec, run_spec_schema
+from fedloom_common.runspec import RunSpec, parse_run_spec, read_run_spec, run_spec_schema
 
 GOOD = """
 name: shakespeare
@@ -33,6 +33,10 @@ MISTAKES = {
     "unknown-key": (GOOD + "round: 2", "round: no such key"),
     "unknown-nested-key": (GOOD.replace("steps: 10", "steps: 10, lr: 1"), "local.lr: no such key"),
     "missing-key": (GOOD.replace("rounds: 3", ""), "rounds: required"),
+    "too-large": (
+        GOOD.replace("rounds: 3", "rounds: 5000000000"),
+        r"rounds: .*less than or equal to 1000000",
+    ),
     "wrong-type": (GOOD.replace("rounds: 3", "rounds: many"), r"rounds: .*valid integer.*came: 'many'"),
     "too-small": (GOOD.replace("rounds: 3", "rounds: 0"), r"rounds: .*greater than or equal to 1.*came: 0"),
     "two-amounts": (GOOD.replace("steps: 10", "steps: 10, epochs: 1"), "local: give either steps or epochs"),
@@ -72,6 +76,14 @@ def test_every_mistake_is_told_at_once():
 def test_an_optimizer_without_a_name_is_adamw():
     spec = parse_run_spec(GOOD.replace("steps: 10", "steps: 10, optimizer: {lr: 0.25}"))
     assert (spec.local.optimizer.name, spec.local.optimizer.lr) == ("adamw", 0.25)
+
+
+def test_numbers_in_exponent_form_are_numbers_in_yaml_and_json():
+    yaml_spec = parse_run_spec(GOOD.replace("n_layer: 2", "layer_norm_epsilon: 1e-05"))
+    assert yaml_spec.model.config["layer_norm_epsilon"] == 1e-5
+    json_text = json.dumps(yaml_spec.model_dump(mode="json"))
+    assert "1e-05" in json_text
+    assert parse_run_spec(json_text) == read_run_spec(json_text) == yaml_spec
 
 
 def test_the_schema_describes_every_field():

@@ -58,6 +58,11 @@ BAD_FILES = {
     "negative": (header_of({"w": ENTRY | {"shape": [-2]}}, bytes(8)), "are not sizes"),
     "boolean": (header_of({"w": ENTRY | {"shape": [True]}}, bytes(8)), "are not sizes"),
     "wrong-size": (header_of({"w": ENTRY | {"shape": [3]}}, bytes(8)), "needs 12"),
+    "many-dimensions": (
+        header_of({"w": ENTRY | {"shape": [1 << 61] * 17}}, bytes(8)),
+        "more than 16 dimensions",
+    ),
+    "long-name": (header_of({"w" * 501: ENTRY}, bytes(8)), "a name of 501 characters"),
     "a-hole": (header_of({"w": ENTRY | {"data_offsets": [8, 16]}}, bytes(16)), "begins at byte"),
     "an-overlap": (header_of({"v": ENTRY, "w": ENTRY}, bytes(16)), "begins at byte"),
     "cut-short": (header_of({"w": ENTRY}, bytes(7)), "its header describes"),

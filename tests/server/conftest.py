@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable
 from enum import Enum, auto
@@ -47,6 +48,11 @@ class Fault(Enum):
     TOO_LARGE = auto()
     CUT_ONCE = auto()
     NEVER_UPLOADS = auto()
+    NEVER_EVALUATES = auto()
+    REPEATS_ITSELF = auto()
+    HUGE_NUMBERS = auto()
+    ANNOUNCES_ANOTHER = auto()
+    TALKS_WITHOUT_END = auto()
 
 
 class FakeSite:
@@ -63,6 +69,8 @@ class FakeSite:
         self.trained: list[str] = []
         self.downloads = 0
         self.granted = False
+        self.repeated = 0
+        self.open_assignments: list[str] = []
         self.assigned = asyncio.Event()
         self.cancelled: dict[str, str] = {}
         self.ended_runs: list[str] = []
@@ -79,7 +87,10 @@ class FakeSite:
         async with open_channel(f"127.0.0.1:{self._port}", None, Peer(Role.SITE, self.name)) as channel:
             self.transfer = TransferServiceStub(channel)
             hello = pb.Hello(
-                protocol_version=1, software="fake", data_sets=[pb.DataSet(name="text", size_bytes=1)]
+                protocol_version=1,
+                software="fake",
+                data_sets=[pb.DataSet(name="text", size_bytes=1)],
+                open_assignments=self.open_assignments,
             )
             self._outbox = asyncio.Queue()
             self.send(hello=hello)
@@ -119,6 +130,8 @@ class FakeSite:
         if not model.exists():
             await download(self.transfer, assignment.model.digest, assignment.model.size_bytes, model)
             self.downloads += 1
+        if assignment.work == pb.WORK_EVALUATE and self.fault is Fault.NEVER_EVALUATES:
+            return
         if assignment.work == pb.WORK_EVALUATE:
             mean = float(np.mean([tensor.mean() for tensor in load_file(model).values()]))
             metrics = {"loss": 10.0 - mean, "perplexity": float(np.exp(10.0 - mean))}
@@ -130,6 +143,14 @@ class FakeSite:
             return
         if self.fault is Fault.REFUSES:
             self.send(refusal=pb.Refusal(assignment_id=assignment.id, reason="policy permits nothing"))
+        elif self.fault is Fault.TALKS_WITHOUT_END:
+            self.send(failure=pb.Failure(assignment_id=assignment.id, reason="x" * 5_000_000))
+        elif self.fault is Fault.REPEATS_ITSELF:
+            while True:
+                progress = pb.Progress(assignment_id=assignment.id, phase=pb.PHASE_TRAIN, done=3, total=9)
+                self.send(progress=progress)
+                self.repeated += 1
+                await asyncio.sleep(0.1)
         elif self.fault is Fault.FAILS:
             self.send(failure=pb.Failure(assignment_id=assignment.id, reason="ValueError: no such file"))
         elif self.fault is not Fault.SILENT:
@@ -151,18 +172,31 @@ class FakeSite:
             digest = "sha256:" + "0" * 64
         examples = {Fault.NO_EXAMPLES: 0, Fault.TOO_MANY_EXAMPLES: 10**12}.get(self.fault, self.examples)
         size = path.stat().st_size + (10**9 if self.fault is Fault.TOO_LARGE else 0)
-        self.send(
-            outcome=pb.Outcome(
-                assignment_id=assignment.id, update_digest=digest, update_bytes=size, examples=examples,
-                tokens=examples * 8, metrics={"loss": 2.5}, phase_seconds={"train": 0.1},
-            )
-        )  # fmt: skip
+        tokens = (1 << 63) + 5 if self.fault is Fault.HUGE_NUMBERS else examples * 8
+        outcome = pb.Outcome(
+            assignment_id=assignment.id,
+            update_digest=digest,
+            update_bytes=size,
+            examples=examples,
+            tokens=tokens,
+            metrics={"loss": 2.5},
+            phase_seconds={"train": 0.1},
+        )
+        self.send(outcome=outcome)
 
     async def _upload(self, grant: pb.UploadGrant) -> None:
         self.granted = True
         if self.fault is Fault.NEVER_UPLOADS:
             return
         path = self._updates[grant.assignment_id]
+        if self.fault is Fault.ANNOUNCES_ANOTHER:
+            other = pb.Outcome(
+                assignment_id=grant.assignment_id,
+                update_digest=f"sha256:{secrets.token_hex(32)}",
+                update_bytes=path.stat().st_size,
+                examples=1,
+            )
+            self.send(outcome=other)
         try:
             if self.fault is Fault.CORRUPT_CHUNK:
                 await self._send_corrupt(grant, path)

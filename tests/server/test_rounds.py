@@ -3,6 +3,8 @@ import asyncio
 import numpy as np
 import pytest
 
+from fedloom_common.errors import Unreachable
+from fedloom_common.transfer import upload
 from fedloom_server.app import coordinator
 
 
@@ -96,6 +98,39 @@ async def test_a_failed_run_goes_on_after_resume(bench, spec, fault):
     assert (run.state, run.rounds_done) == ("finished", 1)
 
 
+async def test_a_site_that_repeats_itself_is_not_alive(bench, spec, fault):
+    hung = bench.site("hung", fault=fault.REPEATS_ITSELF)
+    run = await bench.enqueue(spec(cohort={"stall_s": 1, "attempts": 1}, evaluation={"initial": False}))
+    run = await bench.ended(run, seconds=8)
+    assert "no progress for 1 s; last seen in train, 3 of 9 done" in run.reason
+    assert hung.repeated > 5
+
+
+async def test_a_number_that_no_database_holds_costs_only_its_site(bench, spec, fault):
+    bench.site("good")
+    bench.site("bad", fault=fault.HUGE_NUMBERS)
+    run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 2, "quorum": 1})))
+    assert run.state == "finished"
+    assert bench.outcomes(run)["bad"][0] == "rejected"
+
+
+async def test_a_site_that_changes_its_mind_during_the_check_does_not_count(bench, spec, fault):
+    bench.site("good")
+    bad = bench.site("bad", fault=fault.ANNOUNCES_ANOTHER)
+    cohort = {"min_sites": 2, "quorum": 1, "stall_s": 20}
+    run = await bench.ended(await bench.enqueue(spec(cohort=cohort)))
+    assert run.state == "finished"
+    assert bench.outcomes(run)["bad"] == ("rejected", "it has announced 6 different updates")
+    assert not bad.receipts
+
+
+async def test_words_without_end_are_cut(bench, spec, fault):
+    bench.site("bad", fault=fault.TALKS_WITHOUT_END)
+    run = await bench.ended(await bench.enqueue(spec(cohort={"attempts": 1})))
+    assert len(bench.outcomes(run)["bad"][1]) < 17_000
+    assert len(run.reason) < 1000
+
+
 async def test_a_late_site_is_left_behind_at_the_deadline(bench, spec, initial, fault):
     bench.site("good", step=2.0)
     slow = bench.site("slow", fault=fault.SILENT)
@@ -181,6 +216,46 @@ async def test_a_stopped_run_keeps_its_last_model(bench, spec, fault):
     assert bench.model(run)["layer.bias"].shape == (4,)
     await bench.until(lambda: run.id in site.ended_runs)
     assert not list(bench.running.store.spool.iterdir())
+
+
+async def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(bench, spec, fault):
+    site = bench.site("a", fault=fault.NEVER_EVALUATES)
+    run = await bench.enqueue(spec())
+    await bench.until(site.assigned.is_set)
+    assert (await bench.running.runs.stop(run.id, "")).state == "stopped"
+    site.fault = fault.NONE
+    bench.running.runs.resume(run.id)
+    run = await bench.ended(run)
+    assert run.state == "finished"
+    assert all("loss" in record.metrics for record in bench.running.store.rounds(run.id))
+
+
+async def test_an_upload_during_shutdown_is_to_be_tried_again(config, bench_of, spec, fault):
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        site = bench.site("a", fault=fault.NEVER_UPLOADS)
+        run = await bench.enqueue(spec())
+        await bench.until(lambda: site.granted)
+        running.working.cancel()
+        await asyncio.sleep(0.1)
+        name = f"{run.id}.1.1.train.a"
+        with pytest.raises(Unreachable, match="has yet to go on"):
+            await upload(site.transfer, name, site.folder / f"{name}.safetensors", 0)
+        site.fault = fault.NONE
+    async with coordinator(config) as running:
+        bench.running = running
+        bench.attach(site)
+        assert (await bench.ended(run)).state == "finished"
+        assert len(site.trained) == 1
+
+
+async def test_an_assignment_that_has_ended_is_cancelled_at_attach(bench, spec):
+    site = bench.site("a")
+    run = await bench.ended(await bench.enqueue(spec()))
+    await bench.detach("a")
+    site.open_assignments = [f"{run.id}.7.1.train.a"]
+    bench.attach(site)
+    await bench.until(lambda: f"{run.id}.7.1.train.a" in site.cancelled)
 
 
 async def test_a_restarted_coordinator_goes_on_in_the_same_round(config, bench_of, spec, initial, fault):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fedloom.v1 import session_pb2 as fedloom_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x66\x65\x64loom/v1/runs.proto\x12\nfedloom.v1\x1a\x18\x66\x65\x64loom/v1/session.proto\"\xf5\x01\n\x03Run\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.fedloom.v1.RunState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0brounds_done\x18\x05 \x01(\r\x12\x14\n\x0crounds_total\x18\x06 \x01(\r\x12\x16\n\x0esubmitted_at_s\x18\x07 \x01(\x01\x12\x14\n\x0cstarted_at_s\x18\x08 \x01(\x01\x12\x12\n\nended_at_s\x18\t \x01(\x01\x12\x1f\n\x05model\x18\n \x01(\x0b\x32\x10.fedloom.v1.Blob\x12\x11\n\tspec_json\x18\x0b \x01(\t\"\xb1\x02\n\x05Round\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.fedloom.v1.RoundState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x1f\n\x05model\x18\x05 \x01(\x0b\x32\x10.fedloom.v1.Blob\x12/\n\x07metrics\x18\x06 \x03(\x0b\x32\x1e.fedloom.v1.Round.MetricsEntry\x12$\n\x05sites\x18\x07 \x03(\x0b\x32\x15.fedloom.v1.SiteRound\x12\x14\n\x0cstarted_at_s\x18\x08 \x01(\x01\x12\x12\n\nended_at_s\x18\t \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x8b\x03\n\tSiteRound\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x1e\n\x04work\x18\x02 \x01(\x0e\x32\x10.fedloom.v1.Work\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x33\n\x07metrics\x18\x07 \x03(\x0b\x32\".fedloom.v1.SiteRound.MetricsEntry\x12\x12\n\nbytes_down\x18\x08 \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\t \x01(\x04\x12>\n\rphase_seconds\x18\n \x03(\x0b\x32\'.fedloom.v1.SiteRound.PhaseSecondsEntry\x12\x0f\n\x07\x61ttempt\x18\x0b \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x33\n\x11PhaseSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1d\n\rSubmitRequest\x12\x0c\n\x04spec\x18\x01 \x01(\t\"\r\n\x0bListRequest\"-\n\x0cListResponse\x12\x1d\n\x04runs\x18\x01 \x03(\x0b\x32\x0f.fedloom.v1.Run\"\x1c\n\nGetRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"N\n\x0bGetResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.fedloom.v1.Run\x12!\n\x06rounds\x18\x02 \x03(\x0b\x32\x11.fedloom.v1.Round\"\x1e\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x8b\x01\n\nWatchEvent\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x0f.fedloom.v1.RunH\x00\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x11.fedloom.v1.RoundH\x00\x12\x31\n\rsite_progress\x18\x03 \x01(\x0b\x32\x18.fedloom.v1.SiteProgressH\x00\x42\x06\n\x04kind\"s\n\x0cSiteProgress\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x1e\n\x04work\x18\x03 \x01(\x0e\x32\x10.fedloom.v1.Work\x12&\n\x08progress\x18\x04 \x01(\x0b\x32\x14.fedloom.v1.Progress\"-\n\x0bStopRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1f\n\rResumeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"=\n\rExportRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\x05round\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_round\"E\n\x0e\x45xportResponse\x12\x1f\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x10.fedloom.v1.Blob\x12\x12\n\nmodel_card\x18\x02 \x01(\t\"\x12\n\x10ListSitesRequest\"4\n\x11ListSitesResponse\x12\x1f\n\x05sites\x18\x01 \x03(\x0b\x32\x10.fedloom.v1.Site\"b\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x17\n\x0flast_heard_at_s\x18\x03 \x01(\x01\x12 \n\x05hello\x18\x04 \x01(\x0b\x32\x11.fedloom.v1.Hello*\x97\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10RUN_STATE_QUEUED\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x16\n\x12RUN_STATE_FINISHED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x12\x15\n\x11RUN_STATE_STOPPED\x10\x05*\xae\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14ROUND_STATE_TRAINING\x10\x01\x12\x1b\n\x17ROUND_STATE_AGGREGATING\x10\x02\x12\x1a\n\x16ROUND_STATE_EVALUATING\x10\x03\x12\x18\n\x14ROUND_STATE_FINISHED\x10\x04\x12\x16\n\x12ROUND_STATE_FAILED\x10\x05\x32\xe5\x03\n\nRunService\x12\x34\n\x06Submit\x12\x19.fedloom.v1.SubmitRequest\x1a\x0f.fedloom.v1.Run\x12\x39\n\x04List\x12\x17.fedloom.v1.ListRequest\x1a\x18.fedloom.v1.ListResponse\x12\x36\n\x03Get\x12\x16.fedloom.v1.GetRequest\x1a\x17.fedloom.v1.GetResponse\x12;\n\x05Watch\x12\x18.fedloom.v1.WatchRequest\x1a\x16.fedloom.v1.WatchEvent0\x01\x12\x30\n\x04Stop\x12\x17.fedloom.v1.StopRequest\x1a\x0f.fedloom.v1.Run\x12\x34\n\x06Resume\x12\x19.fedloom.v1.ResumeRequest\x1a\x0f.fedloom.v1.Run\x12?\n\x06\x45xport\x12\x19.fedloom.v1.ExportRequest\x1a\x1a.fedloom.v1.ExportResponse\x12H\n\tListSites\x12\x1c.fedloom.v1.ListSitesRequest\x1a\x1d.fedloom.v1.ListSitesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x66\x65\x64loom/v1/runs.proto\x12\nfedloom.v1\x1a\x18\x66\x65\x64loom/v1/session.proto\"\xf5\x01\n\x03Run\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.fedloom.v1.RunState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0brounds_done\x18\x05 \x01(\r\x12\x14\n\x0crounds_total\x18\x06 \x01(\r\x12\x16\n\x0esubmitted_at_s\x18\x07 \x01(\x01\x12\x14\n\x0cstarted_at_s\x18\x08 \x01(\x01\x12\x12\n\nended_at_s\x18\t \x01(\x01\x12\x1f\n\x05model\x18\n \x01(\x0b\x32\x10.fedloom.v1.Blob\x12\x11\n\tspec_json\x18\x0b \x01(\t\"\xb1\x02\n\x05Round\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.fedloom.v1.RoundState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x1f\n\x05model\x18\x05 \x01(\x0b\x32\x10.fedloom.v1.Blob\x12/\n\x07metrics\x18\x06 \x03(\x0b\x32\x1e.fedloom.v1.Round.MetricsEntry\x12$\n\x05sites\x18\x07 \x03(\x0b\x32\x15.fedloom.v1.SiteRound\x12\x14\n\x0cstarted_at_s\x18\x08 \x01(\x01\x12\x12\n\nended_at_s\x18\t \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x8b\x03\n\tSiteRound\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x1e\n\x04work\x18\x02 \x01(\x0e\x32\x10.fedloom.v1.Work\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x33\n\x07metrics\x18\x07 \x03(\x0b\x32\".fedloom.v1.SiteRound.MetricsEntry\x12\x12\n\nbytes_down\x18\x08 \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\t \x01(\x04\x12>\n\rphase_seconds\x18\n \x03(\x0b\x32\'.fedloom.v1.SiteRound.PhaseSecondsEntry\x12\x0f\n\x07\x61ttempt\x18\x0b \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x33\n\x11PhaseSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1d\n\rSubmitRequest\x12\x0c\n\x04spec\x18\x01 \x01(\t\"\r\n\x0bListRequest\"-\n\x0cListResponse\x12\x1d\n\x04runs\x18\x01 \x03(\x0b\x32\x0f.fedloom.v1.Run\"0\n\nGetRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nfrom_round\x18\x02 \x01(\r\"v\n\x0bGetResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.fedloom.v1.Run\x12!\n\x06rounds\x18\x02 \x03(\x0b\x32\x11.fedloom.v1.Round\x12\x17\n\nnext_round\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_next_round\"\x1e\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x8b\x01\n\nWatchEvent\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x0f.fedloom.v1.RunH\x00\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x11.fedloom.v1.RoundH\x00\x12\x31\n\rsite_progress\x18\x03 \x01(\x0b\x32\x18.fedloom.v1.SiteProgressH\x00\x42\x06\n\x04kind\"s\n\x0cSiteProgress\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x1e\n\x04work\x18\x03 \x01(\x0e\x32\x10.fedloom.v1.Work\x12&\n\x08progress\x18\x04 \x01(\x0b\x32\x14.fedloom.v1.Progress\"-\n\x0bStopRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1f\n\rResumeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"=\n\rExportRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\x05round\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_round\"c\n\x0e\x45xportResponse\x12\x1f\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x10.fedloom.v1.Blob\x12\x12\n\nmodel_card\x18\x02 \x01(\t\x12\x1c\n\x03run\x18\x03 \x01(\x0b\x32\x0f.fedloom.v1.Run\"\x12\n\x10ListSitesRequest\"4\n\x11ListSitesResponse\x12\x1f\n\x05sites\x18\x01 \x03(\x0b\x32\x10.fedloom.v1.Site\"b\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x17\n\x0flast_heard_at_s\x18\x03 \x01(\x01\x12 \n\x05hello\x18\x04 \x01(\x0b\x32\x11.fedloom.v1.Hello*\x97\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10RUN_STATE_QUEUED\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x16\n\x12RUN_STATE_FINISHED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x12\x15\n\x11RUN_STATE_STOPPED\x10\x05*\xae\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14ROUND_STATE_TRAINING\x10\x01\x12\x1b\n\x17ROUND_STATE_AGGREGATING\x10\x02\x12\x1a\n\x16ROUND_STATE_EVALUATING\x10\x03\x12\x18\n\x14ROUND_STATE_FINISHED\x10\x04\x12\x16\n\x12ROUND_STATE_FAILED\x10\x05\x32\xe5\x03\n\nRunService\x12\x34\n\x06Submit\x12\x19.fedloom.v1.SubmitRequest\x1a\x0f.fedloom.v1.Run\x12\x39\n\x04List\x12\x17.fedloom.v1.ListRequest\x1a\x18.fedloom.v1.ListResponse\x12\x36\n\x03Get\x12\x16.fedloom.v1.GetRequest\x1a\x17.fedloom.v1.GetResponse\x12;\n\x05Watch\x12\x18.fedloom.v1.WatchRequest\x1a\x16.fedloom.v1.WatchEvent0\x01\x12\x30\n\x04Stop\x12\x17.fedloom.v1.StopRequest\x1a\x0f.fedloom.v1.Run\x12\x34\n\x06Resume\x12\x19.fedloom.v1.ResumeRequest\x1a\x0f.fedloom.v1.Run\x12?\n\x06\x45xport\x12\x19.fedloom.v1.ExportRequest\x1a\x1a.fedloom.v1.ExportResponse\x12H\n\tListSites\x12\x1c.fedloom.v1.ListSitesRequest\x1a\x1d.fedloom.v1.ListSitesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,10 +38,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SITEROUND_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_SITEROUND_PHASESECONDSENTRY']._loaded_options = None
   _globals['_SITEROUND_PHASESECONDSENTRY']._serialized_options = b'8\001'
-  _globals['_RUNSTATE']._serialized_start=1900
-  _globals['_RUNSTATE']._serialized_end=2051
-  _globals['_ROUNDSTATE']._serialized_start=2054
-  _globals['_ROUNDSTATE']._serialized_end=2228
+  _globals['_RUNSTATE']._serialized_start=1990
+  _globals['_RUNSTATE']._serialized_end=2141
+  _globals['_ROUNDSTATE']._serialized_start=2144
+  _globals['_ROUNDSTATE']._serialized_end=2318
   _globals['_RUN']._serialized_start=64
   _globals['_RUN']._serialized_end=309
   _globals['_ROUND']._serialized_start=312
@@ -61,29 +61,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTRESPONSE']._serialized_start=1063
   _globals['_LISTRESPONSE']._serialized_end=1108
   _globals['_GETREQUEST']._serialized_start=1110
-  _globals['_GETREQUEST']._serialized_end=1138
-  _globals['_GETRESPONSE']._serialized_start=1140
-  _globals['_GETRESPONSE']._serialized_end=1218
-  _globals['_WATCHREQUEST']._serialized_start=1220
-  _globals['_WATCHREQUEST']._serialized_end=1250
-  _globals['_WATCHEVENT']._serialized_start=1253
-  _globals['_WATCHEVENT']._serialized_end=1392
-  _globals['_SITEPROGRESS']._serialized_start=1394
-  _globals['_SITEPROGRESS']._serialized_end=1509
-  _globals['_STOPREQUEST']._serialized_start=1511
-  _globals['_STOPREQUEST']._serialized_end=1556
-  _globals['_RESUMEREQUEST']._serialized_start=1558
-  _globals['_RESUMEREQUEST']._serialized_end=1589
-  _globals['_EXPORTREQUEST']._serialized_start=1591
-  _globals['_EXPORTREQUEST']._serialized_end=1652
-  _globals['_EXPORTRESPONSE']._serialized_start=1654
-  _globals['_EXPORTRESPONSE']._serialized_end=1723
-  _globals['_LISTSITESREQUEST']._serialized_start=1725
-  _globals['_LISTSITESREQUEST']._serialized_end=1743
-  _globals['_LISTSITESRESPONSE']._serialized_start=1745
-  _globals['_LISTSITESRESPONSE']._serialized_end=1797
-  _globals['_SITE']._serialized_start=1799
-  _globals['_SITE']._serialized_end=1897
-  _globals['_RUNSERVICE']._serialized_start=2231
-  _globals['_RUNSERVICE']._serialized_end=2716
+  _globals['_GETREQUEST']._serialized_end=1158
+  _globals['_GETRESPONSE']._serialized_start=1160
+  _globals['_GETRESPONSE']._serialized_end=1278
+  _globals['_WATCHREQUEST']._serialized_start=1280
+  _globals['_WATCHREQUEST']._serialized_end=1310
+  _globals['_WATCHEVENT']._serialized_start=1313
+  _globals['_WATCHEVENT']._serialized_end=1452
+  _globals['_SITEPROGRESS']._serialized_start=1454
+  _globals['_SITEPROGRESS']._serialized_end=1569
+  _globals['_STOPREQUEST']._serialized_start=1571
+  _globals['_STOPREQUEST']._serialized_end=1616
+  _globals['_RESUMEREQUEST']._serialized_start=1618
+  _globals['_RESUMEREQUEST']._serialized_end=1649
+  _globals['_EXPORTREQUEST']._serialized_start=1651
+  _globals['_EXPORTREQUEST']._serialized_end=1712
+  _globals['_EXPORTRESPONSE']._serialized_start=1714
+  _globals['_EXPORTRESPONSE']._serialized_end=1813
+  _globals['_LISTSITESREQUEST']._serialized_start=1815
+  _globals['_LISTSITESREQUEST']._serialized_end=1833
+  _globals['_LISTSITESRESPONSE']._serialized_start=1835
+  _globals['_LISTSITESRESPONSE']._serialized_end=1887
+  _globals['_SITE']._serialized_start=1889
+  _globals['_SITE']._serialized_end=1987
+  _globals['_RUNSERVICE']._serialized_start=2321
+  _globals['_RUNSERVICE']._serialized_end=2806
 # @@protoc_insertion_point(module_scope)

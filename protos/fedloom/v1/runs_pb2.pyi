@@ -150,18 +150,22 @@ class ListResponse(_message.Message):
     def __init__(self, runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("run_id",)
+    __slots__ = ("run_id", "from_round")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    FROM_ROUND_FIELD_NUMBER: _ClassVar[int]
     run_id: str
-    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+    from_round: int
+    def __init__(self, run_id: _Optional[str] = ..., from_round: _Optional[int] = ...) -> None: ...
 
 class GetResponse(_message.Message):
-    __slots__ = ("run", "rounds")
+    __slots__ = ("run", "rounds", "next_round")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ROUND_FIELD_NUMBER: _ClassVar[int]
     run: Run
     rounds: _containers.RepeatedCompositeFieldContainer[Round]
-    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[Round, _Mapping]]] = ...) -> None: ...
+    next_round: int
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[Round, _Mapping]]] = ..., next_round: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("run_id",)
@@ -214,12 +218,14 @@ class ExportRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
 
 class ExportResponse(_message.Message):
-    __slots__ = ("files", "model_card")
+    __slots__ = ("files", "model_card", "run")
     FILES_FIELD_NUMBER: _ClassVar[int]
     MODEL_CARD_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     files: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
     model_card: str
-    def __init__(self, files: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., model_card: _Optional[str] = ...) -> None: ...
+    run: Run
+    def __init__(self, files: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., model_card: _Optional[str] = ..., run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
 
 class ListSitesRequest(_message.Message):
     __slots__ = ()

@@ -240,7 +240,9 @@ class Drain(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class RunEnded(_message.Message):
-    __slots__ = ("run_id",)
+    __slots__ = ("run_id", "may_resume")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    MAY_RESUME_FIELD_NUMBER: _ClassVar[int]
     run_id: str
-    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+    may_resume: bool
+    def __init__(self, run_id: _Optional[str] = ..., may_resume: bool = ...) -> None: ...

@@ -12,23 +12,15 @@ from fedloom_server.aggregation.floats import first_not_finite, value_at
 PIECE_BYTES = 512 << 10  # stays in a core's L2 cache between the read and the check
 
 
-def validate_update(path: Path, manifest: Manifest, *, examples: int, max_examples: int | None) -> None:
-    """Check an update against the model that it belongs to.
-
-    ``examples`` is the nₖ that the site claims, ``max_examples`` the most that the run permits.
+def validate_update(path: Path, manifest: Manifest) -> None:
+    """Check an update's file against the model that it belongs to.
 
     Memory: one piece, whatever the size of the file.
 
     Raises:
-        BadTensor: the claim is not positive or over the cap, the file is not safetensors, its
-            tensors differ from the manifest's, or a value is NaN or infinite.
+        BadTensor: the file is not safetensors, its tensors differ from the manifest's, or a value is
+            NaN or infinite.
     """
-    if examples <= 0:
-        raise BadTensor(f"the update claims {examples} examples, wanted 1 or more")
-    if max_examples is not None and examples > max_examples:
-        raise BadTensor(
-            f"the update claims {examples} examples, aggregation.max_examples permits {max_examples}"
-        )
     update = Manifest.read(path)
     manifest.require_same_tensors(update)
     buffer = np.empty(PIECE_BYTES, np.uint8)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 import grpc
 import typer
 
+from fedloom.v1.runs_pb2 import GetRequest, GetResponse
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom.v1.transfer_pb2_grpc import TransferServiceStub
 from fedloom_common.channels import open_channel
@@ -51,6 +52,29 @@ class Coordinator:
         """
         with self.errors():
             return await method(request, timeout=CALL_S)
+
+    async def call_at_length(self, method: Callable[..., Any], request: Any) -> Any:
+        """Make a call that may take as long as its work does: keepalive alone tells whether the peer lives.
+
+        Raises:
+            FederationError: what the coordinator said, or Unreachable.
+        """
+        with self.errors():
+            return await method(request)
+
+    async def run_with_rounds(self, run_id: str) -> GetResponse:
+        """A run and all of its rounds, over as many calls as they need.
+
+        Raises:
+            FederationError: what the coordinator said, or Unreachable.
+        """
+        whole: GetResponse = await self.call(self.runs.Get, GetRequest(run_id=run_id))
+        more = whole
+        while more.HasField("next_round"):
+            more = await self.call(self.runs.Get, GetRequest(run_id=run_id, from_round=more.next_round))
+            whole.rounds.extend(more.rounds)
+        whole.ClearField("next_round")
+        return whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom.v1.runs_pb2 import ExportRequest, ExportResponse, GetRequest
+from fedloom.v1.runs_pb2 import ExportRequest, ExportResponse
 from fedloom.v1.session_pb2 import Blob
 from fedloom_common.errors import ProtocolError, StorageFull, WrongState
 from fedloom_common.files import digest_of_file, storage_errors, write_text
@@ -53,12 +53,11 @@ async def export(
         ProtocolError: the coordinator named a file that is not a plain name.
         FederationError: the coordinator has no such model, or could not send it.
     """
-    found = await coordinator.call(coordinator.runs.Get, GetRequest(run_id=run_id))
-    full_id = found.run.id
-    earlier = _earlier_files(directory, full_id)
     answer: ExportResponse = await coordinator.call(
-        coordinator.runs.Export, ExportRequest(run_id=full_id, round=round_number)
+        coordinator.runs.Export, ExportRequest(run_id=run_id, round=round_number)
     )
+    full_id = answer.run.id
+    earlier = _earlier_files(directory, full_id)
     check_names(answer.files)
     total = sum(file.size_bytes for file in answer.files)
     with _writing(directory, total):

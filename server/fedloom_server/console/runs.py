@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from fedloom.v1.runs_pb2 import GetRequest, ListRequest, ResumeRequest, Round, Run, StopRequest, SubmitRequest
+from fedloom.v1.runs_pb2 import ListRequest, ResumeRequest, Round, Run, StopRequest, SubmitRequest
 from fedloom_common.errors import NotFound
 from fedloom_common.runspec import parse_run_spec, run_spec_schema
 from fedloom_server.console.connection import Coordinator, Operator, operator_command
@@ -72,7 +73,7 @@ async def submit(
     text = apply_overrides(read_spec_text(spec), overrides or ())
     parse_run_spec(text)  # so that mistakes show without a network
     async with operator.connect() as coordinator:
-        run = await coordinator.call(coordinator.runs.Submit, SubmitRequest(spec=text))
+        run = await coordinator.call_at_length(coordinator.runs.Submit, SubmitRequest(spec=text))
         bare = quiet or not sys.stdout.isatty()
         if bare:
             typer.echo(plain(run.id))
@@ -113,7 +114,7 @@ async def show(
 ) -> None:
     """Show one run: its rounds, what each site did, and why anything was not done."""
     async with operator.connect() as coordinator:
-        answer = await coordinator.call(coordinator.runs.Get, GetRequest(run_id=run))
+        answer = await coordinator.run_with_rounds(run)
     if spec:
         typer.echo(yaml.safe_dump(json.loads(answer.run.spec_json), sort_keys=False), nl=False)
     elif as_json:
@@ -145,7 +146,9 @@ async def stop(
 ) -> None:
     """Stop a run; its last model stays, and it can be resumed."""
     async with operator.connect() as coordinator:
-        after = await coordinator.call(coordinator.runs.Stop, StopRequest(run_id=run, reason=reason))
+        after = await coordinator.call_at_length(
+            coordinator.runs.Stop, StopRequest(run_id=run, reason=reason)
+        )
     _say_state(after)
 
 
@@ -218,7 +221,7 @@ async def _watch_to_end(
     raise typer.Exit(EXIT_STATUS[run.state])
 
 
-def _round(run: Run, rounds: list[Round], number: int) -> Round:
+def _round(run: Run, rounds: Sequence[Round], number: int) -> Round:
     found = {item.number: item for item in rounds}
     if number not in found:
         known = f"{min(found)} to {max(found)}" if found else "none yet"

@@ -6,12 +6,14 @@ FederationErrors; any other exception leaves as an error without its text.
 
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
-from fedloom_common.errors import FederationError, NotPermitted
+from fedloom_common.errors import FederationError, NotPermitted, TooManyCalls
 from fedloom_common.identity import Peer, Role, insecure_peer, peer_of
 from fedloom_common.rpc import status_of
 
@@ -38,6 +40,8 @@ ADMITTED: Mapping[str, frozenset[Role]] = {
     "/grpc.health.v1.Health/List": ALL,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": ALL,
 }
+
+CALLS_OF_A_PEER = 64  # a session, transfers, some watchers; each may hold a file and a chunk in memory
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +74,38 @@ class Access:
         return peer
 
 
+class Load:
+    """Calls under way by peer: one that opens more than a share of them is refused."""
+
+    def __init__(self) -> None:
+        self._calls: Counter[Peer] = Counter()
+
+    @contextmanager
+    def counted(self, peer: Peer) -> Iterator[None]:
+        """Count a call while it is under way.
+
+        Raises:
+            TooManyCalls: the peer has CALLS_OF_A_PEER under way.
+        """
+        if self._calls[peer] >= CALLS_OF_A_PEER:
+            raise TooManyCalls(
+                f"{peer.role} {peer.name} has {CALLS_OF_A_PEER} calls under way; end some first"
+            )
+        self._calls[peer] += 1
+        try:
+            yield
+        finally:
+            self._calls[peer] -= 1
+            if not self._calls[peer]:
+                del self._calls[peer]
+
+
 class Guard(grpc.aio.ServerInterceptor):
     """Puts the table before, and the mapping of errors behind, every handler."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
+        self._load = Load()
 
     async def intercept_service(
         self,
@@ -94,8 +125,8 @@ class Guard(grpc.aio.ServerInterceptor):
     def _single(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                self._access.admit(method, context)
-                return await behaviour(request, context)
+                with self._load.counted(self._access.admit(method, context)):
+                    return await behaviour(request, context)
             except Exception as error:  # noqa: BLE001 (the process's edge)
                 await _abort(method, error, context)
 
@@ -104,12 +135,12 @@ class Guard(grpc.aio.ServerInterceptor):
     def _streaming(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                self._access.admit(method, context)
-                if inspect.isasyncgenfunction(behaviour):
-                    async for response in behaviour(request, context):
-                        yield response
-                else:
-                    await behaviour(request, context)  # it writes to the context, as reflection does
+                with self._load.counted(self._access.admit(method, context)):
+                    if inspect.isasyncgenfunction(behaviour):
+                        async for response in behaviour(request, context):
+                            yield response
+                    else:
+                        await behaviour(request, context)  # it writes to the context
             except Exception as error:  # noqa: BLE001 (the process's edge)
                 await _abort(method, error, context)
 

@@ -9,7 +9,7 @@ import grpc
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.session_pb2_grpc import FederationServiceServicer
-from fedloom_common.errors import ProtocolError
+from fedloom_common.errors import FederationError, ProtocolError
 from fedloom_server.assignments import Assignments, Result
 from fedloom_server.records import Assignment, Run, Work
 from fedloom_server.rpc.access import Access
@@ -21,6 +21,13 @@ PROTOCOL_VERSION = 1
 HELLO_S = 20.0  # a peer that opened a session has so long to say who it is
 MISSED_HEARTBEATS = 3
 OUTBOX_MESSAGES = 1000  # a site that reads nothing while so many wait is gone
+# What a site may say at most: it is kept, and shown to operators.
+TEXT_CHARACTERS = 16_000
+NAME_CHARACTERS = 200
+NUMBERS = 64
+DEVICES = 256
+DATA_SETS = 1000
+OPEN_ASSIGNMENTS = 1000
 
 Context = grpc.aio.ServicerContext[pb.SiteMessage, pb.CoordinatorMessage]
 
@@ -30,8 +37,10 @@ logger = logging.getLogger(__name__)
 class SiteLink:
     """Messages to one site, in order."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, give_up: Callable[[], object]) -> None:
+        """``give_up`` ends the session at once, whatever has yet to be sent."""
         self._model_name = model_name
+        self.give_up = give_up
         self._outbox: asyncio.Queue[pb.CoordinatorMessage | None] = asyncio.Queue()
 
     def assign(self, assignment: Assignment, run: Run) -> None:
@@ -56,34 +65,34 @@ class SiteLink:
         """Say that an assignment is no longer wanted."""
         self._put(pb.CoordinatorMessage(cancel=pb.Cancel(assignment_id=assignment_id, reason=reason)))
 
-    def run_ended(self, run_id: str) -> None:
-        """Say that a run has ended."""
-        self._put(pb.CoordinatorMessage(run_ended=pb.RunEnded(run_id=run_id)))
+    def run_ended(self, run_id: str, *, may_resume: bool) -> None:
+        """Say that a run has ended, for good or until an operator resumes it."""
+        self._put(pb.CoordinatorMessage(run_ended=pb.RunEnded(run_id=run_id, may_resume=may_resume)))
 
     def close(self, reason: str) -> None:
         """Tell the site to attach again later, and end the session."""
         self._put(pb.CoordinatorMessage(drain=pb.Drain(reason=reason)))
-        self.end()
+        self.finish()
 
     def welcome(self, site: str, heartbeat_s: float) -> None:
         """Accept the session."""
         welcome = pb.Welcome(protocol_version=PROTOCOL_VERSION, site=site, heartbeat_s=heartbeat_s)
         self._put(pb.CoordinatorMessage(welcome=welcome))
 
-    def _put(self, message: pb.CoordinatorMessage) -> None:
-        if self._outbox.qsize() < OUTBOX_MESSAGES:
-            self._outbox.put_nowait(message)
-        else:
-            self.end()
-
-    def end(self) -> None:
-        """End the session without a word: the site is gone."""
+    def finish(self) -> None:
+        """End the session after what has yet to be sent."""
         self._outbox.put_nowait(None)
 
     async def messages(self) -> AsyncIterator[pb.CoordinatorMessage]:
         """What is to be sent, until the link is closed."""
         while (message := await self._outbox.get()) is not None:
             yield message
+
+    def _put(self, message: pb.CoordinatorMessage) -> None:
+        if self._outbox.qsize() < OUTBOX_MESSAGES:
+            self._outbox.put_nowait(message)
+        else:
+            self.give_up()
 
 
 class FederationEdge(FederationServiceServicer):
@@ -100,9 +109,9 @@ class FederationEdge(FederationServiceServicer):
         self._handlers: Mapping[str, Callable[[str, Any], None]] = {
             "progress": self._progress,
             "outcome": self._outcome,
-            "refusal": lambda site, refusal: assignments.refused(site, refusal.assignment_id, refusal.reason),
-            "failure": lambda site, failure: assignments.failed(site, failure.assignment_id, failure.reason),
-            "heartbeat": lambda site, heartbeat: None,
+            "refusal": lambda site, told: assignments.refused(site, told.assignment_id, _text(told.reason)),
+            "failure": lambda site, told: assignments.failed(site, told.assignment_id, _text(told.reason)),
+            "heartbeat": lambda site, told: None,
         }
 
     async def Attach(  # noqa: N802 (the contract's name)
@@ -111,17 +120,17 @@ class FederationEdge(FederationServiceServicer):
         """Serve a session until either side ends it or the site is silent."""
         site = self._access.peer(context).name
         hello = await _hello(request_iterator)
-        link = SiteLink(self._model_name)
+        handler = asyncio.current_task()
+        assert handler is not None, "a handler runs in a task"
+        link = SiteLink(self._model_name, handler.cancel)
         try:
             with self._sites.attached(site, _description(hello), link) as entry:
                 link.welcome(site, self._heartbeat_s)
-                self._assignments.attached(site)
-                reading = asyncio.create_task(self._read(site, entry, request_iterator, link))
+                self._assignments.attached(site, hello.open_assignments[:OPEN_ASSIGNMENTS])
+                reading = asyncio.create_task(self._read(entry, request_iterator, link, context))
                 try:
                     async for message in link.messages():
                         yield message
-                    if reading.done():
-                        reading.result()
                 finally:
                     reading.cancel()
         finally:
@@ -129,23 +138,30 @@ class FederationEdge(FederationServiceServicer):
                 self._assignments.detached(site)
 
     async def _read(
-        self, site: str, entry: Site, requests: AsyncIterator[pb.SiteMessage], link: SiteLink
+        self, site: Site, requests: AsyncIterator[pb.SiteMessage], link: SiteLink, context: Context
     ) -> None:
-        """Take a site's messages until it ends the session or misses its heartbeats."""
+        """Take a site's messages until it ends the session, misses its heartbeats or may no longer speak."""
         silence_s = MISSED_HEARTBEATS * self._heartbeat_s
         try:
             while True:
                 message = await asyncio.wait_for(anext(requests), silence_s)
-                entry.heard()
+                self._access.peer(context)  # its certificate may have expired since it attached
+                site.heard()
                 kind = message.WhichOneof("kind")
                 if kind in self._handlers:
-                    self._handlers[kind](site, getattr(message, kind))
-        except (StopAsyncIteration, grpc.aio.UsageError):
-            pass  # the site has ended the session, or its connection is gone
+                    self._handlers[kind](site.name, getattr(message, kind))
+        except StopAsyncIteration:
+            link.finish()
+            return
+        except grpc.aio.UsageError:
+            pass  # the connection is gone
         except TimeoutError:
-            logger.warning("site is silent", extra={"site": site, "silence_s": silence_s})
-        finally:
-            link.end()
+            logger.warning("site is silent", extra={"site": site.name, "silence_s": silence_s})
+        except FederationError as error:
+            logger.warning("session ended", extra={"site": site.name, "reason": str(error)})
+        except Exception:
+            logger.exception("session failed by an error of the coordinator's own", extra={"site": site.name})
+        link.give_up()
 
     def _progress(self, site: str, progress: pb.Progress) -> None:
         self._assignments.progress(
@@ -160,8 +176,8 @@ class FederationEdge(FederationServiceServicer):
 
     def _outcome(self, site: str, outcome: pb.Outcome) -> None:
         result = Result(
-            examples=outcome.examples, tokens=outcome.tokens, metrics=dict(outcome.metrics),
-            phase_seconds=dict(outcome.phase_seconds), update_digest=outcome.update_digest,
+            examples=outcome.examples, tokens=outcome.tokens, metrics=_numbers(outcome.metrics),
+            phase_seconds=_numbers(outcome.phase_seconds), update_digest=outcome.update_digest,
             update_bytes=outcome.update_bytes,
         )  # fmt: skip
         self._assignments.finished(site, outcome.assignment_id, result)
@@ -186,12 +202,24 @@ async def _hello(requests: AsyncIterator[pb.SiteMessage]) -> pb.Hello:
 
 def _description(hello: pb.Hello) -> Description:
     devices = (
-        Device(kind=device.kind, name=device.name, memory_bytes=device.memory_bytes)
-        for device in hello.devices
+        Device(kind=_name(device.kind), name=_name(device.name), memory_bytes=device.memory_bytes)
+        for device in hello.devices[:DEVICES]
     )
     return Description(
-        software=hello.software,
+        software=_name(hello.software),
         memory_bytes=hello.memory_bytes,
         devices=tuple(devices),
-        data_sets={data.name: data.size_bytes for data in hello.data_sets},
+        data_sets={_name(data.name): data.size_bytes for data in hello.data_sets[:DATA_SETS]},
     )
+
+
+def _text(text: str) -> str:
+    return text if len(text) <= TEXT_CHARACTERS else text[:TEXT_CHARACTERS] + " …"
+
+
+def _name(text: str) -> str:
+    return text[:NAME_CHARACTERS]
+
+
+def _numbers(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {_name(name): numbers[name] for name in sorted(numbers)[:NUMBERS]}

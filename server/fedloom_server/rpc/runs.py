@@ -16,6 +16,8 @@ from fedloom_server.sites import Sites
 from fedloom_server.store import Store
 from fedloom_server.watching import Watching
 
+ROUNDS_BYTES = 1 << 20  # of one answer; a round with many sites takes it beyond, and a message has 8 MiB
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -39,7 +41,17 @@ class RunEdge(RunServiceServicer):
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:  # noqa: N802
         """One run with its rounds."""
         run = self._store.run(request.run_id)
-        return pb.GetResponse(run=run_message(run, MODEL_FILE), rounds=self._rounds(run))
+        answer = pb.GetResponse(run=run_message(run, MODEL_FILE))
+        size_bytes = 0
+        for message in self._rounds(run):
+            if message.number < request.from_round:
+                continue
+            if size_bytes > ROUNDS_BYTES:
+                answer.next_round = message.number
+                break
+            answer.rounds.append(message)
+            size_bytes += message.ByteSize()
+        return answer
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchEvent]:  # noqa: N802
         """The run and its rounds as they stand, then every change, until the run ends."""
@@ -69,7 +81,8 @@ class RunEdge(RunServiceServicer):
         """Name the files of a run's model."""
         number = request.round if request.HasField("round") else None
         found = export(self._store, request.run_id, number)
-        return pb.ExportResponse(files=[blob(file) for file in found.files], model_card=found.card)
+        files = [blob(file) for file in found.files]
+        return pb.ExportResponse(files=files, model_card=found.card, run=run_message(found.run, MODEL_FILE))
 
     async def ListSites(self, request: pb.ListSitesRequest, context: Context) -> pb.ListSitesResponse:  # noqa: N802
         """Sites by name."""

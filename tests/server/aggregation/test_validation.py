@@ -30,12 +30,8 @@ def file_of(folder, tensors):
     return path
 
 
-def validate(path, manifest, examples=1, max_examples=None):
-    validate_update(path, manifest, examples=examples, max_examples=max_examples)
-
-
 def test_a_good_update_passes(tmp_path, manifest):
-    validate(file_of(tmp_path, MODEL | {"w": torch.randn(2, 3)}), manifest, examples=5, max_examples=5)
+    validate_update(file_of(tmp_path, MODEL | {"w": torch.randn(2, 3)}), manifest)
 
 
 @pytest.mark.parametrize(
@@ -56,34 +52,21 @@ def test_a_good_update_passes(tmp_path, manifest):
 )
 def test_an_update_that_differs_from_the_manifest_is_refused(tmp_path, manifest, update, complaint):
     with pytest.raises(BadTensor, match=complaint):
-        validate(file_of(tmp_path, update), manifest)
-
-
-@pytest.mark.parametrize(
-    ("examples", "cap", "complaint"),
-    [
-        (0, None, "claims 0 examples, wanted 1 or more"),
-        (-1, None, "claims -1 examples, wanted 1 or more"),
-        (101, 100, "claims 101 examples, aggregation.max_examples permits 100"),
-    ],
-)
-def test_a_claim_of_no_or_too_many_examples_is_refused(tmp_path, manifest, examples, cap, complaint):
-    with pytest.raises(BadTensor, match=complaint):
-        validate(file_of(tmp_path, MODEL), manifest, examples, cap)
+        validate_update(file_of(tmp_path, update), manifest)
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 64])
 def test_a_file_that_is_not_safetensors_is_refused(tmp_path, manifest, content):
     (tmp_path / "update").write_bytes(content)
     with pytest.raises(BadTensor, match="not a safetensors file"):
-        validate(tmp_path / "update", manifest)
+        validate_update(tmp_path / "update", manifest)
 
 
 def test_a_file_that_was_cut_short_is_refused(tmp_path, manifest):
     path = file_of(tmp_path, MODEL)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(BadTensor, match="its header describes"):
-        validate(path, manifest)
+        validate_update(path, manifest)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -93,7 +76,7 @@ def test_the_first_value_that_is_not_finite_is_named_with_its_place(tmp_path, dt
     manifest = Manifest.read(file_of(tmp_path, good))
     good["w"][1, 4] = good["w"][2, 0] = value
     with pytest.raises(BadTensor, match=rf"tensor w holds {value} at index \[1, 4\], wanted finite values"):
-        validate(file_of(tmp_path, good), manifest)
+        validate_update(file_of(tmp_path, good), manifest)
 
 
 def test_a_place_beyond_the_first_piece_is_named_rightly(tmp_path):
@@ -101,13 +84,13 @@ def test_a_place_beyond_the_first_piece_is_named_rightly(tmp_path):
     manifest = Manifest.read(file_of(tmp_path, {"w": tensor}))
     tensor[987, 65] = -torch.inf
     with pytest.raises(BadTensor, match=r"-inf at index \[987, 65\]"):
-        validate(file_of(tmp_path, {"w": tensor}), manifest)
+        validate_update(file_of(tmp_path, {"w": tensor}), manifest)
 
 
 def test_a_scalar_is_named_without_an_index(tmp_path):
     manifest = Manifest.read(file_of(tmp_path, {"s": torch.tensor(1.0)}))
     with pytest.raises(BadTensor, match=r"tensor s holds nan at index \[\]"):
-        validate(file_of(tmp_path, {"s": torch.tensor(torch.nan)}), manifest)
+        validate_update(file_of(tmp_path, {"s": torch.tensor(torch.nan)}), manifest)
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
@@ -117,12 +100,12 @@ def test_extreme_but_finite_values_pass(tmp_path, dtype):
         [limits.max, limits.min, limits.tiny, -limits.smallest_normal / 2, -0.0, 0.0], dtype=dtype
     )
     path = file_of(tmp_path, {"w": values, "empty": torch.zeros(0, dtype=dtype)})
-    validate(path, Manifest.read(path))
+    validate_update(path, Manifest.read(path))
 
 
 def test_whole_numbers_may_have_any_bits(tmp_path):
     path = file_of(tmp_path, {"i": torch.tensor([-1, 2**62]), "u": torch.tensor([255], dtype=torch.uint8)})
-    validate(path, Manifest.read(path))
+    validate_update(path, Manifest.read(path))
 
 
 @given(st.sampled_from(list(FLOATS)), st.binary(max_size=64))
@@ -149,7 +132,7 @@ from pathlib import Path
 from fedloom_common.tensors import Manifest
 from fedloom_server.aggregation.validation import validate_update
 path = Path({str(path)!r})
-validate_update(path, Manifest.read(path), examples=1, max_examples=None)
+validate_update(path, Manifest.read(path))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -81,7 +81,8 @@ class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.Transf
         return self._answer(request, context, pb.ListSitesResponse(sites=self.sites))
 
     def Export(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> pb.ExportResponse:
-        return self._answer(request, context, pb.ExportResponse(files=self.files, model_card="# plays\n"))
+        answer = pb.ExportResponse(files=self.files, model_card="# plays\n", run=self.run)
+        return self._answer(request, context, answer)
 
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchEvent]:
         self._answer(request, context, None)
