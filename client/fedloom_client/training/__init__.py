@@ -1,0 +1,1 @@
+"""The training process: torchrun's launcher, its ranks and their loop. No network code enters here."""

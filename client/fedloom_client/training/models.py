@@ -1,0 +1,119 @@
+"""The model on one rank: built from its config, filled from the global model's file, written as an update."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fedloom_client.training.data import refuse_remote_code
+from fedloom_common.errors import BadTensor, TrainingFailed
+from fedloom_common.tensors import (
+    Manifest,
+    TensorInfo,
+    read_into,
+    read_tensor,
+    tensor_bytes,
+    torch_dtype,
+    write_tensors,
+)
+
+
+class LocalModel:
+    """A rank's copy of the model, in the types of the global model's file.
+
+    Memory: the model; loading adds one tensor, and only where it must be moved to a device.
+    """
+
+    def __init__(self, assets: Path, global_model: Path, device: torch.device) -> None:
+        """Build the model; its values are arbitrary until ``load``.
+
+        Raises:
+            TrainingFailed: the config asks for code, or for a model that transformers does not have.
+            BadTensor: the file's tensors are not this model's.
+        """
+        self.manifest = Manifest.read(global_model)
+        with torch.device("meta"):  # a config that asks for more than the file holds must not cost memory
+            _file_tensors(_build(assets, torch.float32), self.manifest)
+        module = _build(assets, _main_dtype(self.manifest))
+        _match_dtypes(module, self.manifest)
+        self.module = module.to(device)
+        self._tensors = _file_tensors(self.module, self.manifest)
+
+    def load(self, global_model: Path) -> None:
+        """Take over the values of a global model, in place.
+
+        Every rank reads the file itself: on one host it comes from the page cache, which is cheaper
+        than a broadcast through sockets, and several hosts share the file system anyway.
+
+        Raises:
+            BadTensor: the file has other tensors than the run's first model.
+        """
+        manifest = Manifest.read(global_model)
+        self.manifest.require_same_tensors(manifest)
+        with global_model.open("rb", buffering=0) as file, torch.no_grad():
+            for info in manifest.tensors:
+                _fill(self._tensors[info.name], file.fileno(), info)
+
+    def write(self, path: Path) -> None:
+        """Write the values as an update: the global model's tensors, in its order."""
+        write_tensors(path, self._tensors)
+
+
+def _build(assets: Path, dtype: torch.dtype) -> nn.Module:
+    refuse_remote_code(assets)
+    try:
+        config = AutoConfig.from_pretrained(str(assets), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise TrainingFailed(f"the model's config.json does not load: {error}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise TrainingFailed(f"transformers has no causal language model of model_type {config.model_type}")
+    module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    return module
+
+
+def _main_dtype(manifest: Manifest) -> torch.dtype:
+    sizes: dict[str, int] = {}
+    for info in manifest.tensors:
+        if info.is_float:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.size_bytes
+    if not sizes:
+        raise BadTensor("the global model has no tensor of a floating-point type: nothing can be trained")
+    return torch_dtype(max(sizes, key=lambda name: sizes[name]))
+
+
+def _match_dtypes(module: nn.Module, manifest: Manifest) -> None:
+    wanted = {info.name: torch_dtype(info.dtype) for info in manifest.tensors}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.dtype != wanted.get(name, tensor.dtype):
+            tensor.data = tensor.data.to(wanted[name])
+
+
+def _file_tensors(module: nn.Module, manifest: Manifest) -> Mapping[str, torch.Tensor]:
+    """The model's tensors by their names in the file, where tied weights have one name of several."""
+    state: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
+    missing = {id(tensor): name for name, tensor in reversed(state.items())}
+    tensors = {}
+    for info in manifest.tensors:
+        tensor = state.get(info.name)
+        if tensor is None:
+            raise BadTensor(f"tensor {info.name} of the global model is not in the model of its config.json")
+        if tuple(tensor.shape) != info.shape:
+            raise BadTensor(
+                f"tensor {info.name} has shape {list(info.shape)} in the global model, and "
+                f"{list(tensor.shape)} in the model of its config.json"
+            )
+        if missing.pop(id(tensor), None) is None:
+            raise BadTensor(f"tensor {info.name} is in the global model twice: tied weights have one name")
+        tensors[info.name] = tensor
+    if missing:
+        raise BadTensor(f"tensor {min(missing.values())} of the model is not in the global model")
+    return tensors
+
+
+def _fill(tensor: torch.Tensor, descriptor: int, info: TensorInfo) -> None:
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        read_into(descriptor, memoryview(tensor_bytes(tensor)), info.start_bytes)
+    else:
+        tensor.copy_(read_tensor(descriptor, info))

@@ -1,0 +1,103 @@
+"""Inner optimizers, the learning rate over the run, and the optimizer's state between rounds."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedloom_common.errors import BadTensor, TrainingFailed
+from fedloom_common.runspec import SGD, AdamW, Schedule
+from fedloom_common.tensors import Manifest, read_tensors, write_tensors
+
+
+def new_optimizer(spec: AdamW | SGD, module: nn.Module) -> torch.optim.Optimizer:
+    """The run's optimizer without state, on the parameters that are trained."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if isinstance(spec, SGD):
+        return torch.optim.SGD(
+            parameters, spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=True
+        )
+    return torch.optim.AdamW(
+        parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True
+    )
+
+
+def rate_factor(schedule: Schedule, step: int, total_steps: int) -> float:
+    """Share of the peak learning rate at a step of the run, counted from 0.
+
+    Linear warm-up reaches the peak at step ``warmup_steps``; cosine is at ``final_ratio`` after the last.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / (schedule.warmup_steps + 1)
+    if schedule.kind == "constant":
+        return 1.0
+    done = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
+    return schedule.final_ratio + (1 - schedule.final_ratio) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+class KeptState:
+    """The optimizer's state after each finished round, as safetensors files in the run's folder.
+
+    The newest two stay: a round that is tried again begins from the state before it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def save(self, optimizer: torch.optim.Optimizer, module: nn.Module, after_round: int) -> None:
+        """Write the state that a finished round left, and drop all but the one before."""
+        tensors = {
+            f"{name}:{key}": value
+            for name, state in _states(optimizer, module)
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
+        if tensors:  # plain SGD has none
+            write_tensors(self._file(after_round), tensors)
+        keep = sorted(round_ for round_ in self._rounds() if round_ <= after_round)[-2:]
+        for round_ in set(self._rounds()).difference(keep):
+            self._file(round_).unlink()
+
+    def load(self, optimizer: torch.optim.Optimizer, module: nn.Module, before_round: int) -> None:
+        """Give a new optimizer the state that the last finished round before ``before_round`` left, if any.
+
+        Raises:
+            TrainingFailed: the file is damaged, or not of this model.
+        """
+        rounds = [round_ for round_ in self._rounds() if round_ < before_round]
+        if not rounds:
+            return
+        file = self._file(max(rounds))
+        try:
+            Manifest.read(file)
+            self._restore(optimizer, module, file)
+        except (BadTensor, KeyError) as error:
+            raise TrainingFailed(
+                f"the kept optimizer state {file} cannot be used ({error}): delete it to begin a new one"
+            ) from error
+
+    def _restore(self, optimizer: torch.optim.Optimizer, module: nn.Module, file: Path) -> None:
+        numbers = {name: number for number, name in enumerate(_trained_names(module))}
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for label, tensor in read_tensors(file):
+            name, _, key = label.rpartition(":")
+            states.setdefault(numbers[name], {})[key] = tensor
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def _rounds(self) -> list[int]:
+        return [
+            int(file.stem.removeprefix("optimizer-")) for file in self._folder.glob("optimizer-*.safetensors")
+        ]
+
+    def _file(self, round_: int) -> Path:
+        return self._folder / f"optimizer-{round_}.safetensors"
+
+
+def _trained_names(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _states(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[tuple[str, dict[str, object]]]:
+    states = optimizer.state_dict()["state"]
+    return [(name, states.get(number, {})) for number, name in enumerate(_trained_names(module))]

@@ -1,0 +1,117 @@
+"""What the daemon asks of the training process and what it hears back, as JSON lines.
+
+The daemon imports this room at start-up, so torch may not enter it.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fedloom_common.errors import ProtocolError
+
+LINE_LIMIT_BYTES = 16 << 20  # a run spec may hold a large model config; no honest line comes near
+
+
+class Cancelled(Exception):
+    """The daemon no longer wants the work; raised on every rank at the same step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One piece of work for the worker group."""
+
+    id: str
+    """Assignment.id."""
+    work: Literal["train", "evaluate"]
+    run_id: str
+    round: int
+    """From 1; 0 for the evaluation of the initial model."""
+    model_path: str
+    """Global model, a safetensors file."""
+    assets_dir: str
+    """Folder with config.json and the tokenizer's files."""
+    spec: dict[str, Any]
+    """RunSpec as JSON."""
+    update_path: str = ""
+    """Where a training leaves the trained tensors, atomically; not used by an evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The site's data set: the fields of config.DataSource, which this side may not import."""
+
+    format: Literal["text", "jsonl", "parquet", "dataset"]
+    files: tuple[str, ...]
+    text_field: str
+    held_out: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An order with what the site adds to it; enough for a rank on any of the site's hosts."""
+
+    order: Order
+    source: Source
+    directory: str
+    """The run's own folder at the site: packed data and optimizer state."""
+
+    def to_json(self) -> str:
+        """The job as one line of text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        """The job that ``to_json`` wrote."""
+        data = json.loads(text)
+        source = data["source"] | {"files": tuple(data["source"]["files"])}
+        return cls(order=Order(**data["order"]), source=Source(**source), directory=data["directory"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerProgress:
+    """How far the worker group has come with an order."""
+
+    phase: Literal["start", "prepare", "train", "evaluate"]
+    done: int = 0
+    """Optimizer steps in train, batches in evaluate; in prepare bytes of text files, or records."""
+    total: int = 0
+    """Units in all; 0 if not known."""
+    loss: float | None = None
+    """Mean training loss since the last report, in nats a token."""
+    tokens_per_s: float | None = None
+    """Training throughput over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerResult:
+    """What came of an order."""
+
+    examples: int
+    """Examples trained on (nₖ), or held-out examples measured."""
+    tokens: int
+    """Tokens that the loss was taken on."""
+    metrics: dict[str, float]
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase: start, prepare, train, evaluate."""
+    update_path: str | None = None
+    """The trained tensors, after training."""
+
+
+def encode(kind: str, body: Any = None) -> bytes:
+    """One message as a line."""
+    return json.dumps([kind, body], allow_nan=False).encode() + b"\n"
+
+
+def decode(line: bytes) -> tuple[str, Any]:
+    """The kind and body of a message.
+
+    Raises:
+        ProtocolError: the line is no message.
+    """
+    try:
+        kind, body = json.loads(line)
+    except ValueError as error:
+        raise ProtocolError(
+            f"the training process said something that is no message: {line[:80]!r}"
+        ) from error
+    return kind, body

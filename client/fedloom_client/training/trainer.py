@@ -1,0 +1,182 @@
+"""What a rank keeps warm from order to order of a run: the model, the packed data, the optimizer."""
+
+import hashlib
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from fedloom_client.training import loop
+from fedloom_client.training.data import Blocks, PackedData
+from fedloom_client.training.group import Group
+from fedloom_client.training.loop import Rank
+from fedloom_client.training.models import LocalModel
+from fedloom_client.training.optimizers import KeptState, new_optimizer
+from fedloom_client.training.orders import Job, Order, WorkerProgress, WorkerResult
+from fedloom_client.training.plan import ExampleStream, plan_round
+from fedloom_client.training.tasks import CausalLM
+from fedloom_common.errors import TrainingFailed
+from fedloom_common.runspec import Local, RunSpec
+
+
+class Trainer:
+    """Does the orders of one run on one rank."""
+
+    def __init__(
+        self,
+        job: Job,
+        data: PackedData,
+        group: Group,
+        report: Callable[[WorkerProgress], None],
+        stop_wanted: Callable[[], bool],
+    ) -> None:
+        """Build the model.
+
+        Raises:
+            TrainingFailed, BadTensor: the model's files are unfit, or do not fit the data.
+        """
+        self._spec = RunSpec.model_validate(job.order.spec)
+        self._group, self._data = group, data
+        self._model = LocalModel(Path(job.order.assets_dir), Path(job.order.model_path), group.device)
+        self._check_tokens()
+        self._rank = Rank(
+            group=group,
+            model=_distributed(self._model, group),
+            task=CausalLM(),
+            precision=_precision(self._spec.local, group.device),
+            report=report,
+            stop_wanted=stop_wanted,
+        )
+        self._stream: ExampleStream | None = None
+        self._kept = KeptState(Path(job.directory))
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer_round = 0
+        self._warm_for = warm_key(job)
+
+    def fits(self, job: Job) -> bool:
+        """Whether the job is of the run that this trainer was made for."""
+        return warm_key(job) == self._warm_for
+
+    def perform(self, order: Order) -> WorkerResult:
+        """Do an order.
+
+        Raises:
+            Cancelled: the daemon no longer wants it.
+            TrainingFailed, BadTensor: it cannot be done; another order may.
+        """
+        started = time.monotonic()
+        self._model.load(Path(order.model_path))
+        result = self._train(order) if order.work == "train" else self._evaluate()
+        return replace(result, phase_seconds={order.work: time.monotonic() - started})
+
+    def _train(self, order: Order) -> WorkerResult:
+        local, group, blocks = self._spec.local, self._group, self._data.train
+        plan = plan_round(
+            local, round=order.round, rounds=self._spec.rounds, train_examples=len(blocks), world=group.world
+        )
+        if self._stream is None:
+            self._stream = ExampleStream(
+                len(blocks), seed=self._spec.seed, rank=group.rank, world=group.world
+            )
+        optimizer = self._take_optimizer(order.round)
+        torch.manual_seed(_seed(self._spec.seed, order.round, group.rank))
+        loss = loop.train(self._rank, plan, blocks, self._stream, optimizer, local)
+        group.first_does(lambda: self._save(order, optimizer))
+        if local.keep_optimizer_state:
+            self._optimizer, self._optimizer_round = optimizer, order.round
+        examples = plan.steps * plan.step_examples
+        return WorkerResult(
+            examples=examples,
+            tokens=examples * self._rank.task.targets(blocks.shape[1]),
+            metrics={"loss": loss},
+            update_path=order.update_path,
+        )
+
+    def _evaluate(self) -> WorkerResult:
+        blocks = spread(self._data.held_out, self._spec.evaluation.max_examples)
+        if not len(blocks):
+            raise TrainingFailed(
+                "the site's held-out texts are too short for one example: add texts, raise the data set's "
+                "held_out, or lower context_tokens"
+            )
+        local = self._spec.local
+        micro_examples = max(1, local.batch_examples // (self._group.world * local.accumulation_steps))
+        loss = loop.evaluate(self._rank, self._model.module, blocks, micro_examples)
+        return WorkerResult(
+            examples=len(blocks),
+            tokens=len(blocks) * self._rank.task.targets(blocks.shape[1]),
+            metrics=self._rank.task.metrics(loss),
+        )
+
+    def _take_optimizer(self, round_: int) -> torch.optim.Optimizer:
+        """The optimizer for a round; until the round is done, nobody has one to go wrong with."""
+        optimizer, self._optimizer = self._optimizer, None
+        if optimizer is not None and self._optimizer_round < round_:
+            return optimizer
+        optimizer = new_optimizer(self._spec.local.optimizer, self._model.module)
+        if self._spec.local.keep_optimizer_state:
+            self._kept.load(optimizer, self._model.module, round_)
+        return optimizer
+
+    def _save(self, order: Order, optimizer: torch.optim.Optimizer) -> str:
+        try:
+            self._model.write(Path(order.update_path))
+            if self._spec.local.keep_optimizer_state:
+                self._kept.save(optimizer, self._model.module, order.round)
+        except OSError as error:
+            raise TrainingFailed(f"the site cannot write what it trained: {error}") from error
+        return order.update_path
+
+    def _check_tokens(self) -> None:
+        module: Any = self._model.module
+        known = module.get_input_embeddings().num_embeddings
+        if self._data.largest_token >= known:
+            raise TrainingFailed(
+                f"the tokenizer makes token {self._data.largest_token}, but the model has only {known} "
+                "tokens: give the run a model and a tokenizer that belong together"
+            )
+        wanted, most = self._spec.task.context_tokens, getattr(module.config, "max_position_embeddings", None)
+        if most is not None and most < wanted:
+            raise TrainingFailed(f"context_tokens is {wanted}, but the model reads at most {most} tokens")
+
+
+def warm_key(job: Job) -> tuple[object, ...]:
+    """Everything of a job that a warm trainer depends on."""
+    return job.order.run_id, job.order.spec, job.order.assets_dir, job.source, job.directory
+
+
+def spread(blocks: Blocks, most: int | None) -> Blocks:
+    """At most so many examples, evenly from all of them, so that every text has its part."""
+    if most is None or len(blocks) <= most:
+        return blocks
+    return blocks[np.arange(most) * len(blocks) // most]
+
+
+def _distributed(model: LocalModel, group: Group) -> torch.nn.Module:
+    if group.world == 1:
+        return model.module
+    # language models keep no running statistics; torch 2.13 renamed the switch and warns of the old name
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
+    if group.device.type == "cuda":
+        options["device_ids"] = [group.device]
+    return DistributedDataParallel(model.module, **options)
+
+
+def _precision(local: Local, device: torch.device) -> torch.dtype | None:
+    made_for_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = local.precision == "bf16" or (local.precision == "auto" and made_for_it)
+    return torch.bfloat16 if wanted else None
+
+
+def _seed(*parts: int) -> int:
+    """A generator seed that differs for every run seed, round and rank."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

@@ -1,0 +1,139 @@
+"""A tiny model, its tokenizer and texts, as a coordinator and a site would have them."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom_client.config import DataSource
+from fedloom_client.training.orders import Job, Order, Source, WorkerProgress, WorkerResult
+
+WORDS = ("the", "sun", "moon", "sea", "wind", "rises", "falls", "over", "under", "green", "hill", "sleeps")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """config.json of a GPT-2 with tied weights and no dropout, and a tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("assets")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(letters)} | {"<end>": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    GPT2Config(
+        vocab_size=257,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def global_model(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The initial global model: fp32, each storage once."""
+    return write_global_model(assets, tmp_path_factory.mktemp("model") / "model.safetensors")
+
+
+def write_global_model(assets: Path, path: Path, dtype: Any = None) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fedloom_common.tensors import write_tensors
+
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets), dtype=dtype or torch.float32)
+    write_tensors(path, dict(model.named_parameters()))  # names a tied weight once
+    return path
+
+
+def sentences(characters: int, seed: int = 0) -> str:
+    generator, lines = random.Random(seed), list[str]()
+    while sum(map(len, lines)) < characters:
+        lines.append(" ".join(generator.choices(WORDS, k=8)) + ".\n")
+    return "".join(lines)[:characters]
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
+    """Two text files with 3,000 bytes each."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(2):
+        (folder / f"{number}.txt").write_text(sentences(3000, seed=number))
+    return DataSource(files=(str(folder / "*.txt"),))
+
+
+@pytest.fixture
+def make_order(assets: Path, global_model: Path, tmp_path: Path) -> Callable[..., Order]:
+    """Orders of a run of 10 rounds; ``local`` and ``spec`` change the run spec, other keywords the order."""
+
+    def make(
+        work: str = "train", round_: int = 1, *, local: Any = None, spec: Any = None, **changes: Any
+    ) -> Order:
+        run_spec = {
+            "name": "test",
+            "model": {"config": {"model_type": "gpt2"}},
+            "task": {"context_tokens": 32},
+            "data": "texts",
+            "rounds": 10,
+            "local": {"steps": 4, "batch_examples": 8} | (local or {}),
+            "seed": 3,
+        } | (spec or {})
+        fields: dict[str, Any] = {
+            "id": f"{work}-{round_}",
+            "work": work,
+            "run_id": "run",
+            "round": round_,
+            "model_path": str(global_model),
+            "assets_dir": str(assets),
+            "spec": run_spec,
+            "update_path": str(tmp_path / f"update-{round_}.safetensors") if work == "train" else "",
+        }
+        return Order(**(fields | changes))
+
+    return make
+
+
+@pytest.fixture
+def alone(texts: DataSource, tmp_path: Path) -> "Alone":
+    """One rank in the test's own process, on the two text files."""
+    return Alone(texts, tmp_path / "run")
+
+
+class Alone:
+    def __init__(self, source: DataSource, directory: Path) -> None:
+        self.source, self.directory = source, directory
+        self.progress: list[WorkerProgress] = []
+        self.stop_wanted = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all that a process keeps warm."""
+        import torch
+
+        from fedloom_client.training.group import Group
+        from fedloom_client.training.service import WarmRank
+
+        torch.set_num_threads(1)  # OpenMP's threads spin, and tests share their cores with other processes
+        group = Group(0, 1, torch.device("cpu"), None)
+        self._rank = WarmRank(group, self.progress.append, lambda: self.stop_wanted)
+
+    def perform(self, order: Order) -> WorkerResult:
+        source = Source(**self.source.model_dump())
+        return self._rank.perform(Job(order=order, source=source, directory=str(self.directory)))

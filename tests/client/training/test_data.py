@@ -1,0 +1,95 @@
+"""Packing: tokens counted by hand on a tokenizer of single bytes."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedloom_client.training.data import PackedData, pack
+from fedloom_client.training.documents import Documents
+from fedloom_client.training.orders import Cancelled, Source
+
+END = 256
+
+
+def packed(folder: Path, assets: Path, files: Path, context: int = 8, **changes: Any) -> Path:
+    fields: dict[str, Any] = {
+        "format": "text",
+        "files": (str(files),),
+        "text_field": "text",
+        "held_out": 0.25,
+    }
+    return pack(Documents(Source(**(fields | changes))), assets, context, folder, lambda _done, _total: None)
+
+
+def byte_ids(assets: Path, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    ids: list[int] = AutoTokenizer.from_pretrained(str(assets))(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    return ids
+
+
+def test_the_tail_of_each_file_is_held_out_and_documents_end_with_the_end_token(
+    assets: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("abcdefgh")
+    (tmp_path / "b.txt").write_text("ABCDEFGHIJKL")
+    data = PackedData.open(packed(tmp_path / "data", assets, tmp_path / "*.txt", context=2))
+    expected_train = [*byte_ids(assets, "abcdef"), END, *byte_ids(assets, "ABCDEFGHI"), END]
+    expected_held_out = [*byte_ids(assets, "gh"), END, *byte_ids(assets, "JKL"), END]
+    assert data.train.flatten().tolist() == expected_train[:16]
+    assert data.held_out.flatten().tolist() == expected_held_out[:6]
+    assert data.train.dtype == np.uint16
+    assert data.largest_token == END
+
+
+def test_records_are_held_out_whole(assets: Path, tmp_path: Path) -> None:
+    texts = [f"{number:03}" for number in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    data = PackedData.open(packed(tmp_path / "data", assets, tmp_path / "a.jsonl", context=4, format="jsonl"))
+
+    def documents(blocks: Any) -> set[tuple[int, ...]]:
+        assert (blocks[:, 3] == END).all()
+        return {tuple(block[:3]) for block in blocks.tolist()}
+
+    train, held_out = documents(data.train), documents(data.held_out)
+    assert (len(train), len(held_out)) == (300, 100)
+    assert train.isdisjoint(held_out)
+
+
+def test_packing_is_done_once_and_again_when_the_texts_or_the_tokenizer_change(
+    assets: Path, tmp_path: Path
+) -> None:
+    tokenizer = Path(shutil.copytree(assets, tmp_path / "assets"))
+    text, folder = tmp_path / "a.txt", tmp_path / "data"
+    text.write_text("some text " * 20)
+    first = packed(folder, tokenizer, text)
+    made = (first / "train.bin").stat().st_mtime_ns
+    assert packed(folder, tokenizer, text) == first
+    assert (first / "train.bin").stat().st_mtime_ns == made
+    assert packed(folder, tokenizer, text, context=16) != first
+    assert not first.exists()
+    (tokenizer / "special_tokens_map.json").write_text("{}")
+    again = packed(folder, tokenizer, text)
+    assert again != first
+    text.write_text("new text " * 20)
+    assert packed(folder, tokenizer, text) != again
+
+
+def test_an_interrupted_packing_is_not_taken_for_a_finished_one(assets: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    documents = Documents(
+        Source(format="text", files=(str(tmp_path / "a.txt"),), text_field="text", held_out=0.1)
+    )
+
+    def stop(_done: int, _total: int) -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        pack(documents, assets, 8, tmp_path / "data", stop)
+    result = pack(documents, assets, 8, tmp_path / "data", lambda _done, _total: None)
+    assert len(PackedData.open(result).train) == 181 // 8
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [result.name]

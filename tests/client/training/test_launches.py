@@ -1,0 +1,34 @@
+"""The daemon's end of rank 0's socket, with a plain socket in the rank's place."""
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from fedloom_client.launches import RankZero
+from fedloom_client.training.orders import Job, Order, Source
+
+ORDER = Order(id="a", work="evaluate", run_id="r", round=0, model_path="", assets_dir="", spec={})
+JOB = Job(order=ORDER, source=Source(format="text", files=(), text_field="text", held_out=0.1), directory="")
+
+
+@pytest.mark.parametrize("unread", [False, True], ids=["end-of-file", "reset"])
+async def test_a_dead_rank_is_known_to_be_lost_however_its_connection_ended(
+    tmp_path: Path, unread: bool
+) -> None:
+    met: asyncio.Queue[RankZero] = asyncio.Queue()
+    server = await asyncio.start_unix_server(
+        lambda reader, writer: met.put_nowait(RankZero(reader, writer)), tmp_path / "control"
+    )
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(tmp_path / "control"))
+        rank = await met.get()
+        assert not rank.is_lost
+        if unread:  # a socket that is closed with something to read resets the connection
+            rank.say_stop()
+    async with asyncio.timeout(5):
+        assert await rank.ask(JOB, lambda _: None) is None
+    assert rank.is_lost
+    await rank.close()
+    server.close()
