@@ -130,7 +130,10 @@ class Daemon:
 
     def _worker_group(self, data_set: str, directory: Path) -> Group:
         return WorkerGroup(
-            workers=self._config.workers, source=self._config.data[data_set], directory=directory
+            workers=self._config.workers,
+            source=self._config.data[data_set],
+            directory=directory,
+            packed=self._state.packed / data_set,
         )
 
     def _fail(self, assignment_id: str, reason: str) -> None:

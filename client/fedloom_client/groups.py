@@ -58,7 +58,7 @@ class WarmGroup:
                 self._rest(self._idle_s)
 
     async def end_run(self, run_id: str, *, may_resume: bool) -> None:
-        """Let a run's group go, and what it kept: packed data and the optimizer's state, but not its logs.
+        """Let a run's group go, and what it kept, such as the optimizer's state, but not its logs.
 
         A run that may be resumed keeps its files: its next round goes on with the same optimizer.
         """

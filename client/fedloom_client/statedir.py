@@ -22,6 +22,7 @@ class StateDir:
         self.assets = root / "assets"
         self.outbox = root / "outbox"
         self.runs = root / "runs"
+        self.packed = root / "packed"
         self.status = root / "status.json"
         self._lock = root / "lock"
 

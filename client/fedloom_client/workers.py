@@ -38,11 +38,17 @@ logger = logging.getLogger(__name__)
 class WorkerGroup:
     """The torchrun group of one run: started on first use, warm between orders."""
 
-    def __init__(self, *, workers: Workers, source: DataSource, directory: Path) -> None:
-        """``directory`` is the run's own folder at the site: packed data, optimizer state, logs."""
+    def __init__(
+        self, *, workers: Workers, source: DataSource, directory: Path, packed: Path | None = None
+    ) -> None:
+        """``directory`` is the run's own folder at the site: optimizer state, logs.
+
+        ``packed`` is the data set's own, in which packed data outlives the run; by default it is in the other.
+        """
         self._workers = workers
         self._source = Source(**source.model_dump())
         self._directory = directory
+        self._packed = packed or directory / "data"
         self._launched: Launched | None = None
         self._turn = asyncio.Lock()
 
@@ -54,7 +60,12 @@ class WorkerGroup:
                 ``workers.max_restarts`` restarts.
         """
         async with self._turn:
-            job = Job(order=order, source=self._source, directory=str(self._directory.absolute()))
+            job = Job(
+                order=order,
+                source=self._source,
+                directory=str(self._directory.absolute()),
+                packed=str(self._packed.absolute()),
+            )
             started, lost = time.monotonic(), 0
             while True:
                 rank = await self._ready_rank(lost, on_progress)

@@ -53,7 +53,9 @@ class Job:
     order: Order
     source: Source
     directory: str
-    """The run's own folder at the site: packed data and optimizer state."""
+    """The run's own folder at the site, for the optimizer's state."""
+    packed: str
+    """The data set's folder, for packed data."""
 
     def to_json(self) -> str:
         """The job as one line of text."""
@@ -64,7 +66,7 @@ class Job:
         """The job that ``to_json`` wrote."""
         data = json.loads(text)
         source = data["source"] | {"files": tuple(data["source"]["files"])}
-        return cls(order=Order(**data["order"]), source=Source(**source), directory=data["directory"])
+        return cls(**data | {"order": Order(**data["order"]), "source": Source(**source)})
 
 
 @dataclass(frozen=True, kw_only=True)

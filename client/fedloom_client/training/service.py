@@ -77,8 +77,8 @@ class WarmRank:
         spec, assets = RunSpec.model_validate(job.order.spec), Path(job.order.assets_dir)
         refuse_remote_code(assets)
         self._report(WorkerProgress(phase="prepare"))
-        folder = Path(job.directory) / "data"
-        return pack(Documents(job.source), assets, spec.task.context_tokens, folder, self._packed_so_far())
+        folder, context_tokens = Path(job.packed), spec.task.context_tokens
+        return pack(Documents(job.source), assets, context_tokens, folder, self._packed_so_far())
 
     def _packed_so_far(self) -> Callable[[int, int], None]:
         reported = time.monotonic()

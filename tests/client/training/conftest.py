@@ -136,4 +136,7 @@ class Alone:
 
     def perform(self, order: Order) -> WorkerResult:
         source = Source(**self.source.model_dump())
-        return self._rank.perform(Job(order=order, source=source, directory=str(self.directory)))
+        packed = str(self.directory / "data")
+        return self._rank.perform(
+            Job(order=order, source=source, directory=str(self.directory), packed=packed)
+        )

@@ -10,7 +10,12 @@ from fedloom_client.launches import RankZero
 from fedloom_client.training.orders import Job, Order, Source
 
 ORDER = Order(id="a", work="evaluate", run_id="r", round=0, model_path="", assets_dir="", spec={})
-JOB = Job(order=ORDER, source=Source(format="text", files=(), text_field="text", held_out=0.1), directory="")
+JOB = Job(
+    order=ORDER,
+    source=Source(format="text", files=(), text_field="text", held_out=0.1),
+    directory="",
+    packed="",
+)
 
 
 @pytest.mark.parametrize("unread", [False, True], ids=["end-of-file", "reset"])
