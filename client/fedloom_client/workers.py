@@ -43,7 +43,7 @@ class WorkerGroup:
     ) -> None:
         """``directory`` is the run's own folder at the site: optimizer state, logs.
 
-        ``packed`` is the data set's own, in which packed data outlives the run; by default it is in the other.
+        ``packed`` is the data set's own, in which packed data outlives the run; by default in the other.
         """
         self._workers = workers
         self._source = Source(**source.model_dump())
