@@ -30,7 +30,7 @@ def losses(shown: dict[str, Any]) -> Losses:
 
 def print_report(console: Console, content: dict[str, Any]) -> None:
     """The loss table, the cost table, and the samples."""
-    console.print(_loss_table(losses(content["run"]), content["alone"]))
+    console.print("", _loss_table(losses(content["run"]), content["alone"]), "")
     console.print(_cost_table(content["run"]))
     for when, text in content["samples"].items():
         console.print(
