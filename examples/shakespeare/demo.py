@@ -143,7 +143,7 @@ class Federation:
 
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of federated training.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each site in a round.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each site in a round.")] = 24,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also let each site train alone for the same steps.")
     ] = False,

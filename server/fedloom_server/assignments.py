@@ -8,6 +8,7 @@ one that makes none for ``stall_s`` is lost.
 import asyncio
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,8 @@ from fedloom_server.watching import SiteProgress, Watching
 
 WORKING_PHASES = frozenset({"start", "prepare", "train", "evaluate"})
 """Phases whose progress the site alone can tell; transfers are alive by the bytes that we see."""
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 MOST_ANNOUNCEMENTS = (
     5  # a site that lost its update trains again; endless announcements must not hold a round
@@ -140,7 +143,7 @@ class Assignments:
         if entry is None:
             return
         assignment = entry.assignment
-        if (wrong := _objection(result, assignment, entry.run)) is not None:
+        if (wrong := _objection(result, assignment, entry.run, self._data_bytes(entry))) is not None:
             self._reject(entry, wrong)
             return
         if assignment.update_digest and assignment.update_digest == result.update_digest:
@@ -320,6 +323,9 @@ class Assignments:
         path = self._store.update_path(assignment)
         return path.stat().st_size if path.exists() else 0
 
+    def _data_bytes(self, entry: _Open) -> int:
+        return self._sites.data_bytes(entry.assignment.site, entry.run.spec.data)
+
     def _of(self, site: str) -> list[_Open]:
         return [entry for entry in self._open.values() if entry.assignment.site == site]
 
@@ -340,18 +346,24 @@ class Assignments:
         return self._store.run(stored.run_id).state in (RunState.RUNNING, RunState.QUEUED)
 
 
-def _objection(result: Result, assignment: Assignment, run: Run) -> str | None:
-    """What is wrong with a result's numbers; None if nothing is."""
+def _objection(result: Result, assignment: Assignment, run: Run, data_bytes: int) -> str | None:
+    """What is wrong with a result; None if nothing is. ``data_bytes`` is the size of the site's data set."""
     spec = run.spec
     if not 0 < result.examples <= LARGEST_COUNT:
         return f"it claims {result.examples} examples, wanted a positive number"
-    if not 0 <= result.tokens <= LARGEST_COUNT:
-        return f"it claims {result.tokens} tokens, wanted a number from 0 to {LARGEST_COUNT}"
+    most_tokens = result.examples * spec.task.context_tokens
+    if not 0 <= result.tokens <= most_tokens:
+        return f"it claims {result.tokens} tokens, {result.examples} examples have at most {most_tokens}"
     wrong = [name for name, value in result.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"its metric {wrong[0]} is {result.metrics[wrong[0]]}, wanted a finite number"
     if assignment.work is Work.EVALUATE:
-        return None
+        most = min(spec.evaluation.max_examples or data_bytes, data_bytes)
+        return None if result.examples <= most else f"it claims {result.examples} examples of at most {most}"
+    if not DIGEST.fullmatch(result.update_digest):
+        return (
+            f"its update's digest is {result.update_digest[:100]!r}, wanted sha256: and 64 hexadecimal digits"
+        )
     if spec.local.steps is not None and result.examples > spec.local.steps * spec.local.batch_examples:
         most = spec.local.steps * spec.local.batch_examples
         return f"it claims {result.examples} examples, {spec.local.steps} steps use at most {most}"

@@ -70,8 +70,8 @@ async def _play(run: Run, record: Round, federation: Federation) -> None:
     _advance(run, record, RoundState.FINISHED, federation)
     federation.store.clear_spool()
     federation.store.drop_old_models(run, federation.keep_models)
-    facts = {name: round(value, 4) for name, value in record.metrics.items()}
-    logger.info("round finished", extra={"run": run.id, "round": record.number} | facts)
+    metrics = {name: round(value, 4) for name, value in record.metrics.items()}
+    logger.info("round finished", extra={"run": run.id, "round": record.number, "metrics": metrics})
 
 
 async def _train(run: Run, record: Round, federation: Federation) -> list[Assignment]:

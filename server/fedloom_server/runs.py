@@ -143,7 +143,8 @@ class Runs:
         still_open = [a for a in self._store.assignments(run.id) if a.state is AssignmentState.OPEN]
         for assignment in still_open:
             assignment.state, assignment.reason = AssignmentState.CANCELLED, f"the run was {state}"
-        self._store.save(run, *still_open)
+        rounds = [] if state is RunState.FINISHED else self._store.close_rounds(run)
+        self._store.save(run, *rounds, *still_open)
         self._store.clear_spool()
         for site in self._federation.sites.all():
             if site.link is not None:

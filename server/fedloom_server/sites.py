@@ -101,6 +101,11 @@ class Sites:
         site = self._sites.get(name)
         return site.link if site else None
 
+    def data_bytes(self, name: str, data: str) -> int:
+        """Size of a data set as its site told it; 0 if it has none of that name."""
+        site = self._sites.get(name)
+        return site.description.data_sets.get(data, 0) if site else 0
+
     def offering(self, data: str) -> list[str]:
         """Names of the connected sites that have a data set."""
         return [site.name for site in self.all() if site.link and data in site.description.data_sets]

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, create_engine, event, select
+from sqlalchemy import Select, create_engine, event, inspect, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import sessionmaker
 
 from fedloom_common.errors import NotFound, StorageFull, WrongState
 from fedloom_common.files import digest_of_file, sync_folder
 from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run, RunState, Work
+
+SCHEMA_VERSION = 1  # raise it with every change of the tables
 
 Row = TypeVar("Row", bound=Base)
 
@@ -81,13 +83,30 @@ class Store:
         self.workshop.mkdir()
         engine = create_engine(f"sqlite:///{folder / 'coordinator.db'}")
         event.listen(engine, "connect", _make_durable)
-        Base.metadata.create_all(engine)
         self._engine = engine
+        self._prepare_tables()
         self._sessions = sessionmaker(engine, expire_on_commit=False)
 
     def close(self) -> None:
         """Let the database go."""
         self._engine.dispose()
+
+    def _prepare_tables(self) -> None:
+        """Make the tables of a new database.
+
+        Raises:
+            WrongState: the database is of another release.
+        """
+        with self._engine.begin() as connection:
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+            is_new = not inspect(connection).get_table_names()
+            if not is_new and version != SCHEMA_VERSION:
+                raise WrongState(
+                    f"{self.spool.parent} has tables of version {version}, this release of fedloom needs "
+                    f"{SCHEMA_VERSION}: start the release that made them, or give another state_dir"
+                )
+            Base.metadata.create_all(connection)
+            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def save(self, *records: Base) -> None:
         """Write records, new or changed, in one transaction."""
@@ -140,14 +159,25 @@ class Store:
         with self._sessions() as session:
             return session.get(Assignment, assignment_id)
 
+    def close_rounds(self, run: Run) -> list[Round]:
+        """The unfinished round of a run that ends early, closed: training is lost, later steps can go on."""
+        unfinished = [record for record in self.rounds(run.id) if record.state is not RoundState.FINISHED]
+        for record in unfinished:
+            record.ended_at_s = run.ended_at_s
+            if record.state is RoundState.TRAINING:
+                record.state, record.reason = RoundState.FAILED, f"the run was {run.state}"
+        return unfinished
+
     def begin_again(self, run: Run) -> None:
         """Save a run that is taken up after its end: training begins a new attempt, later steps go on."""
         changed: list[Base] = [run]
         for record in self.rounds(run.id):
+            if record.state is not RoundState.FINISHED:
+                record.ended_at_s = 0.0
+                changed.append(record)
             if record.state in (RoundState.TRAINING, RoundState.FAILED):
                 record.state, record.cohort = RoundState.TRAINING, []
                 record.attempt = record.first_attempt = record.attempt + 1
-                changed.append(record)
             if record.state is RoundState.EVALUATING:
                 cancelled = [
                     assignment

@@ -53,6 +53,9 @@ class Fault(Enum):
     HUGE_NUMBERS = auto()
     ANNOUNCES_ANOTHER = auto()
     TALKS_WITHOUT_END = auto()
+    ODD_NAMES = auto()
+    NO_DIGEST = auto()
+    EVALUATES_THE_WORLD = auto()
 
 
 class FakeSite:
@@ -89,7 +92,7 @@ class FakeSite:
             hello = pb.Hello(
                 protocol_version=1,
                 software="fake",
-                data_sets=[pb.DataSet(name="text", size_bytes=1)],
+                data_sets=[pb.DataSet(name="text", size_bytes=1_000_000)],
                 open_assignments=self.open_assignments,
             )
             self._outbox = asyncio.Queue()
@@ -135,11 +138,20 @@ class FakeSite:
         if assignment.work == pb.WORK_EVALUATE:
             mean = float(np.mean([tensor.mean() for tensor in load_file(model).values()]))
             metrics = {"loss": 10.0 - mean, "perplexity": float(np.exp(10.0 - mean))}
-            self.send(
-                outcome=pb.Outcome(
-                    assignment_id=assignment.id, examples=self.examples, tokens=10, metrics=metrics
-                )
+            examples, tokens, seconds = self.examples, 10, {"evaluate": 0.1}
+            if self.fault is Fault.ODD_NAMES:
+                metrics |= {"name": 1.0, "message": 2.0, "a\nb\x1b[31m": 3.0}
+                seconds = {"evaluate": float("nan"), "train": -5.0, "ok": 1.0}
+            if self.fault is Fault.EVALUATES_THE_WORLD:
+                metrics, examples, tokens = {"loss": 0.01}, 1 << 52, 1 << 52
+            outcome = pb.Outcome(
+                assignment_id=assignment.id,
+                examples=examples,
+                tokens=tokens,
+                metrics=metrics,
+                phase_seconds=seconds,
             )
+            self.send(outcome=outcome)
             return
         if self.fault is Fault.REFUSES:
             self.send(refusal=pb.Refusal(assignment_id=assignment.id, reason="policy permits nothing"))
@@ -170,6 +182,8 @@ class FakeSite:
         digest = digest_of_file(path)
         if self.fault is Fault.WRONG_DIGEST:
             digest = "sha256:" + "0" * 64
+        if self.fault is Fault.NO_DIGEST:
+            digest = ""
         examples = {Fault.NO_EXAMPLES: 0, Fault.TOO_MANY_EXAMPLES: 10**12}.get(self.fault, self.examples)
         size = path.stat().st_size + (10**9 if self.fault is Fault.TOO_LARGE else 0)
         tokens = (1 << 63) + 5 if self.fault is Fault.HUGE_NUMBERS else examples * 8

@@ -94,3 +94,13 @@ async def test_the_newest_session_of_a_site_is_the_one_that_counts(bench, spec):
     run = await bench.ended(await bench.enqueue(spec()))
     assert run.state == "finished"
     assert not first.trained
+
+
+@pytest.mark.parametrize("method", ["FederationService/Attach", "TransferService/Write"])
+async def test_bytes_that_are_no_message_are_refused_without_a_traceback(bench, caplog, method):
+    async with open_channel(f"127.0.0.1:{bench.running.port}", None, Peer(Role.SITE, "b")) as channel:
+        call = channel.stream_stream(f"/fedloom.v1.{method}")(iter([b"\xff\xff\xff"]))
+        with pytest.raises(grpc.aio.AioRpcError, match="not of the contract") as caught:
+            await call.read()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text

@@ -1,9 +1,10 @@
 import asyncio
+import sqlite3
 
 import numpy as np
 import pytest
 
-from fedloom_common.errors import Unreachable
+from fedloom_common.errors import Unreachable, WrongState
 from fedloom_common.transfer import upload
 from fedloom_server.app import coordinator
 
@@ -52,6 +53,7 @@ BAD_UPDATES = {
     "NOT_SAFETENSORS": ("rejected", "not a safetensors file"),
     "NO_EXAMPLES": ("rejected", "0 examples"),
     "TOO_MANY_EXAMPLES": ("rejected", "1000000000000 examples"),
+    "NO_DIGEST": ("rejected", "its update's digest is ''"),
     "TOO_LARGE": ("rejected", "bytes, the model has"),
     "REFUSES": ("refused", "policy permits nothing"),
     "FAILS": ("failed", "ValueError: no such file"),
@@ -122,6 +124,24 @@ async def test_a_site_that_changes_its_mind_during_the_check_does_not_count(benc
     assert run.state == "finished"
     assert bench.outcomes(run)["bad"] == ("rejected", "it has announced 6 different updates")
     assert not bad.receipts
+
+
+async def test_odd_names_and_numbers_reach_neither_logs_nor_tables(bench, spec, fault):
+    bench.site("odd", fault=fault.ODD_NAMES)
+    run = await bench.ended(await bench.enqueue(spec()))
+    assert run.state == "finished"
+    measured = bench.running.store.assignments(run.id, 0)[0]
+    assert set(measured.metrics) == {"loss", "perplexity", "name", "message", "a_b__31m"}
+    assert measured.phase_seconds == {"ok": 1.0}
+
+
+async def test_a_site_cannot_outweigh_all_others_by_a_claim(bench, spec, fault):
+    bench.site("good")
+    bench.site("bad", fault=fault.EVALUATES_THE_WORLD)
+    stop = {"target": {"metric": "loss", "value": 0.5}}
+    run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 2}, stop=stop)))
+    assert run.reason.startswith("the only round is done")
+    assert bench.running.store.rounds(run.id)[0].metrics["loss"] > 5
 
 
 async def test_words_without_end_are_cut(bench, spec, fault):
@@ -213,6 +233,7 @@ async def test_a_stopped_run_keeps_its_last_model(bench, spec, fault):
     await bench.until(lambda: bench.running.store.run(run.id).rounds_done >= 2)
     ended = await bench.running.runs.stop(run.id, "enough")
     assert (ended.state, ended.reason) == ("stopped", "enough")
+    assert all(record.ended_at_s for record in bench.running.store.rounds(run.id))
     assert bench.model(run)["layer.bias"].shape == (4,)
     await bench.until(lambda: run.id in site.ended_runs)
     assert not list(bench.running.store.spool.iterdir())
@@ -277,6 +298,17 @@ async def test_a_restarted_coordinator_goes_on_in_the_same_round(config, bench_o
         assert (run.state, run.rounds_done) == ("finished", 2)
         assert len(done.trained) == 2
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 4, rtol=1e-6)
+
+
+async def test_a_state_of_another_release_is_not_touched(config):
+    async with coordinator(config):
+        pass
+    with sqlite3.connect(config.state_dir / "coordinator.db") as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(WrongState, match="tables of version 99"):
+        async with coordinator(config):
+            pass
 
 
 async def test_only_the_latest_models_are_kept(config, bench_of, spec):

@@ -62,9 +62,10 @@ class TransferServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Write(self, request_iterator, context):
-        """Receives an update; answers when the whole is durable, valid and counted.
+        """Receives an update; answers when the whole is held, valid and counted.
         Chunks must be in order and without gaps, from the offset that
-        UploadGrant or QueryWrite named.
+        UploadGrant or QueryWrite named. A newer Write takes an upload over from an
+        older one; writing again what has counted is answered with its Receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from fedloom_common.errors import BadTensor, TooFewUpdates
 from fedloom_common.files import atomic_file
+from fedloom_common.floats import decode, encode
 from fedloom_common.tensors import ITEM_BYTES, Manifest, TensorInfo, encode_header, read_into
-from fedloom_server.aggregation.floats import decode, encode
 
 if TYPE_CHECKING:
     from fedloom_server.aggregation import Update

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom_common.errors import BadTensor
+from fedloom_common.floats import first_not_finite, value_at
 from fedloom_common.tensors import ITEM_BYTES, Manifest, TensorInfo, read_into
-from fedloom_server.aggregation.floats import first_not_finite, value_at
 
 PIECE_BYTES = 512 << 10  # stays in a core's L2 cache between the read and the check
 

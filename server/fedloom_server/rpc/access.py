@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from fedloom_common.errors import FederationError, NotPermitted, TooManyCalls
+from fedloom_common.errors import FederationError, NotPermitted, ProtocolError, TooManyCalls
 from fedloom_common.identity import Peer, Role, insecure_peer, peer_of
 from fedloom_common.rpc import status_of
 
@@ -159,6 +160,8 @@ async def _abort(method: str, error: Exception, context: grpc.aio.ServicerContex
     """End a call with an error's status; the text of errors that are not ours stays in our log."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, DecodeError):
+        error = ProtocolError("the message is not of the contract: its bytes cannot be decoded")
     if isinstance(error, FederationError):
         logger.warning(
             "call refused", extra={"method": method, "caller": context.peer(), "reason": str(error)}

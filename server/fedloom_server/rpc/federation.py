@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import math
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -28,6 +30,9 @@ NUMBERS = 64
 DEVICES = 256
 DATA_SETS = 1000
 OPEN_ASSIGNMENTS = 1000
+
+_PLAIN = re.compile(r"[^A-Za-z0-9_.-]")
+"""What a metric's name may not have: it stands in logs and tables."""
 
 Context = grpc.aio.ServicerContext[pb.SiteMessage, pb.CoordinatorMessage]
 
@@ -177,7 +182,7 @@ class FederationEdge(FederationServiceServicer):
     def _outcome(self, site: str, outcome: pb.Outcome) -> None:
         result = Result(
             examples=outcome.examples, tokens=outcome.tokens, metrics=_numbers(outcome.metrics),
-            phase_seconds=_numbers(outcome.phase_seconds), update_digest=outcome.update_digest,
+            phase_seconds=_seconds(outcome.phase_seconds), update_digest=outcome.update_digest,
             update_bytes=outcome.update_bytes,
         )  # fmt: skip
         self._assignments.finished(site, outcome.assignment_id, result)
@@ -222,4 +227,10 @@ def _name(text: str) -> str:
 
 
 def _numbers(numbers: Mapping[str, float]) -> dict[str, float]:
-    return {_name(name): numbers[name] for name in sorted(numbers)[:NUMBERS]}
+    return {_PLAIN.sub("_", _name(name)): numbers[name] for name in sorted(numbers)[:NUMBERS]}
+
+
+def _seconds(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name: number for name, number in _numbers(numbers).items() if math.isfinite(number) and number >= 0
+    }

@@ -72,6 +72,9 @@ class TransferEdge(TransferServiceServicer):
 
     async def _receive(self, assignment: Assignment, first: pb.Chunk, rest: AsyncIterator[pb.Chunk]) -> None:
         """Put the update together in the spool."""
+        held_bytes = self._assignments.held_bytes(assignment)
+        if first.offset != held_bytes:  # before it takes over from a stream that may be going well
+            raise BadChunk(f"the upload goes on at byte {held_bytes}, a chunk at byte {first.offset} came")
         mine = self._writers[assignment.id] = object()
         path = self._store.update_path(assignment)
         partial = await PartialFile.open(path, assignment.update_bytes, assignment.update_digest)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fedloom_common.errors import BadTensor
+from fedloom_common.floats import first_not_finite
 from fedloom_common.tensors import Manifest, encode_header
-from fedloom_server.aggregation.floats import first_not_finite
 from fedloom_server.aggregation.validation import PIECE_BYTES, validate_update
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
