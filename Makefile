@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/fedloom/v1/*.proto)
 
-.PHONY: setup demo test test-slow test-docker test-gpu check protos clean help
+.PHONY: setup demo test test-slow test-docker test-gpu bench check protos clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,10 @@ test-docker: $(READY) ## docker compose with a real engine
 
 test-gpu: $(READY) ## training on CUDA devices
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(READY) ## transport and codecs measured beside bare gRPC and raw TCP; BENCH=--quick for minutes
+	$(BIN)/python benchmarks/transport.py $(BENCH)
+	$(BIN)/python benchmarks/codecs.py
 
 check: $(READY) ## lint, types, layers, generated code
 	$(BIN)/ruff check .
