@@ -25,6 +25,7 @@ from fedloom.v1.runs_pb2 import (
     GetRequest,
     GetResponse,
 )
+from fedloom_common.errors import Unreachable
 from fedloom_common.tensors import Manifest, read_into
 from fedloom_server.console.connection import Operator
 from fedloom_server.console.kit import create_kit
@@ -139,20 +140,23 @@ def _submit(folder: Path, case: Case) -> str:
 
 async def _until_ended(kit: Path, run_id: str, processes: Processes) -> GetResponse:
     """Everything about the run, as soon as it has finished."""
-    rounds_done, moved_at_s = 0, time.monotonic()
+    rounds_done, moved_at_s, trouble = 0, time.monotonic(), ""
     async with Operator(config=kit / "operators/bench/operator.yaml").connect() as coordinator:
-        while True:
-            answer: GetResponse = await coordinator.call(coordinator.runs.Get, GetRequest(run_id=run_id))
-            if answer.run.state == RUN_STATE_FINISHED:
-                return answer
-            if answer.run.state not in (RUN_STATE_QUEUED, RUN_STATE_RUNNING):
-                raise SystemExit(f"the run did not finish: {answer.run.reason}")
-            if answer.run.rounds_done > rounds_done:
-                rounds_done, moved_at_s = answer.run.rounds_done, time.monotonic()
-            if time.monotonic() - moved_at_s > ROUND_LIMIT_S:
-                raise SystemExit(f"round {rounds_done + 1} is not done after {ROUND_LIMIT_S:g} s")
+        while time.monotonic() - moved_at_s < ROUND_LIMIT_S:
             processes.require_alive()
+            try:
+                answer: GetResponse = await coordinator.call(coordinator.runs.Get, GetRequest(run_id=run_id))
+            except Unreachable as error:  # a machine at its limit; the coordinator lives
+                trouble = f": {error}"
+            else:
+                if answer.run.state == RUN_STATE_FINISHED:
+                    return answer
+                if answer.run.state not in (RUN_STATE_QUEUED, RUN_STATE_RUNNING):
+                    raise SystemExit(f"the run did not finish: {answer.run.reason}")
+                if answer.run.rounds_done > rounds_done:
+                    rounds_done, moved_at_s = answer.run.rounds_done, time.monotonic()
             await asyncio.sleep(POLL_S)
+    raise SystemExit(f"round {rounds_done + 1} is not done after {ROUND_LIMIT_S:g} s{trouble}")
 
 
 def _phases(answer: GetResponse, gate: Gate, case: Case) -> dict[str, Any]:

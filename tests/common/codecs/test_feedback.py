@@ -106,8 +106,11 @@ def test_a_crash_between_delivery_and_commit_is_made_good_after_the_restart(exch
     shutil.copytree(tmp_path / "site", tmp_path / "restarted")
     Feedback(tmp_path / "site", "one").commit()
     Feedback(tmp_path / "restarted", "one").commit()
-    for name in ("residual.safetensors",):
-        assert (tmp_path / "site" / name).read_bytes() == (tmp_path / "restarted" / name).read_bytes()
+    left = [
+        {path.name: path.read_bytes() for path in (tmp_path / end).iterdir()} for end in ("site", "restarted")
+    ]
+    assert left[0] == left[1]
+    assert list(left[0]) == ["residual.safetensors"]
 
 
 def test_the_residual_is_durable_before_the_update_can_be_delivered(exchange, tmp_path, monkeypatch):
