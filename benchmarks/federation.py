@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,8 +56,11 @@ def run_null_training(case: Case, folder: Path, *, own_loopback: bool) -> Figure
     def in_step(number: int) -> bool:
         return number > case.rounds
 
-    gate = Gate(folder / "gate", sites=case.sites, in_step=in_step, on_arrival=look)
-    with gate, Processes(folder / "logs") as processes:
+    with (
+        tempfile.TemporaryDirectory(prefix="gate-") as short,  # a socket's path has at most 107 characters
+        Gate(Path(short) / "gate", sites=case.sites, in_step=in_step, on_arrival=look) as gate,
+        Processes(folder / "logs") as processes,
+    ):
         started_at_s = time.time()
         _start(folder / "kit", processes, sites, port, gate.path)
         with Sampler(processes.pids()) as sampler:

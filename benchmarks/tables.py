@@ -17,7 +17,7 @@ COLUMNS = (
     "", "seconds\na round", "way\ndown s", "way\nup s", "of bare gRPC:\nround / down / up",
     "s to end of\nround 1", "peak MB:\ncoord. / site", "CPU s/GiB:\ncoord. / sites", "wire MB\na round",
 )  # fmt: skip
-WIDTH = 144
+WIDTH = 150
 INK, FLOOR = "#1f5fa8", "#b9c2cc"
 
 
@@ -98,7 +98,9 @@ def _cpu(server_s: float, client_s: float) -> str:
 
 
 def _spread(spread: Spread | None) -> str:
-    return "" if spread is None else f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
+    if spread is None or spread.count == 1:
+        return _median(spread)
+    return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
 
 
 def save_plot(comparisons: Sequence["Comparison"], path: Path) -> None:

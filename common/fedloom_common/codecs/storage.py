@@ -94,7 +94,7 @@ class OutputFile:
         entries = [(info.name, info.dtype, info.shape) for info in self.infos.values()]
         text = encode_header(entries, self._metadata)[8:].ljust(self._header_bytes - 8)
         self._write(0, struct.pack("<Q", len(text)) + text)
-        os.ftruncate(self._descriptor, self._end)  # an empty tensor at the end writes nothing
+        os.ftruncate(self._descriptor, self._end)  # what was never written is zeros
 
     def _add(self, name: str, dtype: str, shape: tuple[int, ...], start_bytes: int) -> None:
         size = math.prod(shape) * ITEM_BYTES[dtype]

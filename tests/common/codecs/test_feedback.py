@@ -68,6 +68,14 @@ def test_encoding_again_before_delivery_applies_nothing_twice(exchange, tmp_path
     assert exchange(["topk"], *second).encode(Feedback(tmp_path, "three")).encoded.read_bytes() != once
 
 
+@pytest.mark.parametrize("chain", ["fp32", "zstd"])
+def test_an_exact_codec_leaves_nothing_out(exchange, tmp_path, chain):
+    feedback = Feedback(tmp_path, "one")
+    exchange(chain, *models(1)).encode(feedback)
+    feedback.commit()
+    assert not any(tensor.any() for tensor in load_file(tmp_path / "residual.safetensors").values())
+
+
 def test_an_update_that_is_given_up_leaves_no_trace(exchange, tmp_path):
     lost = Feedback(tmp_path, "lost")
     exchange(["topk"], *models(1)).encode(lost)
