@@ -52,7 +52,7 @@ SPEEDS = {
     "read_change": "decode\nchange",
     "decoding": "decoding\nalone",
 }
-DIGEST = "sha256:" + "0" * 64
+DIGEST = "blake3:" + "0" * 64
 
 console = Console(stderr=True)
 

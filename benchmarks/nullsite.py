@@ -51,7 +51,7 @@ def add_constant(model: Path, update: Path) -> float:
     began_s = time.thread_time()
     manifest = Manifest.read(model)
     buffer = np.empty(PIECE_BYTES, np.uint8)
-    with model.open("rb", buffering=0) as source, atomic_file(update) as target:
+    with model.open("rb", buffering=0) as source, atomic_file(update, durable=False) as target:
         header = bytearray(manifest.size_bytes - sum(info.size_bytes for info in manifest.tensors))
         read_into(source.fileno(), memoryview(header), 0)
         target.write(header)

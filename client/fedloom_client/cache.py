@@ -1,5 +1,6 @@
 """Models and their assets at the site, by digest: each is fetched from the coordinator once."""
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ from typing import Protocol
 
 from fedloom_client.messages import Blob
 from fedloom_client.statedir import StateDir
+from fedloom_common.digests import digest_of_file, digest_of_name, plain_name
 from fedloom_common.errors import ProtocolError, StorageFull
 from fedloom_common.files import storage_errors
 
@@ -44,6 +46,7 @@ class Cache:
         self._assets = state.assets
         self._source = source
         self._models_kept = models_kept
+        self._intact: set[str] = set()
 
     def tidy(self) -> None:
         """Remove what an earlier daemon left of assets; a model that came in part goes on from there."""
@@ -52,7 +55,7 @@ class Cache:
 
     def held_digests(self) -> list[str]:
         """Digests of the cached models, newest first."""
-        return [f"sha256:{path.stem}" for path in self._newest_first()]
+        return [digest_of_name(path.stem) for path in self._newest_first()]
 
     async def model(self, blob: Blob, on_bytes: OnBytes) -> Path:
         """The model's file, which is fetched if it is not here; older models make room for it.
@@ -60,14 +63,26 @@ class Cache:
         Raises:
             StorageFull: the disk has not enough room; nothing of the model stays.
         """
-        path = self._models / f"{_hex(blob)}.safetensors"
-        if not path.exists():
+        path = self._models / f"{plain_name(blob.digest)}.safetensors"
+        if not await self._holds(blob, path):
             self._make_room(self._models_kept - 1, arriving=_partial(path))
             require_space(self._models, blob.size_bytes - _size_bytes(_partial(path)), "the model")
             await self._fetch(blob, path, on_bytes)
+            self._intact.add(blob.digest)
         path.touch()
         self._make_room(self._models_kept)
         return path
+
+    async def _holds(self, blob: Blob, path: Path) -> bool:
+        """Whether the model is here; those of an earlier daemon are checked once."""
+        if not path.exists() or blob.digest in self._intact:
+            return path.exists()
+        if await asyncio.to_thread(digest_of_file, path) == blob.digest:
+            self._intact.add(blob.digest)
+            return True
+        logger.warning("a cached model is spoilt and is fetched again", extra={"digest": blob.digest})
+        path.unlink()
+        return False
 
     async def assets(self, blobs: Sequence[Blob]) -> Path:
         """A folder with exactly these files.
@@ -111,7 +126,7 @@ class Cache:
             if partial != arriving:
                 partial.unlink()
         for path in self._newest_first()[kept:]:
-            logger.debug("an old model is dropped", extra={"digest": f"sha256:{path.stem}"})
+            logger.debug("an old model is dropped", extra={"digest": digest_of_name(path.stem)})
             path.unlink()
 
     def _newest_first(self) -> list[Path]:
@@ -165,10 +180,6 @@ def model_type(assets: Path) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise ProtocolError(f"the model's config.json names no model_type: {error}") from error
     return str(kind)
-
-
-def _hex(blob: Blob) -> str:
-    return blob.digest.removeprefix("sha256:")
 
 
 def _partial(path: Path) -> Path:

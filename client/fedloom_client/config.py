@@ -74,6 +74,10 @@ class SiteConfig(Strict):
     """Folder for models, packed data and updates that wait for delivery; made if missing."""
     cache_models: int = Field(default=3, ge=1)
     """Global models kept in ``state_dir``; the newest ones."""
+    upload_bytes_per_s: float | None = Field(default=None, ge=1000)
+    """Most bytes that updates take of the line to the coordinator; as many as it has if not given."""
+    download_bytes_per_s: float | None = Field(default=None, ge=1000)
+    """Most bytes that models take of the line from the coordinator; as many as it has if not given."""
     data: dict[Name, DataSource] = Field(min_length=1)
     """Data sets of this site."""
     workers: Workers = Workers()

@@ -27,6 +27,8 @@ from fedloom_client.work import Performer
 from fedloom_client.workers import WorkerGroup
 from fedloom_common.channels import open_channel
 from fedloom_common.identity import Peer, Role
+from fedloom_common.memory import keep_freed_memory
+from fedloom_common.pace import Pace
 
 STOP_S = 8.0  # container engines kill after 10
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -45,10 +47,15 @@ class Daemon:
         self._devices: tuple[Device, ...] = ()
         self._mailbox = Mailbox()
         self._outbox = Outbox(self._state.outbox)
-        self._cache = Cache(self._state, Downloads(self._connect), models_kept=config.cache_models)
+        downloads = Downloads(self._connect, Pace(config.download_bytes_per_s))
+        self._cache = Cache(self._state, downloads, models_kept=config.cache_models)
         self._group = WarmGroup(self._state, make_group or self._worker_group, idle_s=config.workers.idle_s)
         self._deliveries = Deliveries(
-            self._connect, outbox=self._outbox, report=self._mailbox.note, on_failure=self._fail
+            self._connect,
+            outbox=self._outbox,
+            report=self._mailbox.note,
+            on_failure=self._fail,
+            pace=Pace(config.upload_bytes_per_s),
         )
         self._assignments = Assignments(
             Performer(config, cache=self._cache, outbox=self._outbox, group=self._group),
@@ -66,6 +73,7 @@ class Daemon:
             NotPermitted: no TLS, and the coordinator is not on this host.
             WrongState: another daemon uses the state folder.
         """
+        keep_freed_memory()
         with self._state.locked():
             await self._connect().close()  # mistakes in the config end the start, not the first session
             self._outbox.load()

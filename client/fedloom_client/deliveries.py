@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import grpc
 
 from fedloom.v1.transfer_pb2 import QueryWriteRequest
-from fedloom.v1.transfer_pb2_grpc import TransferServiceStub
 from fedloom_client.backoff import Backoff
 from fedloom_client.messages import Progress
 from fedloom_client.outbox import Finished, Outbox
 from fedloom_common.errors import BadChunk, BadSpec, FederationError, NeverRetry, ProtocolError
+from fedloom_common.pace import Pace
 from fedloom_common.rpc import federation_errors
-from fedloom_common.transfer import upload
+from fedloom_common.transfer import TransferStub, upload
 
 CORRUPT_LIMIT = 5  # a chunk that fails its checksum so often in one place is not the line's fault
 QUERY_TIMEOUT_S = 20.0
@@ -48,12 +48,14 @@ class Deliveries:
         outbox: Outbox,
         report: Callable[[Progress], None],
         on_failure: Callable[[str, str], None],
+        pace: Pace,
     ) -> None:
         """``on_failure`` hears of an assignment whose update can no longer be read, and why."""
         self._connect = connect
         self._outbox = outbox
         self._report = report
         self._on_failure = on_failure
+        self._pace = pace
         self._under_way: dict[str, _Delivery] = {}
 
     def begin(self, assignment_id: str, upload_name: str, offset: int) -> None:
@@ -89,17 +91,19 @@ class Deliveries:
         facts = {"assignment": delivery.name, "update_bytes": delivery.entry.outcome.update_bytes}
         try:
             await self._send_until_received(delivery)
+            self._outbox.delivered(delivery.name)
             seconds = round(time.monotonic() - began_s, 3)
             logger.info("update delivered", extra=facts | {"seconds": seconds})
         except FederationError as error:
             logger.warning("the coordinator does not take an update", extra=facts | {"reason": str(error)})
+            self._outbox.remove(delivery.name)
         except OSError as error:
             logger.error("an update cannot be read", extra=facts | {"error": str(error)})
+            self._outbox.remove(delivery.name)
             self._on_failure(delivery.name, f"the finished update cannot be read: {error}")
         finally:
             if self._under_way.get(delivery.name) is delivery:
                 del self._under_way[delivery.name]
-        self._outbox.remove(delivery.name)
 
     async def _send_until_received(self, delivery: _Delivery) -> None:
         backoff, corrupt, offset_known = Backoff(), 0, True
@@ -109,7 +113,7 @@ class Deliveries:
             held = delivery.offset
             try:
                 async with self._connect() as channel:
-                    stub = TransferServiceStub(channel)
+                    stub = TransferStub(channel)
                     if not offset_known and await _ask_offset(stub, delivery):
                         return None
                     return await self._send(stub, delivery)
@@ -127,7 +131,7 @@ class Deliveries:
             offset_known = False
             await _pause(backoff.next_s(), delivery.nudge)
 
-    async def _send(self, stub: TransferServiceStub, delivery: _Delivery) -> None:
+    async def _send(self, stub: TransferStub, delivery: _Delivery) -> None:
         outcome = delivery.entry.outcome
 
         def on_bytes(done: int) -> None:
@@ -136,7 +140,9 @@ class Deliveries:
             )
 
         on_bytes(delivery.offset)
-        receipt = await upload(stub, delivery.upload, delivery.entry.path, delivery.offset, on_bytes)
+        receipt = await upload(
+            stub, delivery.upload, delivery.entry.path, delivery.offset, on_bytes=on_bytes, pace=self._pace
+        )
         if receipt.digest != outcome.update_digest:
             raise ProtocolError(f"the receipt is for {receipt.digest}, sent was {outcome.update_digest}")
 
@@ -146,10 +152,10 @@ def _is_final(error: FederationError) -> bool:
     return isinstance(error, NeverRetry) and not isinstance(error, BadSpec)
 
 
-async def _ask_offset(stub: TransferServiceStub, delivery: _Delivery) -> bool:
+async def _ask_offset(stub: TransferStub, delivery: _Delivery) -> bool:
     """Learn from where to go on; True if the coordinator has it all."""
     with federation_errors("the coordinator"):
-        answer = await stub.QueryWrite(QueryWriteRequest(upload=delivery.upload), timeout=QUERY_TIMEOUT_S)
+        answer = await stub.query_write(QueryWriteRequest(upload=delivery.upload), timeout=QUERY_TIMEOUT_S)
     delivery.offset = answer.committed_bytes
     return bool(answer.complete)
 

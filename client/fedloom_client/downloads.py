@@ -7,11 +7,11 @@ from pathlib import Path
 
 import grpc
 
-from fedloom.v1.transfer_pb2_grpc import TransferServiceStub
 from fedloom_client.backoff import Backoff
 from fedloom_client.messages import Blob
 from fedloom_common.errors import BadChunk, BadSpec, Unreachable
-from fedloom_common.transfer import download
+from fedloom_common.pace import Pace
+from fedloom_common.transfer import TransferStub, download
 
 CORRUPT_LIMIT = 3  # a digest that differs so often is not the line's fault
 
@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 class Downloads:
     """Files of the coordinator, by digest."""
 
-    def __init__(self, connect: Callable[[], grpc.aio.Channel]) -> None:
+    def __init__(self, connect: Callable[[], grpc.aio.Channel], pace: Pace) -> None:
         self._connect = connect
+        self._pace = pace
 
     async def fetch(self, blob: Blob, path: Path, on_bytes: Callable[[int], None]) -> None:
         """Bring a file here; an unreachable coordinator is waited for.
@@ -36,8 +37,10 @@ class Downloads:
             try:
                 # A channel of its own: grpc's pause between connects, up to 2 minutes, begins anew with it.
                 async with self._connect() as channel:
-                    stub = TransferServiceStub(channel)
-                    return await download(stub, blob.digest, blob.size_bytes, path, on_bytes)
+                    stub = TransferStub(channel)
+                    return await download(
+                        stub, blob.digest, blob.size_bytes, path, on_bytes=on_bytes, pace=self._pace
+                    )
             except (Unreachable, BadSpec) as error:  # BadSpec: certificates here, which may be renewed
                 logger.warning(
                     "a download waits for the coordinator", extra={"file": blob.name, "error": str(error)}

@@ -12,7 +12,6 @@ class Blob:
 
     name: str
     digest: str
-    """"sha256:" and 64 hexadecimal digits."""
     size_bytes: int
 
 

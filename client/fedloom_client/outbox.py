@@ -1,13 +1,14 @@
-"""Finished trainings that wait for delivery; they survive a crash of the daemon and of the host.
+"""Finished trainings: they wait for delivery, and after it until their run has gone on.
 
 An entry is a folder with the update and, written last, its outcome.json: a folder without one is
-work that was never finished.
+work that was never finished. Entries survive a kill of the daemon; updates are not synced to disk, so
+after a power cut their digest tells which are whole. A delivered update stays for the same reason: the
+coordinator may ask for it again.
 """
 
 import asyncio
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from fedloom_client.messages import Assignment, Outcome
 from fedloom_client.statedir import safe_name
-from fedloom_common.files import digest_of_file, sync_folder, write_text
+from fedloom_common.digests import digest_of_file
+from fedloom_common.files import sync_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._entries: dict[str, Finished] = {}
+        self._delivered: set[str] = set()
 
     def load(self) -> None:
         """Take up what an earlier daemon left, and clear away what it did not finish."""
@@ -53,8 +56,8 @@ class Outbox:
                 )
 
     def __iter__(self) -> Iterator[str]:
-        """Ids of the assignments that have an entry."""
-        return iter(self._entries)
+        """Ids of the assignments whose update waits for delivery."""
+        return (name for name in self._entries if name not in self._delivered)
 
     def get(self, assignment_id: str) -> Finished | None:
         """The entry of an assignment."""
@@ -87,9 +90,14 @@ class Outbox:
         self._entries[assignment.id] = entry
         return outcome
 
+    def delivered(self, assignment_id: str) -> None:
+        """The coordinator has an assignment's update."""
+        self._delivered.add(assignment_id)
+
     def remove(self, assignment_id: str) -> None:
         """Forget an assignment's training, finished or not."""
         self._entries.pop(assignment_id, None)
+        self._delivered.discard(assignment_id)
         shutil.rmtree(self._folder / safe_name(assignment_id), ignore_errors=True)
 
     def superseded_by(self, assignment: Assignment) -> list[str]:
@@ -109,8 +117,6 @@ class Outbox:
 
 
 def _make_durable(path: Path, outcome: str) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
     write_text(path.parent / "outcome.json", outcome)
     sync_folder(path.parent.parent)
 
@@ -120,6 +126,6 @@ def _read(folder: Path) -> Finished | None:
     try:
         facts = json.loads((folder / "outcome.json").read_text())
         entry = Finished(**facts | {"outcome": Outcome(**facts["outcome"]), "path": path})
-        return entry if path.stat().st_size == entry.outcome.update_bytes else None
+        return entry if digest_of_file(path) == entry.outcome.update_digest else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

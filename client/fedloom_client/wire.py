@@ -1,19 +1,17 @@
 """The daemon's messages as protobuf, and back; what the coordinator sends is checked here."""
 
 import math
-import re
 from collections.abc import Iterable
 from importlib.metadata import version
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom_client.hardware import Device
 from fedloom_client.messages import Answer, Assignment, Blob, Failure, Outcome, Progress, Refusal
+from fedloom_common.digests import DIGEST, is_digest
 from fedloom_common.errors import ProtocolError
 
 PROTOCOL_VERSION = 1
 REASON_LIMIT_CHARS = 16_000  # a rank's traceback fits; a log that went wild does not fill the session
-
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def hello(
@@ -86,10 +84,10 @@ def assignment_of(message: pb.Assignment) -> Assignment:
 
 
 def _blob(blob: pb.Blob, what: str) -> Blob:
-    if not _DIGEST.fullmatch(blob.digest) or not blob.size_bytes:
+    if not is_digest(blob.digest) or not blob.size_bytes:
         raise ProtocolError(
             f"the {what} {blob.name!r} has digest {blob.digest!r} and {blob.size_bytes} bytes; "
-            "wanted sha256: with 64 hexadecimal digits, and a size"
+            f"wanted {DIGEST}, and a size"
         )
     return Blob(name=blob.name, digest=blob.digest, size_bytes=blob.size_bytes)
 

@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all, and their digests."""
+"""Files that appear whole or not at all."""
 
 import errno
-import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +10,15 @@ from typing import IO
 
 from fedloom_common.errors import StorageFull
 
-PIECE_BYTES = 4 << 20
+FLUSH_S = 0.1
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that takes its name only after its bytes are on disk.
 
-    On an error nothing of it stays, and what had the name before is untouched.
+    On an error nothing of it stays, and what had the name before is untouched. One that is not ``durable``
+    takes its name when it is whole: it survives a kill of the process, and a digest tells after a power cut.
 
     Raises:
         StorageFull: the disk is full.
@@ -28,11 +29,31 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         with storage_errors(path), partial.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         partial.replace(path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def flushing(descriptor: int) -> Iterator[None]:
+    """Bring what is written inside to disk meanwhile, so that the sync at the end is short."""
+    ended = threading.Event()
+
+    def flush() -> None:
+        while not ended.wait(FLUSH_S):
+            os.fdatasync(descriptor)
+
+    flusher = threading.Thread(target=flush, name="flush", daemon=True)
+    flusher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        flusher.join()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -64,9 +85,3 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def digest_of_file(path: Path) -> str:
-    """The name of a file's content: "sha256:" and 64 hexadecimal digits."""
-    with path.open("rb", buffering=0) as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

@@ -166,6 +166,9 @@ class Aggregation(Strict):
     """The weighted mean  Σ nₖ/n θₖ  (FedAvg)."""
     max_examples: int | None = Field(default=None, ge=1)
     """Largest nₖ that an update may claim; an update that claims more is rejected."""
+    deterministic: bool = False
+    """Whether updates are folded in cohort order: the same updates give the same bytes in whatever order
+    they arrive, but those of fast sites may wait on disk for a slow one's."""
 
 
 class Evaluation(Strict):

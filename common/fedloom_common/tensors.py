@@ -161,16 +161,20 @@ def _info_of(name: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, "torch.Tensor"],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    durable: bool = True,
 ) -> None:
-    """Write a safetensors file, in place only when whole and on disk.
+    """Write a safetensors file, in place only when whole and, if ``durable``, on disk.
 
     Memory: one tensor's copy on the CPU at a time.
     """
     header = encode_header(
         ((name, _dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()), metadata
     )
-    with atomic_file(path) as file:
+    with atomic_file(path, durable=durable) as file:
         file.write(header)
         for tensor in tensors.values():
             file.write(tensor_bytes(tensor))

@@ -5,146 +5,102 @@ into chunks, the site's download and the coordinator's Write put one together.
 """
 
 import asyncio
-import hashlib
 import os
 import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Any
 
-import google_crc32c
+import grpc
 
-from fedloom.v1.transfer_pb2 import Chunk, ReadRequest, Receipt
+from fedloom.v1.transfer_pb2 import QueryWriteRequest, QueryWriteResponse, ReadRequest, Receipt
+from fedloom_common.chunks import CHUNK_BYTES, Chunk
 from fedloom_common.errors import BadChunk, FederationError, Unreachable
-from fedloom_common.files import PIECE_BYTES, storage_errors, sync_folder
+from fedloom_common.pace import Pace
+from fedloom_common.partial import PartialFile
 from fedloom_common.rpc import federation_errors
 
-if TYPE_CHECKING:
-    from fedloom.v1.transfer_pb2_grpc import TransferServiceStub
-
-CHUNK_BYTES = (
-    1 << 20
-)  # smaller costs CPU (64 KiB three times as much), larger makes a slow link less responsive
+SERVICE = "fedloom.v1.TransferService"
 PATIENCE_S = 600.0  # a transfer that moves no chunk for so long is given up: 1 MiB takes that at 14 kbit/s
+AHEAD_CHUNKS = 2  # read by a thread at once, while others are sent
 RETRY_S = (0.2, 10.0)  # first and longest pause before a broken download goes on
 
 OnBytes = Callable[[int], None]
 
 
-async def chunks_of(path: Path, offset: int, upload: str = "") -> AsyncIterator[Chunk]:
-    """A file's chunks from ``offset`` to its end; the first names the upload.
+class TransferStub:
+    """The calls of TransferService, with chunks as bytes."""
 
-    Memory: one chunk.
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.read: Any = channel.unary_stream(f"/{SERVICE}/Read", ReadRequest.SerializeToString)
+        self.write: Any = channel.stream_unary(f"/{SERVICE}/Write", None, Receipt.FromString)
+        self.query_write: Any = channel.unary_unary(
+            f"/{SERVICE}/QueryWrite", QueryWriteRequest.SerializeToString, QueryWriteResponse.FromString
+        )
+
+
+def transfer_handlers(read: Any, write: Any, query_write: Any) -> grpc.GenericRpcHandler:
+    """The methods of TransferService for a server, with chunks as bytes."""
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Read": grpc.unary_stream_rpc_method_handler(read, ReadRequest.FromString),
+        "Write": grpc.stream_unary_rpc_method_handler(write, None, Receipt.SerializeToString),
+        "QueryWrite": grpc.unary_unary_rpc_method_handler(
+            query_write, QueryWriteRequest.FromString, QueryWriteResponse.SerializeToString
+        ),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+async def messages_of(path: Path, offset: int, upload: str = "") -> AsyncIterator[tuple[int, bytes]]:
+    """A file's chunks from ``offset`` to its end, encoded, each with the place behind it in the file.
+
+    The first names the upload. A thread reads ahead.
+
+    Memory: AHEAD_CHUNKS chunks, twice.
+
+    Raises:
+        BadChunk: the offset lies outside the file, or the file was cut while it was read.
     """
     size = path.stat().st_size
     if not 0 <= offset <= size:
         raise BadChunk(f"offset {offset} lies outside the file of {size} bytes")
+    if offset == size:
+        return
+    loop = asyncio.get_running_loop()
     with path.open("rb", buffering=0) as file:
-        while offset < size:
-            chunk = await asyncio.to_thread(_read_chunk, file.fileno(), offset, upload)
-            offset += len(chunk.payload)
-            upload = ""
-            yield chunk
-
-
-def _read_chunk(descriptor: int, offset: int, upload: str) -> Chunk:
-    payload = os.pread(descriptor, CHUNK_BYTES, offset)
-    return Chunk(upload=upload, offset=offset, crc32c=google_crc32c.value(payload), payload=payload)
-
-
-class PartialFile:
-    """A file that arrives in chunks, and survives a crash of the process as far as it has come.
-
-    Only bytes that passed their checksum are written, and what lies there is taken up again. A power cut
-    may cost bytes until ``finish``; the digest then tells.
-    """
-
-    def __init__(self, path: Path, size_bytes: int, digest: str) -> None:
-        self.path = path
-        self.size_bytes = size_bytes
-        self.digest = digest
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        self._hash = hashlib.sha256()
-        self.offset = 0
-        """Bytes held: the next chunk must begin here."""
-
-    @classmethod
-    async def open(cls, path: Path, size_bytes: int, digest: str) -> Self:
-        """Take up what is there of a file."""
-        partial = cls(path, size_bytes, digest)
+        ahead = loop.run_in_executor(None, _read_messages, file.fileno(), offset, size, upload)
         try:
-            await _to_its_end(partial._take_up)
-        except BaseException:
-            partial.close()
-            raise
-        return partial
+            while offset < size:
+                messages = await ahead
+                offset = messages[-1][0]
+                if offset < size:
+                    ahead = loop.run_in_executor(None, _read_messages, file.fileno(), offset, size, "")
+                for message in messages:
+                    yield message
+        finally:
+            await asyncio.wait([ahead])  # the file must not be closed under it
 
-    def _take_up(self) -> None:
-        if self.path.stat().st_size > self.size_bytes:
-            self._file.truncate(0)
-        while piece := self._file.read(PIECE_BYTES):
-            self._hash.update(piece)
-            self.offset += len(piece)
 
-    async def add(self, chunk: Chunk) -> None:
-        """Write the next chunk.
-
-        Raises:
-            BadChunk: too large, out of order, past the end or corrupt; nothing of it was written.
-            StorageFull: the disk is full; what was written before stays.
-        """
-        if len(chunk.payload) > CHUNK_BYTES:
-            raise BadChunk(f"a chunk has {len(chunk.payload)} bytes, the limit is {CHUNK_BYTES}")
-        if chunk.offset != self.offset:
-            raise BadChunk(f"a chunk begins at byte {chunk.offset}, wanted {self.offset}")
-        if self.offset + len(chunk.payload) > self.size_bytes:
-            raise BadChunk(
-                f"a chunk ends at byte {self.offset + len(chunk.payload)}, the file has {self.size_bytes}"
-            )
-        await _to_its_end(self._write, chunk)
-
-    def _write(self, chunk: Chunk) -> None:
-        came = google_crc32c.value(chunk.payload)
-        if came != chunk.crc32c:
-            raise BadChunk(
-                f"the chunk at byte {chunk.offset} is corrupt: its CRC-32C is {came:08x}, "
-                f"its sender said {chunk.crc32c:08x}"
-            )
-        with storage_errors(self.path, len(chunk.payload)):
-            done = 0
-            while done < len(chunk.payload):
-                done += os.pwrite(self._file.fileno(), chunk.payload[done:], self.offset + done)
-        self._hash.update(chunk.payload)
-        self.offset += len(chunk.payload)
-
-    async def finish(self) -> None:
-        """Check the whole and make it durable.
-
-        Raises:
-            BadChunk: bytes are missing, or the digest differs (then the file is emptied, to begin again).
-        """
-        if self.offset != self.size_bytes:
-            raise BadChunk(f"the file ends after {self.offset} of {self.size_bytes} bytes")
-        came = "sha256:" + self._hash.hexdigest()
-        if came != self.digest:
-            self._file.truncate(0)
-            raise BadChunk(f"the file's digest is {came}, wanted {self.digest}; send it again from byte 0")
-        await _to_its_end(self._sync)
-
-    def _sync(self) -> None:
-        with storage_errors(self.path, self.size_bytes):
-            os.fsync(self._file.fileno())
-            sync_folder(self.path.parent)
-
-    def close(self) -> None:
-        """Let the file go; what has come stays on disk."""
-        self._file.close()
+def _read_messages(descriptor: int, offset: int, size: int, upload: str) -> list[tuple[int, bytes]]:
+    messages: list[tuple[int, bytes]] = []
+    while offset < size and len(messages) < AHEAD_CHUNKS:
+        payload = os.pread(descriptor, min(CHUNK_BYTES, size - offset), offset)
+        if not payload:
+            raise BadChunk(f"the file was cut at byte {offset} while it was read")
+        messages.append((offset + len(payload), Chunk.of(payload, offset, upload).encode()))
+        offset, upload = offset + len(payload), ""
+    return messages
 
 
 async def download(
-    stub: "TransferServiceStub", digest: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None
+    stub: TransferStub,
+    digest: str,
+    size_bytes: int,
+    path: Path,
+    on_bytes: OnBytes | None = None,
+    pace: Pace | None = None,
 ) -> None:
-    """Fetch a file by digest; it takes its name when it is whole, checked and durable.
+    """Fetch a file by digest; it takes its name when it is whole and checked.
 
     A broken stream goes on from the last byte held, and what an earlier call left is taken up.
     ``on_bytes`` hears how many bytes are there.
@@ -156,24 +112,25 @@ async def download(
     """
     partial = await PartialFile.open(path.with_name(f".{path.name}.partial"), size_bytes, digest)
     try:
-        await _fetch(stub, partial, on_bytes or (lambda _: None))
+        await _fetch(stub, partial, on_bytes or (lambda _: None), pace or Pace(None))
         await partial.finish()
         partial.path.replace(path)
-        sync_folder(path.parent)
     finally:
-        partial.close()
+        await partial.close()
 
 
-async def _fetch(stub: "TransferServiceStub", partial: PartialFile, on_bytes: OnBytes) -> None:
+async def _fetch(stub: TransferStub, partial: PartialFile, on_bytes: OnBytes, pace: Pace) -> None:
     pause_s, held, clock = RETRY_S[0], partial.offset, asyncio.get_running_loop().time
     alive_at = clock()
     while partial.offset < partial.size_bytes:
         try:
             with federation_errors("the coordinator"):
                 async with asyncio.timeout(PATIENCE_S) as patience:
-                    async for chunk in stub.Read(ReadRequest(digest=partial.digest, offset=partial.offset)):
+                    async for message in stub.read(ReadRequest(digest=partial.digest, offset=partial.offset)):
+                        chunk = Chunk.decode(message)
                         await partial.add(chunk)
                         on_bytes(partial.offset)
+                        await pace.take(len(chunk.payload))
                         patience.reschedule(clock() + PATIENCE_S)
         except TimeoutError:
             raise Unreachable(f"the coordinator has sent no byte for {PATIENCE_S:g} s") from None
@@ -192,7 +149,12 @@ async def _fetch(stub: "TransferServiceStub", partial: PartialFile, on_bytes: On
 
 
 async def upload(
-    stub: "TransferServiceStub", upload: str, path: Path, offset: int, on_bytes: OnBytes | None = None
+    stub: TransferStub,
+    upload: str,
+    path: Path,
+    offset: int,
+    on_bytes: OnBytes | None = None,
+    pace: Pace | None = None,
 ) -> Receipt:
     """Send a file from ``offset``, in one attempt; after Unreachable ask QueryWrite from where to go on.
 
@@ -200,18 +162,19 @@ async def upload(
         FederationError: whatever the receiver found wrong, or Unreachable.
         OSError: the file cannot be read.
     """
-
+    pace, on_bytes = pace or Pace(None), on_bytes or (lambda _: None)
     found_here: list[Exception] = []  # gRPC would turn it into a mere cancellation
 
-    async def chunks() -> AsyncIterator[Chunk]:
+    async def messages() -> AsyncIterator[bytes]:
         try:
             if offset == path.stat().st_size:  # all is there already: an empty chunk asks for the receipt
-                yield Chunk(upload=upload, offset=offset, crc32c=google_crc32c.value(b""))
-            async for chunk in chunks_of(path, offset, upload):
-                yield chunk
+                yield Chunk.of(b"", offset, upload).encode()
+            begin = offset
+            async for end, message in messages_of(path, offset, upload):
+                await pace.take(end - begin)
                 patience.reschedule(clock() + PATIENCE_S)
-                if on_bytes:
-                    on_bytes(chunk.offset + len(chunk.payload))
+                yield message
+                on_bytes(begin := end)
         except (OSError, BadChunk) as error:
             found_here.append(error)
             raise
@@ -220,21 +183,11 @@ async def upload(
     try:
         async with asyncio.timeout(PATIENCE_S) as patience:
             with federation_errors("the coordinator"):
-                receipt: Receipt = await stub.Write(chunks())
+                receipt: Receipt = await stub.write(messages())
                 return receipt
     except TimeoutError:
         raise Unreachable(f"the coordinator has taken no byte for {PATIENCE_S:g} s") from None
     except FederationError:
         if found_here:
             raise found_here[0] from None
-        raise
-
-
-async def _to_its_end(function: Callable[..., None], *arguments: object) -> None:
-    """Run in a thread, and wait for its end even when cancelled: a file must not be closed under it."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
         raise

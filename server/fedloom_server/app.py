@@ -13,10 +13,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fedloom.v1 import runs_pb2, runs_pb2_grpc, session_pb2, session_pb2_grpc, transfer_pb2, transfer_pb2_grpc
+from fedloom.v1 import runs_pb2, runs_pb2_grpc, session_pb2, session_pb2_grpc, transfer_pb2
 from fedloom_common.channels import SERVER_OPTIONS
 from fedloom_common.errors import BadSpec, WrongState
 from fedloom_common.identity import require_loopback, server_credentials
+from fedloom_common.memory import keep_freed_memory
 from fedloom_server.assignments import Assignments
 from fedloom_server.config import CoordinatorConfig
 from fedloom_server.models import MODEL_FILE
@@ -77,10 +78,17 @@ async def serve_until_signalled(config: CoordinatorConfig) -> None:
 async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
     """A coordinator that serves inside the block."""
     config.state_dir.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     _open_more_files()
     with _locked(config):
         store, sites, watching = Store(config.state_dir), Sites(), Watching()
-        assignments = Assignments(store, sites, watching, concurrent_uploads=config.concurrent_uploads)
+        assignments = Assignments(
+            store,
+            sites,
+            watching,
+            concurrent_uploads=config.concurrent_uploads,
+            staged_updates=config.staged_updates,
+        )
         federation = Federation(
             store=store,
             sites=sites,
@@ -132,7 +140,7 @@ def _server(config: CoordinatorConfig, federation: Federation, runs: Runs) -> gr
         FederationEdge(access, sites, assignments, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE),
         server,
     )
-    transfer_pb2_grpc.add_TransferServiceServicer_to_server(TransferEdge(access, store, assignments), server)
+    server.add_generic_rpc_handlers((TransferEdge(access, store, assignments).handlers(),))
     runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, federation.watching), server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return server

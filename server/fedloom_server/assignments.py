@@ -8,10 +8,10 @@ one that makes none for ``stall_s`` is lost.
 import asyncio
 import logging
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fedloom_common.digests import DIGEST, is_digest
 from fedloom_common.errors import NotFound, NotPermitted, Unreachable, WrongState
 from fedloom_common.tensors import HEADER_LIMIT_BYTES
 from fedloom_server.records import Assignment, AssignmentState, Run, RunState, Work
@@ -22,8 +22,6 @@ from fedloom_server.watching import SiteProgress, Watching
 
 WORKING_PHASES = frozenset({"start", "prepare", "train", "evaluate"})
 """Phases whose progress the site alone can tell; transfers are alive by the bytes that we see."""
-
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 MOST_ANNOUNCEMENTS = (
     5  # a site that lost its update trains again; endless announcements must not hold a round
@@ -67,6 +65,9 @@ class _Open:
     terms: Terms
     alive_at_s: float
     ended: asyncio.Future[None]
+    batch: Sequence[Assignment]
+    """All that were open with it, in cohort order."""
+    on_end: Callable[[], None]
     last: SiteProgress | None = None
     announcements: int = 0
     """Different updates that the site has said it will send."""
@@ -77,29 +78,50 @@ class _Open:
 class Assignments:
     """The open assignments of every run, by id."""
 
-    def __init__(self, store: Store, sites: Sites, watching: Watching, *, concurrent_uploads: int) -> None:
+    def __init__(
+        self, store: Store, sites: Sites, watching: Watching, *, concurrent_uploads: int, staged_updates: int
+    ) -> None:
         self._store = store
         self._sites = sites
         self._watching = watching
         self._open: dict[str, _Open] = {}
-        self._turns = UploadTurns(concurrent_uploads, self._grant)
+        self.staged_updates = staged_updates
+        self._turns = UploadTurns(
+            concurrent_uploads=concurrent_uploads,
+            staged_updates=staged_updates,
+            on_turn=self._grant,
+            is_next=self._is_next,
+        )
 
-    async def carry_out(self, run: Run, batch: Sequence[Assignment], terms: Terms) -> None:
-        """Give assignments to their sites and wait until every one has ended.
+    async def carry_out(
+        self,
+        run: Run,
+        batch: Sequence[Assignment],
+        terms: Terms,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Give assignments, in cohort order, to their sites and wait until every one has ended.
 
         Those of the batch that have ended before stay as they are. If this is
         cancelled the open ones stay open in the store, to be taken up again.
+        ``on_end`` is called when one has ended.
         """
-        opened = [
-            self._begin(run, assignment, terms)
-            for assignment in batch
-            if assignment.state is AssignmentState.OPEN
-        ]
+        for assignment in batch:
+            if assignment.has_spooled_update:
+                self._turns.stage(assignment.id)
+        still = [assignment for assignment in batch if assignment.state is AssignmentState.OPEN]
+        opened = [self._begin(run, assignment, still, terms, on_end) for assignment in still]
         try:
             await self._until_ended(batch, opened, terms)
         finally:
             for entry in opened:
                 self._forget(entry)
+            self.release(batch)
+
+    def release(self, batch: Iterable[Assignment]) -> None:
+        """Updates lie no longer on disk, or need no longer be waited for: others may arrive."""
+        for assignment in batch:
+            self._turns.release(assignment.id)
 
     def attached(self, site: str, open_ids: Iterable[str] = ()) -> None:
         """Send a site its open assignments again: it may have missed them, or that others have ended."""
@@ -223,9 +245,18 @@ class Assignments:
             entry.trouble = reason
         logger.warning("upload interrupted", extra=_facts(assignment) | {"reason": reason})
 
-    def _begin(self, run: Run, assignment: Assignment, terms: Terms) -> _Open:
-        ended = asyncio.get_running_loop().create_future()
-        entry = _Open(assignment=assignment, run=run, terms=terms, alive_at_s=_now_s(), ended=ended)
+    def _begin(
+        self,
+        run: Run,
+        assignment: Assignment,
+        batch: Sequence[Assignment],
+        terms: Terms,
+        on_end: Callable[[], None],
+    ) -> _Open:
+        entry = _Open(
+            assignment=assignment, run=run, terms=terms, alive_at_s=_now_s(),
+            ended=asyncio.get_running_loop().create_future(), batch=batch, on_end=on_end,
+        )  # fmt: skip
         self._open[assignment.id] = entry
         self._send(entry)
         return entry
@@ -291,9 +322,12 @@ class Assignments:
         except Exception:
             assignment.state, assignment.reason = AssignmentState.OPEN, ""
             raise
+        if assignment.has_spooled_update:
+            self._turns.stage(assignment.id)
         self._forget(entry)
         if not entry.ended.done():
             entry.ended.set_result(None)
+        entry.on_end()
         if state is AssignmentState.DONE:
             facts = _facts(assignment) | {
                 "examples": assignment.examples,
@@ -308,6 +342,14 @@ class Assignments:
     def _forget(self, entry: _Open) -> None:
         self._open.pop(entry.assignment.id, None)
         self._turns.leave(entry.assignment.id)
+
+    def _is_next(self, assignment_id: str) -> bool:
+        """Whether the fold waits for an update: the first of the cohort that is still open."""
+        entry = self._open.get(assignment_id)
+        if entry is None or not entry.run.spec.aggregation.deterministic:
+            return False
+        still = (other for other in entry.batch if other.state is AssignmentState.OPEN)
+        return next(still, None) is entry.assignment
 
     def _grant(self, assignment_id: str) -> bool:
         entry = self._open.get(assignment_id)
@@ -360,10 +402,8 @@ def _objection(result: Result, assignment: Assignment, run: Run, data_bytes: int
     if assignment.work is Work.EVALUATE:
         most = min(spec.evaluation.max_examples or data_bytes, data_bytes)
         return None if result.examples <= most else f"it claims {result.examples} examples of at most {most}"
-    if not DIGEST.fullmatch(result.update_digest):
-        return (
-            f"its update's digest is {result.update_digest[:100]!r}, wanted sha256: and 64 hexadecimal digits"
-        )
+    if not is_digest(result.update_digest):
+        return f"its update's digest is {result.update_digest[:100]!r}, wanted {DIGEST}"
     if spec.local.steps is not None and result.examples > spec.local.steps * spec.local.batch_examples:
         most = spec.local.steps * spec.local.batch_examples
         return f"it claims {result.examples} examples, {spec.local.steps} steps use at most {most}"

@@ -116,6 +116,8 @@ class Round(Base):
     reason: Mapped[str] = mapped_column(Text, default="")
     model_digest: Mapped[str] = mapped_column(default="")
     """The model after the round."""
+    sum_digest: Mapped[str] = mapped_column(default="")
+    """The sum of the updates that are folded already."""
     model_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     metrics: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
     ended_at_s: Mapped[float] = mapped_column(default=0.0)
@@ -142,10 +144,17 @@ class Assignment(Base):
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     update_digest: Mapped[str] = mapped_column(default="")
     update_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    is_folded: Mapped[bool] = mapped_column(default=False)
+    """Whether the round's sum holds the update, and no file of its own."""
     bytes_down: Mapped[int] = mapped_column(BigInteger, default=0)
     bytes_up: Mapped[int] = mapped_column(BigInteger, default=0)
     metrics: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
     phase_seconds: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
+
+    @property
+    def has_spooled_update(self) -> bool:
+        """Whether an update that counts lies in the spool, or should."""
+        return self.state is AssignmentState.DONE and self.work is Work.TRAIN and not self.is_folded
 
 
 def assignment_id(run_id: str, round_number: int, attempt: int, work: Work, site: str) -> str:

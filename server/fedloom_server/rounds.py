@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedloom_common.errors import TooFewUpdates
-from fedloom_server.aggregation import Update, aggregator_for
 from fedloom_server.assignments import Assignments, Terms
 from fedloom_server.evaluation import SiteMetrics, combine
+from fedloom_server.folding import Folding
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
 from fedloom_server.selection import select
 from fedloom_server.sites import Sites
@@ -59,9 +59,10 @@ async def run_rounds(run: Run, federation: Federation) -> str:
 async def _play(run: Run, record: Round, federation: Federation) -> None:
     """One round from wherever it stands to its end."""
     if record.state in (RoundState.TRAINING, RoundState.AGGREGATING):
-        done = await _train(run, record, federation)
+        folding = Folding(run, record, federation.store, federation.assignments)
+        done = await _train(run, record, federation, folding)
         _advance(run, record, RoundState.AGGREGATING, federation)
-        await _aggregate(run, record, done, federation)
+        await _aggregate(run, record, done, federation, folding)
         _advance(run, record, RoundState.EVALUATING, federation)
     if record.state is RoundState.EVALUATING and _is_evaluated(run, record):
         await _evaluate(run, record, federation)
@@ -74,7 +75,7 @@ async def _play(run: Run, record: Round, federation: Federation) -> None:
     logger.info("round finished", extra={"run": run.id, "round": record.number, "metrics": metrics})
 
 
-async def _train(run: Run, record: Round, federation: Federation) -> list[Assignment]:
+async def _train(run: Run, record: Round, federation: Federation, folding: Folding) -> list[Assignment]:
     """Assignments whose updates count, in cohort order, from the first attempt that meets the quorum."""
     cohort = run.spec.cohort
     while True:
@@ -87,7 +88,11 @@ async def _train(run: Run, record: Round, federation: Federation) -> list[Assign
         batch = _assignments(run, record, Work.TRAIN, record.cohort, federation)
         _advance(run, record, record.state, federation)
         terms = Terms(needed=cohort.needed, deadline_s=cohort.deadline_s, stall_s=cohort.stall_s)
-        await federation.assignments.carry_out(run, batch, terms)
+        await folding.begin(batch)
+        try:
+            await federation.assignments.carry_out(run, batch, terms, folding.look)
+        finally:
+            await folding.end()
         done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
         if len(done) >= cohort.needed:
             return done
@@ -98,7 +103,7 @@ async def _train(run: Run, record: Round, federation: Federation) -> list[Assign
         if record.attempt - record.first_attempt + 1 >= cohort.attempts:
             _advance(run, record, RoundState.FAILED, federation)
             raise TooFewUpdates(record.reason)
-        record.attempt, record.cohort = record.attempt + 1, []
+        record.attempt, record.cohort, record.sum_digest = record.attempt + 1, [], ""
         await asyncio.sleep(ATTEMPT_PAUSE_S)
 
 
@@ -120,17 +125,11 @@ async def _connected(run: Run, federation: Federation) -> list[str]:
     return connected
 
 
-async def _aggregate(run: Run, record: Round, done: Sequence[Assignment], federation: Federation) -> None:
+async def _aggregate(
+    run: Run, record: Round, done: Sequence[Assignment], federation: Federation, folding: Folding
+) -> None:
     """The next global model, durable under its digest, named by round and run."""
-    store = federation.store
-    base = store.files.path(record.base_digest)
-    updates = [
-        Update(site=assignment.site, path=store.update_path(assignment), examples=assignment.examples)
-        for assignment in done
-    ]
-    out = store.spool / f"{run.id}.{record.number}.model"
-    await asyncio.to_thread(aggregator_for(run.spec.aggregation).aggregate, base, updates, out)
-    stored = await asyncio.to_thread(store.files.put, out)
+    stored = await folding.aggregate(done, federation.store.spool / f"{run.id}.{record.number}.model")
     record.metrics = {f"train_{name}": value for name, value in _combined(done).items()}
     record.model_digest, record.model_bytes, record.reason = stored.digest, stored.size_bytes, ""
     run.model_digest, run.model_bytes, run.rounds_done = stored.digest, stored.size_bytes, record.number

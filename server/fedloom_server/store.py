@@ -15,11 +15,12 @@ from sqlalchemy import Select, create_engine, event, inspect, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import sessionmaker
 
+from fedloom_common.digests import DIGEST, digest_of_file, is_digest, plain_name
 from fedloom_common.errors import NotFound, StorageFull, WrongState
-from fedloom_common.files import digest_of_file, sync_folder
+from fedloom_common.files import sync_folder
 from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run, RunState, Work
 
-SCHEMA_VERSION = 1  # raise it with every change of the tables
+SCHEMA_VERSION = 2  # raise it with every change of the tables
 
 Row = TypeVar("Row", bound=Base)
 
@@ -63,10 +64,9 @@ class Files:
             self._place(digest).unlink(missing_ok=True)
 
     def _place(self, digest: str) -> Path:
-        kind, _, value = digest.partition(":")
-        if kind != "sha256" or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
-            raise NotFound(f"not a digest: {digest[:100]!r}; wanted sha256: and 64 hexadecimal digits")
-        return self._folder / f"sha256-{value}"
+        if not is_digest(digest):
+            raise NotFound(f"not a digest: {digest[:100]!r}; wanted {DIGEST}")
+        return self._folder / plain_name(digest)
 
 
 class Store:
@@ -178,6 +178,7 @@ class Store:
             if record.state in (RoundState.TRAINING, RoundState.FAILED):
                 record.state, record.cohort = RoundState.TRAINING, []
                 record.attempt = record.first_attempt = record.attempt + 1
+                record.sum_digest = ""
             if record.state is RoundState.EVALUATING:
                 cancelled = [
                     assignment
@@ -197,19 +198,23 @@ class Store:
         """Where an assignment's update is spooled."""
         return self.spool / f"{assignment.id}.safetensors"
 
+    def sum_path(self, digest: str) -> Path:
+        """Where the sum of a round's folded updates lies."""
+        return self.spool / f"{plain_name(digest)}.sum"
+
     def clear_spool(self) -> None:
         """Remove spooled files that no unfinished round counts on."""
-        unfinished = select(Round.run_id, Round.number).where(
-            Round.state.in_((RoundState.TRAINING, RoundState.AGGREGATING))
-        )
+        unfinished = select(Round).where(Round.state.in_((RoundState.TRAINING, RoundState.AGGREGATING)))
         counted = (AssignmentState.OPEN, AssignmentState.DONE)
         with self._sessions() as session:
-            wanted = {
-                self.update_path(assignment).name
-                for run_id, number in session.execute(unfinished)
-                for assignment in self.assignments(run_id, number)
-                if assignment.state in counted
-            }
+            rounds = session.scalars(unfinished).all()
+        wanted = {
+            self.update_path(assignment).name
+            for record in rounds
+            for assignment in self.assignments(record.run_id, record.number)
+            if assignment.state in counted and not assignment.is_folded
+        }
+        wanted |= {self.sum_path(record.sum_digest).name for record in rounds if record.sum_digest}
         for path in self.spool.iterdir():
             if path.name not in wanted:
                 path.unlink(missing_ok=True)

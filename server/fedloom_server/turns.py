@@ -1,4 +1,4 @@
-"""Whose update may arrive now: a queue before a limited number of uploads."""
+"""Whose update may arrive now: a queue before a limited number of uploads, and of updates on disk."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,25 @@ from collections.abc import Callable
 class UploadTurns:
     """Lets waiting uploads go ahead, first come, first served."""
 
-    def __init__(self, concurrent_uploads: int, on_turn: Callable[[str], bool]) -> None:
-        """``on_turn`` hears whose turn has come, and says whether it can be taken."""
+    def __init__(
+        self,
+        *,
+        concurrent_uploads: int,
+        staged_updates: int,
+        on_turn: Callable[[str], bool],
+        is_next: Callable[[str], bool],
+    ) -> None:
+        """``on_turn`` hears whose turn has come, and says whether it can be taken.
+
+        ``is_next`` tells of an update that all staged ones wait for: it may arrive beyond their number.
+        """
         self._concurrent_uploads = concurrent_uploads
+        self._staged_updates = staged_updates
         self._on_turn = on_turn
+        self._is_next = is_next
         self._waiting: list[str] = []
         self._under_way: set[str] = set()
+        self._staged: set[str] = set()
 
     def ask(self, name: str) -> None:
         """Join the queue; whoever has its turn already is told again."""
@@ -20,6 +33,16 @@ class UploadTurns:
         elif name not in self._waiting:
             self._waiting.append(name)
             self._go_on()
+
+    def stage(self, name: str) -> None:
+        """An update has come and lies on disk."""
+        self._staged.add(name)
+        self.leave(name)
+
+    def release(self, name: str) -> None:
+        """A staged update is no longer needed."""
+        self._staged.discard(name)
+        self._go_on()
 
     def leave(self, name: str) -> None:
         """Give up one's place or turn; another may have it."""
@@ -33,7 +56,14 @@ class UploadTurns:
         return name in self._waiting
 
     def _go_on(self) -> None:
-        while self._waiting and len(self._under_way) < self._concurrent_uploads:
-            name = self._waiting.pop(0)
+        while (name := self._first()) is not None:
+            self._waiting.remove(name)
             if self._on_turn(name):
                 self._under_way.add(name)
+
+    def _first(self) -> str | None:
+        if len(self._under_way) >= self._concurrent_uploads:
+            return None
+        if len(self._under_way) + len(self._staged) < self._staged_updates:
+            return next(iter(self._waiting), None)
+        return next((name for name in self._waiting if self._is_next(name)), None)

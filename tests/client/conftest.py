@@ -2,16 +2,16 @@
 
 import asyncio
 import contextlib
-import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import grpc
 import pytest
+from blake3 import blake3
+from crc32c import crc32c as crc32c_of
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom.v1 import transfer_pb2
@@ -32,7 +32,7 @@ WAIT_S = 15.0
 
 
 def digest_of(content: bytes) -> str:
-    return "sha256:" + hashlib.sha256(content).hexdigest()
+    return f"blake3:{blake3(content).hexdigest()}"
 
 
 class FakeCoordinator(FederationServiceServicer, TransferServiceServicer):
@@ -145,7 +145,7 @@ class FakeCoordinator(FederationServiceServicer, TransferServiceServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no file {request.digest}")
         for offset in range(request.offset, len(content), CHUNK_BYTES):
             payload = content[offset : offset + CHUNK_BYTES]
-            yield transfer_pb2.Chunk(offset=offset, crc32c=google_crc32c.value(payload), payload=payload)
+            yield transfer_pb2.Chunk(offset=offset, crc32c=crc32c_of(payload), payload=payload)
 
     async def Write(self, request_iterator: Any, context: Any) -> transfer_pb2.Receipt:
         name = ""

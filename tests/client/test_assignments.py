@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from fedloom.v1 import session_pb2 as pb
 from fedloom_client import assignments as assignments_module
 from fedloom_client import cache as cache_module
+from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import TrainingFailed
-from fedloom_common.files import digest_of_file
 
 
 def spec_json(**changes: Any) -> str:
@@ -39,8 +40,43 @@ async def test_a_training_is_uploaded_and_its_outcome_says_what_was_done(world: 
     (order,) = world.group.orders
     assert (order.work, order.run_id, order.round, order.spec["data"]) == ("train", "run-1", 1, "plays")
     assert world.group.models == [b"theta" * 1000]
-    await asyncio.sleep(0.1)
-    assert list((world.state / "outbox").iterdir()) == []
+
+
+async def test_a_delivered_update_stays_until_its_run_goes_on_or_ends(world: Any) -> None:
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment("r1-train"))
+    await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-train"])
+    assert in_outbox(world) == ["r1-train"]
+    world.coordinator.assign(world.assignment("r2-train", round=2))
+    await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-train", "r2-train"])
+    assert in_outbox(world) == ["r2-train"]
+    world.coordinator.send(run_ended=pb.RunEnded(run_id="run-1"))
+    await until(lambda: in_outbox(world) == [])
+
+
+async def test_a_delivered_update_that_the_coordinator_has_lost_is_sent_again(world: Any) -> None:
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment("r1-train"))
+    await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-train"])
+    del world.coordinator.spool["r1-train"]
+    world.coordinator.assign(world.assignment("r1-train"))
+    await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-train", "r1-train"])
+    assert bytes(world.coordinator.spool["r1-train"]) == world.group.update
+    assert len(world.group.orders) == 1
+
+
+def in_outbox(world: Any) -> list[str]:
+    return sorted(path.name for path in (world.state / "outbox").iterdir())
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if holds():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it does not come true")
 
 
 async def test_progress_tells_every_phase_in_order(world: Any) -> None:
@@ -112,7 +148,7 @@ BAD_DIGEST = pb.Blob(name="model.safetensors", digest="../../etc/passwd", size_b
 
 
 def asset(name: str) -> pb.Blob:
-    return pb.Blob(name=name, digest="sha256:" + "0" * 64, size_bytes=5)
+    return pb.Blob(name=name, digest="blake3:" + "0" * 64, size_bytes=5)
 
 
 @pytest.mark.parametrize(
@@ -121,14 +157,14 @@ def asset(name: str) -> pb.Blob:
         pytest.param({"spec_json": "{"}, "Invalid JSON", id="spec-is-no-json"),
         pytest.param({"spec_json": spec_json(local={})}, "give either steps or epochs", id="spec-is-wrong"),
         pytest.param({"work": 7}, "known are 1 (train), 2 (evaluate)", id="unknown-work"),
-        pytest.param({"model": BAD_DIGEST}, "sha256: with 64 hexadecimal digits", id="digest"),
+        pytest.param({"model": BAD_DIGEST}, "blake3: and 64 hexadecimal digits", id="digest"),
         pytest.param({"deadline_s": -1}, "wanted 0 or more", id="deadline"),
         pytest.param({"assets": [asset("../evil.json")]}, "not a plain file name", id="path-as-asset"),
         pytest.param({"assets": [asset(".hidden.json")]}, "not a plain file name", id="hidden-asset"),
         pytest.param({"assets": [asset("modeling_evil.py")]}, "'modeling_evil.py' is not allowed", id="code"),
         pytest.param({"assets": [asset("vocab.json")]}, "config.json among them", id="no-config"),
         pytest.param({"assets": [asset("config.json")] * 2}, "different names", id="asset-twice"),
-        pytest.param({"assets": [asset("config.json")]}, "no file sha256:000", id="asset-that-is-not-there"),
+        pytest.param({"assets": [asset("config.json")]}, "no file blake3:000", id="asset-that-is-not-there"),
     ],
 )
 async def test_a_bad_assignment_fails_with_the_reason(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from fedloom_client.cache import Cache, model_type
 from fedloom_client.messages import Blob
@@ -28,7 +29,7 @@ class Source:
 
 
 def blob(name: str, number: int = 0, size_bytes: int = 5) -> Blob:
-    return Blob(name=name, digest=f"sha256:{number:064x}", size_bytes=size_bytes)
+    return Blob(name=name, digest=f"blake3:{number:064x}", size_bytes=size_bytes)
 
 
 @pytest.fixture
@@ -63,6 +64,24 @@ async def test_a_model_that_is_used_again_counts_as_new(cache: Cache) -> None:
     assert set(cache.held_digests()) == {blob("model", number).digest for number in (1, 3)}
 
 
+async def test_a_model_that_a_power_cut_has_spoilt_is_fetched_again(source: Source, tmp_path: Path) -> None:
+    good, spoilt = (
+        Blob(name=name, digest=f"blake3:{blake3(name.encode()).hexdigest()}", size_bytes=4)
+        for name in ("good", "evil")
+    )
+    state = StateDir(tmp_path)
+    with state.locked():
+        for model in (good, spoilt):
+            path = await Cache(state, source, models_kept=2).model(model, ignore)
+        path.write_bytes(bytes(4))
+        later = Cache(state, source, models_kept=2)
+        assert [(await later.model(model, ignore)).read_text() for model in (good, spoilt)] == [
+            "good",
+            "evil",
+        ]
+    assert source.fetched == ["good", "evil", "evil"]
+
+
 async def test_assets_are_fetched_once_and_lie_in_a_folder_by_their_names(
     cache: Cache, source: Source
 ) -> None:
@@ -92,7 +111,7 @@ async def test_assets_beyond_the_limit_are_refused(cache: Cache, source: Source)
 async def test_of_models_that_came_in_part_only_the_one_that_is_wanted_is_kept(
     cache: Cache, source: Source, tmp_path: Path
 ) -> None:
-    wanted, other = (tmp_path / "models" / f".{n:064x}.safetensors.partial" for n in (1, 2))
+    wanted, other = (tmp_path / "models" / f".blake3-{n:064x}.safetensors.partial" for n in (1, 2))
     for partial in (wanted, other):
         partial.write_bytes(b"half")
     (tmp_path / "assets" / ".def").mkdir()

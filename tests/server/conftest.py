@@ -16,13 +16,13 @@ from safetensors.numpy import load_file, save_file
 from fedloom.v1 import session_pb2 as pb
 from fedloom.v1 import transfer_pb2
 from fedloom.v1.session_pb2_grpc import FederationServiceStub
-from fedloom.v1.transfer_pb2_grpc import TransferServiceStub
 from fedloom_common.channels import open_channel
+from fedloom_common.chunks import Chunk
+from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import FederationError
-from fedloom_common.files import digest_of_file
 from fedloom_common.identity import Peer, Role
 from fedloom_common.runspec import RunSpec
-from fedloom_common.transfer import chunks_of, download, upload
+from fedloom_common.transfer import TransferStub, download, messages_of, upload
 from fedloom_server.app import Coordinator, coordinator
 from fedloom_server.config import CoordinatorConfig
 from fedloom_server.records import Run
@@ -88,7 +88,7 @@ class FakeSite:
     async def attend(self) -> None:
         """One session, until it ends."""
         async with open_channel(f"127.0.0.1:{self._port}", None, Peer(Role.SITE, self.name)) as channel:
-            self.transfer = TransferServiceStub(channel)
+            self.transfer = TransferStub(channel)
             hello = pb.Hello(
                 protocol_version=1,
                 software="fake",
@@ -129,7 +129,7 @@ class FakeSite:
         self._tasks.append(asyncio.get_running_loop().create_task(work))
 
     async def _do(self, assignment: pb.Assignment) -> None:
-        model = self.folder / assignment.model.digest.removeprefix("sha256:")
+        model = self.folder / assignment.model.digest.removeprefix("blake3:")
         if not model.exists():
             await download(self.transfer, assignment.model.digest, assignment.model.size_bytes, model)
             self.downloads += 1
@@ -181,7 +181,7 @@ class FakeSite:
         path = self._updates[assignment.id]
         digest = digest_of_file(path)
         if self.fault is Fault.WRONG_DIGEST:
-            digest = "sha256:" + "0" * 64
+            digest = "blake3:" + "0" * 64
         if self.fault is Fault.NO_DIGEST:
             digest = ""
         examples = {Fault.NO_EXAMPLES: 0, Fault.TOO_MANY_EXAMPLES: 10**12}.get(self.fault, self.examples)
@@ -206,7 +206,7 @@ class FakeSite:
         if self.fault is Fault.ANNOUNCES_ANOTHER:
             other = pb.Outcome(
                 assignment_id=grant.assignment_id,
-                update_digest=f"sha256:{secrets.token_hex(32)}",
+                update_digest=f"blake3:{secrets.token_hex(32)}",
                 update_bytes=path.stat().st_size,
                 examples=1,
             )
@@ -225,28 +225,22 @@ class FakeSite:
             self.errors.append(error.details() or "")
 
     async def _send_corrupt(self, grant: pb.UploadGrant, path: Path) -> None:
-        async def chunks() -> AsyncIterator[transfer_pb2.Chunk]:
-            async for chunk in chunks_of(path, grant.offset, grant.upload):
-                chunk.payload = b"\xff" + chunk.payload[1:]
-                yield chunk
+        async def corrupt() -> AsyncIterator[bytes]:
+            async for _, message in messages_of(path, grant.offset, grant.upload):
+                yield message[:-1] + bytes([message[-1] ^ 1])
 
-        await self.transfer.Write(chunks())
+        await self.transfer.write(corrupt())
 
     async def _send_half(self, grant: pb.UploadGrant, path: Path) -> None:
         """Break off after 60 bytes, ask where to go on, go on there."""
         whole = path.read_bytes()
-        first = await anext(chunks_of(path, 0, grant.upload))
-        import google_crc32c
 
-        async def half() -> AsyncIterator[transfer_pb2.Chunk]:
-            payload = first.payload[:60]
-            yield transfer_pb2.Chunk(
-                upload=grant.upload, offset=0, payload=payload, crc32c=google_crc32c.value(payload)
-            )
+        async def half() -> AsyncIterator[bytes]:
+            yield Chunk.of(whole[:60], 0, grant.upload).encode()
 
         with contextlib.suppress(grpc.aio.AioRpcError):
-            await self.transfer.Write(half())
-        held = await self.transfer.QueryWrite(transfer_pb2.QueryWriteRequest(upload=grant.upload))
+            await self.transfer.write(half())
+        held = await self.transfer.query_write(transfer_pb2.QueryWriteRequest(upload=grant.upload))
         assert 0 < held.committed_bytes < len(whole)
         assert not held.complete
         self.resumed_at = held.committed_bytes

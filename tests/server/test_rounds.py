@@ -59,7 +59,7 @@ BAD_UPDATES = {
     "FAILS": ("failed", "ValueError: no such file"),
     "SILENT": ("lost", "no progress for 1 s"),
     "CORRUPT_CHUNK": ("lost", "is corrupt: its CRC-32C is"),
-    "WRONG_DIGEST": ("lost", "wanted sha256:000000"),
+    "WRONG_DIGEST": ("lost", "wanted blake3:000000"),
 }
 
 

@@ -1,8 +1,8 @@
 import asyncio
-import hashlib
 
 import grpc
 import pytest
+from blake3 import blake3
 
 from fedloom.v1 import runs_pb2 as pb
 from fedloom.v1 import transfer_pb2
@@ -51,7 +51,7 @@ async def test_export_names_files_that_read_serves(bench, spec, channel):
     for file in answer.files:
         request = transfer_pb2.ReadRequest(digest=file.digest)
         content = b"".join([c.payload async for c in TransferServiceStub(channel).Read(request)])
-        assert file.digest == "sha256:" + hashlib.sha256(content).hexdigest()
+        assert file.digest == f"blake3:{blake3(content).hexdigest()}"
         assert file.size_bytes == len(content)
     assert "| a |" in answer.model_card
     first = await RunServiceStub(channel).Export(pb.ExportRequest(run_id=run.id, round=1))

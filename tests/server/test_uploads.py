@@ -2,11 +2,10 @@ import grpc
 import pytest
 
 from fedloom.v1 import transfer_pb2
-from fedloom.v1.transfer_pb2_grpc import TransferServiceStub
 from fedloom_common.channels import open_channel
 from fedloom_common.errors import NotFound, NotPermitted, ProtocolError, WrongState
 from fedloom_common.identity import Peer, Role
-from fedloom_common.transfer import upload
+from fedloom_common.transfer import TransferStub, upload
 
 
 @pytest.fixture
@@ -52,11 +51,11 @@ async def test_a_late_upload_is_refused(bench, spec, fault):
         await upload(late.transfer, f"{run.id}.1.1.train.late", path, 0)
 
 
-@pytest.mark.parametrize("digest", ["sha256:" + "0" * 64, "../../etc/passwd", "sha256:../../x", ""])
+@pytest.mark.parametrize("digest", ["blake3:" + "0" * 64, "../../etc/passwd", "blake3:../../x", ""])
 async def test_read_serves_stored_files_and_nothing_else(bench, finished, digest):
     stub = bench.sites["a"].transfer
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        _ = [chunk async for chunk in stub.Read(transfer_pb2.ReadRequest(digest=digest))]
+        _ = [chunk async for chunk in stub.read(transfer_pb2.ReadRequest(digest=digest))]
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
@@ -65,7 +64,7 @@ async def test_read_beyond_the_end_is_refused(bench, finished):
     stub = bench.sites["a"].transfer
     request = transfer_pb2.ReadRequest(digest=run.model_digest, offset=1 << 40)
     with pytest.raises(grpc.aio.AioRpcError, match="lies outside the file"):
-        _ = [chunk async for chunk in stub.Read(request)]
+        _ = [chunk async for chunk in stub.read(request)]
 
 
 async def test_operators_may_not_write(bench, finished):
@@ -74,4 +73,4 @@ async def test_operators_may_not_write(bench, finished):
     operator = Peer(Role.OPERATOR, "ann")
     async with open_channel(f"127.0.0.1:{bench.running.port}", None, operator) as channel:
         with pytest.raises(NotPermitted, match="operator ann may not call"):
-            await upload(TransferServiceStub(channel), name, path, 0)
+            await upload(TransferStub(channel), name, path, 0)

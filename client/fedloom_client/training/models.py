@@ -58,7 +58,7 @@ class LocalModel:
 
     def write(self, path: Path) -> None:
         """Write the values as an update: the global model's tensors, in its order."""
-        write_tensors(path, self._tensors)
+        write_tensors(path, self._tensors, durable=False)
 
 
 def _build(assets: Path, dtype: torch.dtype) -> nn.Module:

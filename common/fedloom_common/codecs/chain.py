@@ -149,6 +149,10 @@ class Chain:
         """Whether a tensor is coded; all others are carried as they are."""
         return not self.is_as_is and info.dtype in _CODED and bool(info.shape) and info.size_bytes > 0
 
+    def tells_changes(self, info: TensorInfo) -> bool:
+        """Whether a tensor is told as a change against the base, in fp32 precision."""
+        return not self.is_exact and self.is_coded(info)
+
     def layout(self, info: TensorInfo) -> Layout:
         """The parts of a coded tensor."""
         values = info.size_bytes // ITEM_BYTES[info.dtype]
@@ -184,7 +188,7 @@ class Chain:
     def limit_bytes(self, model: Manifest) -> int:
         """The largest that an encoded file of this model can be, for a cap on uploads."""
         entries = self.entries(model)
-        header = encode_header([entry[:3] for entry in entries], self.metadata("sha256:" + "0" * 64))
+        header = encode_header([entry[:3] for entry in entries], self.metadata("blake3:" + "0" * 64))
         return 2 * len(header) + HEADER_SLACK_BYTES + sum(entry.size_bytes for entry in entries)
 
     def metadata(self, base_digest: str) -> dict[str, str]:

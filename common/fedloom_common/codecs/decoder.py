@@ -62,7 +62,7 @@ class Decoder:
 
     def has_change(self, name: str) -> bool:
         """Whether a tensor is told as a change against the base, for :meth:`read_change`."""
-        return not self._chain.is_exact and self._chain.is_coded(self._model[name])
+        return self._chain.tells_changes(self._model[name])
 
     def read(self, name: str, start: int, values: AnyValues) -> None:
         """Fill ``values`` with a float tensor's values from ``start`` on; coded ones have fp32 precision.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fedloom_common.codecs.spec import AS_IS, AnyStage
 from fedloom_common.runspec import Aggregation
 from fedloom_server.aggregation.mean import WeightedMean
 
@@ -26,11 +27,20 @@ class Update:
 class Aggregator(Protocol):
     """Folds the updates of a round into a model file."""
 
-    def aggregate(self, base: Path, updates: Sequence[Update], out: Path) -> None:
+    def fold(self, base: Path, updates: Sequence[Update], out: Path, *, earlier: Path | None = None) -> None:
+        """Write what some updates and an ``earlier`` such file come to: they are not needed any more.
+
+        Raises:
+            BadTensor: an update cannot be aggregated; the message names its site.
+        """
+
+    def aggregate(
+        self, base: Path, updates: Sequence[Update], out: Path, *, earlier: Path | None = None
+    ) -> None:
         """Write the next global model to ``out``, whole or not at all.
 
-        ``base`` is the model that the sites started from. The same updates in
-        the same order give the same bytes.
+        ``base`` is the model that the sites started from. The same updates in the same order give the
+        same bytes, however many of them were folded before.
 
         Memory: a few pieces, whatever the size of the model and the number of updates.
 
@@ -40,7 +50,9 @@ class Aggregator(Protocol):
         """
 
 
-def aggregator_for(spec: Aggregation) -> Aggregator:
-    """The rule that a run spec asks for."""
+def aggregator_for(
+    spec: Aggregation, stages: Sequence[AnyStage] = AS_IS, base_digest: str = ""
+) -> Aggregator:
+    """The rule that a run spec asks for, on updates that are encoded by ``stages`` against a base model."""
     rules = {"weighted_mean": WeightedMean}
-    return rules[spec.rule]()
+    return rules[spec.rule](stages, base_digest)

@@ -1,124 +1,191 @@
 """The weighted mean of updates, folded from their files in pieces that fit a core's cache."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom_common.codecs.chain import Chain
+from fedloom_common.codecs.spec import AS_IS, AnyStage
+from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadTensor, TooFewUpdates
-from fedloom_common.files import atomic_file
+from fedloom_common.files import atomic_file, flushing
 from fedloom_common.floats import decode, encode
-from fedloom_common.tensors import ITEM_BYTES, Manifest, TensorInfo, encode_header, read_into
+from fedloom_common.tensors import ITEM_BYTES, Manifest, encode_header
+from fedloom_server.aggregation.pieces import PIECE_VALUES, Piece, each_piece
+from fedloom_server.aggregation.sources import Source, source_of
 
 if TYPE_CHECKING:
     from fedloom_server.aggregation import Update
 
-PIECE_VALUES = 1 << 17  # sum and term take 1 MiB each: past the L2 cache the fold runs at half the speed
+EXAMPLES_KEY = "fedloom.examples"
+_SCALE = -64  # examples are below 2**53: a sum of thousands of float64 values, so scaled, cannot overflow
+
+Values = NDArray[np.float64]
 
 
 class WeightedMean:
     """Σ nₖ/n θₖ  over the updates, in float64, rounded once to the model's types.
 
-    Tensors that are not floats are carried over from the base model.
+    Some updates may be folded before the others are there, into a *sum*: a file of Σ nₖ θₖ in float64
+    with n in its metadata; of encoded updates it is the sum of their changes. Values are added in the
+    order of the updates, so that the mean has the same bytes in however many steps it is taken. Tensors
+    that are not floats are the base model's.
 
     Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1.
-    Memory: about 4 MiB, whatever the size of the model and the number of updates.
+    Memory: about 5 MiB for each of a few threads, whatever the size of the model; encoded updates need
+    up to 1 MiB more each.
     """
 
-    def aggregate(self, base: Path, updates: Sequence["Update"], out: Path) -> None:
-        """Write the mean of ``updates`` to ``out``, with the base model's tensors and metadata.
+    def __init__(self, stages: Sequence[AnyStage] = AS_IS, base_digest: str = "") -> None:
+        """``stages`` tell how updates are encoded, against the base model of that digest."""
+        self._stages = stages
+        self._base_digest = base_digest
+
+    def fold(
+        self, base: Path, updates: Sequence["Update"], out: Path, *, earlier: Path | None = None
+    ) -> None:
+        """Write the sum of an ``earlier`` sum and these updates to ``out``.
 
         Raises:
-            TooFewUpdates: there is no update.
-            BadTensor: an update's tensors differ from the base model's, its examples are not
-                positive, or the mean of some tensor is not finite.
+            BadTensor: an update's tensors differ from the base model's, or its examples are not positive.
         """
-        if not updates:
+        inputs = _Inputs(base, updates, earlier, self._stages, self._base_digest)
+        infos = [info for info in Manifest.read(base).tensors if info.is_float]
+        entries = [(info.name, "F64", info.shape) for info in infos]
+        header = encode_header(entries, {EXAMPLES_KEY: str(inputs.examples)})
+        with atomic_file(out, durable=False) as file:
+            places = _begin(file.fileno(), header, entries)
+            each_piece(infos, lambda stack: _Writer(file.fileno(), places, inputs.open(stack).sum))
+
+    def aggregate(
+        self, base: Path, updates: Sequence["Update"], out: Path, *, earlier: Path | None = None
+    ) -> None:
+        """Write the mean of an ``earlier`` sum and these updates to ``out``, durable.
+
+        Raises:
+            TooFewUpdates: there is nothing to average.
+            BadTensor: as for :meth:`fold`, or the mean of some tensor is not finite.
+        """
+        if not updates and earlier is None:
             raise TooFewUpdates("no update to average: a mean needs at least one")
-        manifest = Manifest.read(base)
-        with ExitStack() as opened, atomic_file(out) as file:
-            fold = _Fold([opened.enter_context(_Source(update, manifest)) for update in updates])
-            carried = opened.enter_context(base.open("rb", buffering=0))
-            entries = [(info.name, info.dtype, info.shape) for info in manifest.tensors]
-            file.write(encode_header(entries, manifest.metadata))
-            for info in manifest.tensors:
-                if info.is_float:
-                    fold.write(info, file)
-                else:
-                    _copy(carried.fileno(), info, file)
+        inputs = _Inputs(base, updates, earlier, self._stages, self._base_digest)
+        model = Manifest.read(base)
+        entries = [(info.name, info.dtype, info.shape) for info in model.tensors]
+        header = encode_header(entries, model.metadata)
+        with atomic_file(out) as file, flushing(file.fileno()):
+            places = _begin(file.fileno(), header, entries)
+            each_piece(model.tensors, lambda stack: _Writer(file.fileno(), places, inputs.open(stack).mean))
 
 
-class _Source:
-    """One update's open file."""
+@dataclass(frozen=True)
+class _Inputs:
+    """What is averaged."""
 
-    def __init__(self, update: "Update", wanted: Manifest) -> None:
-        if update.examples <= 0:
-            raise BadTensor(f"site {update.site} claims {update.examples} examples, wanted 1 or more")
-        self.examples = update.examples
-        try:
-            manifest = Manifest.read(update.path)
-            wanted.require_same_tensors(manifest)
-        except BadTensor as error:
-            raise BadTensor(f"the update of site {update.site}: {error}") from error
-        self._starts_bytes = {info.name: info.start_bytes for info in manifest.tensors}
-        self._file = update.path.open("rb", buffering=0)
+    base: Path
+    updates: Sequence["Update"]
+    earlier: Path | None
+    stages: Sequence[AnyStage]
+    base_digest: str
 
-    def __enter__(self) -> "_Source":
-        return self
+    @property
+    def examples(self) -> int:
+        """n, those of the earlier sum included."""
+        before = int(Manifest.read(self.earlier).metadata[EXAMPLES_KEY]) if self.earlier else 0
+        return before + sum(update.examples for update in self.updates)
 
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def read(self, name: str, offset_bytes: int, piece: memoryview) -> None:
-        """Fill ``piece`` from a place within a tensor."""
-        read_into(self._file.fileno(), piece, self._starts_bytes[name] + offset_bytes)
+    def open(self, stack: ExitStack) -> "_Fold":
+        """All files, open for one thread."""
+        chain, base = Chain(self.stages), stack.enter_context(TensorFile(self.base))
+        sources = [
+            stack.enter_context(source_of(update, chain, base, self.base_digest)) for update in self.updates
+        ]
+        earlier = stack.enter_context(TensorFile(self.earlier)) if self.earlier else None
+        return _Fold(chain, base, sources, earlier, math.ldexp(self.examples, _SCALE))
 
 
 class _Fold:
-    """Averages one piece of one tensor at a time, always in the order of the sources."""
+    """Averages a piece at a time, always in the order of the sources."""
 
-    def __init__(self, sources: Sequence[_Source]) -> None:
-        examples = sum(source.examples for source in sources)
-        # Dividing by a power of two is exact, and keeps the sum of large float64 values from overflowing.
-        _, exponent = math.frexp(examples)
-        self._weighted = [(source, math.ldexp(source.examples, -exponent)) for source in sources]
-        self._weights_sum = math.ldexp(examples, -exponent)
+    def __init__(
+        self,
+        chain: Chain,
+        base: TensorFile,
+        sources: Sequence[Source],
+        earlier: TensorFile | None,
+        weight: float,
+    ) -> None:
+        self._chain, self._base, self._sources, self._earlier = chain, base, sources, earlier
+        self._weight = weight
+        self._total, self._term = np.empty(PIECE_VALUES), np.empty(PIECE_VALUES)
         self._raw = np.empty(PIECE_VALUES * max(ITEM_BYTES.values()), np.uint8)
-        self._sum = np.empty(PIECE_VALUES)
-        self._term = np.empty(PIECE_VALUES)
 
-    def write(self, info: TensorInfo, file: IO[bytes]) -> None:
-        """Append the mean of one tensor to ``file``."""
-        piece_bytes = PIECE_VALUES * ITEM_BYTES[info.dtype]
-        for offset_bytes in range(0, info.size_bytes, piece_bytes):
-            raw = self._raw[: min(piece_bytes, info.size_bytes - offset_bytes)]
-            self._average(info, offset_bytes, raw)
-            file.write(raw.data)
-
-    def _average(self, info: TensorInfo, offset_bytes: int, raw: NDArray[np.uint8]) -> None:
-        count = len(raw) // ITEM_BYTES[info.dtype]
-        total, term = self._sum[:count], self._term[:count]
-        total.fill(0)
-        with np.errstate(over="ignore", invalid="ignore"):  # told by the check below instead
-            for source, weight in self._weighted:
-                source.read(info.name, offset_bytes, raw.data)
-                decode(raw, info.dtype, term)
-                np.multiply(term, weight, out=term)
+    def sum(self, piece: Piece) -> NDArray[np.uint8]:
+        """Bytes of the weighted sum; valid until the next call."""
+        total, term = self._total[: piece.count], self._term[: piece.count]
+        if self._earlier is None:
+            total.fill(0)
+        else:
+            self._earlier.read(piece.info.name, piece.start * total.itemsize, total.view(np.uint8).data)
+        with np.errstate(over="ignore", invalid="ignore"):  # told when the mean is taken
+            for source in self._sources:
+                source.read(piece.info, piece.start, term)
+                np.multiply(term, math.ldexp(source.examples, _SCALE), out=term)
                 np.add(total, term, out=total)
-            np.divide(total, self._weights_sum, out=total)
+        return total.view(np.uint8)
+
+    def mean(self, piece: Piece) -> NDArray[np.uint8]:
+        """Bytes of the next model; valid until the next call."""
+        info = piece.info
+        raw = self._raw[: piece.count * ITEM_BYTES[info.dtype]]
+        if not info.is_float:
+            self._base.read(info.name, piece.start_bytes, raw.data)
+            return raw
+        total, term = self.sum(piece).view(np.float64), self._term[: piece.count]
+        with np.errstate(over="ignore", invalid="ignore"):  # told by the check below instead
+            np.divide(total, self._weight, out=total)
+            if self._chain.tells_changes(info):
+                self._base.read(info.name, piece.start_bytes, raw.data)
+                decode(raw, info.dtype, term)
+                np.add(total, term, out=total)
         if not np.isfinite(total).all():
             raise BadTensor(
                 f"the mean of tensor {info.name} is not finite: some update holds NaN or infinity"
             )
         encode(total, info.dtype, raw)
+        return raw
 
 
-def _copy(descriptor: int, info: TensorInfo, file: IO[bytes]) -> None:
-    for offset_bytes in range(0, info.size_bytes, PIECE_VALUES):
-        piece = bytearray(min(PIECE_VALUES, info.size_bytes - offset_bytes))
-        read_into(descriptor, memoryview(piece), info.start_bytes + offset_bytes)
-        file.write(piece)
+class _Writer:
+    """Puts a piece's bytes where they belong in a file."""
+
+    def __init__(
+        self, descriptor: int, places: Mapping[str, int], bytes_of: Callable[[Piece], NDArray[np.uint8]]
+    ) -> None:
+        self._descriptor, self._places, self._bytes_of = descriptor, places, bytes_of
+
+    def __call__(self, piece: Piece) -> None:
+        data = self._bytes_of(piece)
+        place = self._places[piece.info.name] + piece.start * (len(data) // max(piece.count, 1))
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptor, data[done:].data, place + done)
+
+
+def _begin(
+    descriptor: int, header: bytes, entries: Sequence[tuple[str, str, tuple[int, ...]]]
+) -> dict[str, int]:
+    """Write a file's header and give it its size; tells where each tensor belongs."""
+    os.pwrite(descriptor, header, 0)
+    places, end = {}, len(header)
+    for name, dtype, shape in entries:
+        places[name] = end
+        end += math.prod(shape) * ITEM_BYTES[dtype]
+    os.ftruncate(descriptor, end)
+    return places

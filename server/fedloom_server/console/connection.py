@@ -15,12 +15,12 @@ import typer
 
 from fedloom.v1.runs_pb2 import GetRequest, GetResponse
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
-from fedloom.v1.transfer_pb2_grpc import TransferServiceStub
 from fedloom_common.channels import open_channel
 from fedloom_common.errors import BadSpec, Unreachable
 from fedloom_common.identity import Peer, Role
 from fedloom_common.rpc import error_of
 from fedloom_common.settings import load_settings
+from fedloom_common.transfer import TransferStub
 from fedloom_server.console.config import OperatorConfig
 from fedloom_server.console.formats import plain
 
@@ -38,7 +38,7 @@ class Coordinator:
 
     address: str
     runs: RunServiceStub
-    transfers: TransferServiceStub
+    transfers: TransferStub
 
     def errors(self) -> AbstractContextManager[None]:
         """See ``coordinator_errors``."""
@@ -98,7 +98,7 @@ class Operator:
             yield Coordinator(
                 address=settings.coordinator,
                 runs=RunServiceStub(channel),
-                transfers=TransferServiceStub(channel),
+                transfers=TransferStub(channel),
             )
 
     def _settings(self) -> OperatorConfig:

@@ -12,8 +12,9 @@ from typing import Any
 
 from fedloom.v1.runs_pb2 import ExportRequest, ExportResponse
 from fedloom.v1.session_pb2 import Blob
+from fedloom_common.digests import DIGEST, digest_of_file, is_digest, plain_name
 from fedloom_common.errors import ProtocolError, StorageFull, WrongState
-from fedloom_common.files import digest_of_file, storage_errors, write_text
+from fedloom_common.files import storage_errors, write_text
 from fedloom_common.transfer import download
 from fedloom_server.console.connection import Coordinator
 from fedloom_server.console.formats import bytes_text
@@ -22,7 +23,6 @@ CARD = "README.md"
 MARKER = ".fedloom-export.json"  # says whose export a directory is, and which files belong to it
 ARRIVING = ".fedloom-arriving"  # holds the files until all are there
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,9 @@ def check_names(files: Iterable[Blob]) -> None:
                 f"the coordinator sends a file named {file.name!r}, which is not a plain file name; "
                 "nothing was written"
             )
-        if not DIGEST.fullmatch(file.digest):
+        if not is_digest(file.digest):
             raise ProtocolError(
-                f"the coordinator names {file.name} by {file.digest!r}, wanted sha256: and 64 hexadecimal "
-                "digits; nothing was written"
+                f"the coordinator names {file.name} by {file.digest!r}, wanted {DIGEST}; nothing was written"
             )
         if file.name in seen:
             raise ProtocolError(f"the coordinator sends {file.name} twice; nothing was written")
@@ -188,7 +187,7 @@ def _put_in_place(answer: ExportResponse, directory: Path, run_id: str, earlier:
 
 def _place(arriving: Path, file: Blob) -> Path:
     # with the digest, so that a broken export of one round is never gone on with by another round's
-    return arriving / f"{file.digest.removeprefix('sha256:')[:32]}.{file.name}"
+    return arriving / f"{plain_name(file.digest)[:40]}.{file.name}"
 
 
 def _is_there(path: Path, digest: str) -> bool:

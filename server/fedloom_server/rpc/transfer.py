@@ -7,23 +7,21 @@ from typing import Any
 import grpc
 
 from fedloom.v1 import transfer_pb2 as pb
-from fedloom.v1.transfer_pb2_grpc import TransferServiceServicer
+from fedloom_common.chunks import Chunk
 from fedloom_common.errors import AttemptFailed, BadChunk, BadTensor, ProtocolError, WrongState
 from fedloom_common.identity import Role
-from fedloom_common.tensors import Manifest
-from fedloom_common.transfer import PartialFile, chunks_of
+from fedloom_common.partial import PartialFile
+from fedloom_common.transfer import PATIENCE_S, messages_of, transfer_handlers
 from fedloom_server.aggregation.validation import validate_update
 from fedloom_server.assignments import Assignments
 from fedloom_server.records import Assignment, AssignmentState
 from fedloom_server.rpc.access import Access
 from fedloom_server.store import Store
 
-CHUNK_S = 600.0  # a transfer that moves no chunk for so long is ended; 1 MiB takes that at 14 kbit/s
-
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class TransferEdge(TransferServiceServicer):
+class TransferEdge:
     """Read, Write and QueryWrite."""
 
     def __init__(self, access: Access, store: Store, assignments: Assignments) -> None:
@@ -33,34 +31,39 @@ class TransferEdge(TransferServiceServicer):
         # Who writes each upload: a new stream takes over from one that broke.
         self._writers: dict[str, object] = {}
 
-    async def Read(self, request: pb.ReadRequest, context: Context) -> None:  # noqa: N802
-        """Stream a model or asset from an offset."""
-        peer = self._access.peer(context)
-        async for chunk in chunks_of(self._store.files.path(request.digest), request.offset):
-            try:
-                await asyncio.wait_for(context.write(chunk), CHUNK_S)
-            except TimeoutError:
-                raise BadChunk(f"no chunk was taken in {CHUNK_S:g} s") from None
-            if peer.role is Role.SITE:
-                self._assignments.moved(peer.name, down_bytes=len(chunk.payload))
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """The service, for a server."""
+        return transfer_handlers(self._read, self._write, self._query_write)
 
-    async def QueryWrite(self, request: pb.QueryWriteRequest, context: Context) -> pb.QueryWriteResponse:  # noqa: N802
+    async def _read(self, request: pb.ReadRequest, context: Context) -> None:
+        """Stream a model or asset from an offset."""
+        peer, begin, clock = self._access.peer(context), request.offset, asyncio.get_running_loop().time
+        try:
+            async with asyncio.timeout(PATIENCE_S) as patience:
+                async for end, message in messages_of(self._store.files.path(request.digest), request.offset):
+                    await context.write(message)
+                    patience.reschedule(clock() + PATIENCE_S)
+                    if peer.role is Role.SITE:
+                        self._assignments.moved(peer.name, down_bytes=end - begin)
+                    begin = end
+        except TimeoutError:
+            raise BadChunk(f"no chunk was taken in {PATIENCE_S:g} s") from None
+
+    async def _query_write(self, request: pb.QueryWriteRequest, context: Context) -> pb.QueryWriteResponse:
         """Tell how much of an upload is held."""
         assignment = self._assignments.uploading(self._access.peer(context).name, request.upload)
         if assignment.state is AssignmentState.DONE:
             return pb.QueryWriteResponse(committed_bytes=assignment.update_bytes, complete=True)
         return pb.QueryWriteResponse(committed_bytes=self._assignments.held_bytes(assignment))
 
-    async def Write(self, request_iterator: AsyncIterator[pb.Chunk], context: Context) -> pb.Receipt:  # noqa: N802
+    async def _write(self, messages: AsyncIterator[bytes], context: Context) -> pb.Receipt:
         """Take an update in; a repeated one is answered with its receipt again."""
-        first = await _next_chunk(request_iterator)
-        if first is None or not first.upload:
-            raise ProtocolError("the first chunk of a Write names its upload; this one does not")
+        first = await _first_chunk(messages)
         assignment = self._assignments.uploading(self._access.peer(context).name, first.upload)
         if assignment.state is not AssignmentState.DONE:
             digest = assignment.update_digest
             try:
-                await self._receive(assignment, first, request_iterator)
+                await self._receive(assignment, first, messages)
             except AttemptFailed as error:
                 self._assignments.troubled(assignment, str(error))
                 raise
@@ -70,7 +73,7 @@ class TransferEdge(TransferServiceServicer):
             upload=assignment.id, digest=assignment.update_digest, size_bytes=assignment.update_bytes
         )
 
-    async def _receive(self, assignment: Assignment, first: pb.Chunk, rest: AsyncIterator[pb.Chunk]) -> None:
+    async def _receive(self, assignment: Assignment, first: Chunk, messages: AsyncIterator[bytes]) -> None:
         """Put the update together in the spool."""
         held_bytes = self._assignments.held_bytes(assignment)
         if first.offset != held_bytes:  # before it takes over from a stream that may be going well
@@ -79,25 +82,31 @@ class TransferEdge(TransferServiceServicer):
         path = self._store.update_path(assignment)
         partial = await PartialFile.open(path, assignment.update_bytes, assignment.update_digest)
         try:
-            chunk: pb.Chunk | None = first
-            while chunk is not None:
-                if self._writers.get(assignment.id) is not mine:
-                    raise BadChunk("another stream has taken this upload over")
-                self._assignments.uploading(assignment.site, assignment.id)  # still wanted?
-                await partial.add(chunk)
-                self._assignments.received(assignment, len(chunk.payload))
-                chunk = await _next_chunk(rest)
+            await self._add(partial, assignment, first, mine)
+            async with asyncio.timeout(PATIENCE_S) as patience:
+                async for message in messages:
+                    await self._add(partial, assignment, Chunk.decode(message), mine)
+                    patience.reschedule(asyncio.get_running_loop().time() + PATIENCE_S)
             await partial.finish()
+        except TimeoutError:
+            raise BadChunk(f"no chunk came in {PATIENCE_S:g} s") from None
         finally:
-            partial.close()
+            await partial.close()
             if self._writers.get(assignment.id) is mine:
                 del self._writers[assignment.id]
 
+    async def _add(self, partial: PartialFile, assignment: Assignment, chunk: Chunk, writer: object) -> None:
+        if self._writers.get(assignment.id) is not writer:
+            raise BadChunk("another stream has taken this upload over")
+        self._assignments.uploading(assignment.site, assignment.id)  # still wanted?
+        await partial.add(chunk)
+        self._assignments.received(assignment, len(chunk.payload))
+
     async def _check(self, assignment: Assignment) -> None:
         """Check the update against the model."""
-        manifest = Manifest.read(self._store.files.path(assignment.model_digest))
+        path, base = self._store.update_path(assignment), self._store.files.path(assignment.model_digest)
         try:
-            await asyncio.to_thread(validate_update, self._store.update_path(assignment), manifest)
+            await asyncio.to_thread(validate_update, path, base)
         except BadTensor as error:
             self._assignments.rejected(assignment, str(error))
             raise BadTensor(f"round {assignment.round}, site {assignment.site}: {error}") from error
@@ -105,10 +114,18 @@ class TransferEdge(TransferServiceServicer):
             raise WrongState(f"upload {assignment.id} came too late: its round has gone on") from error
 
 
-async def _next_chunk(chunks: AsyncIterator[pb.Chunk]) -> pb.Chunk | None:
+async def _first_chunk(messages: AsyncIterator[bytes]) -> Chunk:
+    """The chunk that names the upload.
+
+    Raises:
+        ProtocolError: none comes, or it does not.
+    """
     try:
-        return await asyncio.wait_for(anext(chunks), CHUNK_S)
+        first = Chunk.decode(await asyncio.wait_for(anext(messages), PATIENCE_S))
     except StopAsyncIteration:
-        return None
+        raise ProtocolError("the first chunk of a Write names its upload; no chunk came") from None
     except TimeoutError:
-        raise BadChunk(f"no chunk came in {CHUNK_S:g} s") from None
+        raise BadChunk(f"no chunk came in {PATIENCE_S:g} s") from None
+    if not first.upload:
+        raise ProtocolError("the first chunk of a Write names its upload; this one does not")
+    return first

@@ -13,7 +13,7 @@ from fedloom_common.codecs.spec import Codecs
 from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.codecs.values import PIECE_VALUES
 
-DIGEST = "sha256:" + "ab" * 32
+DIGEST = "blake3:" + "ab" * 32
 CODECS = TypeAdapter(Codecs)
 
 

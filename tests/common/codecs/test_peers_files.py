@@ -61,7 +61,7 @@ BAD_FILES = {
     "no-codec": ("int8", lambda tensors, metadata: metadata.pop("fedloom.codec"), "codec is not told"),
     "codec-not-json": ("int8", tell("fedloom.codec", "["), "codec is"),
     "codec-nested-deep": ("int8", tell("fedloom.codec", "[" * 100_000), "codec is"),
-    "another-base": ("int8", tell("fedloom.base", "sha256:00"), "base model is sha256:00, wanted sha256:ab"),
+    "another-base": ("int8", tell("fedloom.base", "blake3:00"), "base model is blake3:00, wanted blake3:ab"),
     "no-base": ("int8", lambda tensors, metadata: metadata.pop("fedloom.base"), "base model is not told"),
     "no-scale": ("int8", drop("w.scale"), "w.scale is missing"),
     "surplus": ("int8", replace("w.q2", np.zeros(1)), "w.q2 is not one"),

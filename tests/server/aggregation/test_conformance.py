@@ -99,6 +99,23 @@ def test_the_same_updates_in_the_same_order_give_the_same_bytes(aggregator, base
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
+@pytest.mark.parametrize("groups", [[3, 2], [1, 1, 1, 1, 1], [5]])
+def test_updates_folded_before_give_the_same_bytes(aggregator, base, tmp_path, groups):
+    torch.manual_seed(0)
+    updates = []
+    for k in range(5):
+        tensors = {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in model().items()}
+        updates.append(saved(tmp_path, f"site-{k}", tensors, 10 + k))
+    aggregator.aggregate(base, updates, tmp_path / "at-once")
+    earlier, rest = None, list(updates)
+    for number, count in enumerate(groups):
+        out = tmp_path / f"sum-{number}"
+        aggregator.fold(base, rest[:count], out, earlier=earlier)
+        earlier, rest = out, rest[count:]
+        aggregator.aggregate(base, rest, tmp_path / "in-steps", earlier=earlier)
+        assert (tmp_path / "in-steps").read_bytes() == (tmp_path / "at-once").read_bytes()
+
+
 def test_nothing_to_aggregate_is_an_error(aggregator, base, tmp_path):
     with pytest.raises(TooFewUpdates, match="no update"):
         aggregator.aggregate(base, [], tmp_path / "out")

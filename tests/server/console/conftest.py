@@ -1,16 +1,16 @@
 """A small fake coordinator on loopback, behind real gRPC, and the console's commands run against it."""
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import google_crc32c
 import grpc
 import pytest
 import typer
+from blake3 import blake3
+from crc32c import crc32c as crc32c_of
 from typer.testing import CliRunner, Result
 
 from fedloom.v1 import runs_pb2 as pb
@@ -56,7 +56,7 @@ class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.Transf
 
     def put(self, name: str, content: bytes) -> None:
         """Add a file to what Export names."""
-        digest = "sha256:" + hashlib.sha256(content).hexdigest()
+        digest = f"blake3:{blake3(content).hexdigest()}"
         self.content[digest] = content
         self.files.append(Blob(name=name, digest=digest, size_bytes=len(content)))
 
@@ -107,7 +107,7 @@ class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.Transf
             if stop is not None and offset >= stop:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
             payload = content[offset : offset + CHUNK]
-            yield transfer_pb2.Chunk(offset=offset, crc32c=google_crc32c.value(payload), payload=payload)
+            yield transfer_pb2.Chunk(offset=offset, crc32c=crc32c_of(payload), payload=payload)
 
     def asked_for(self, kind: type) -> list:
         """The requests of one kind, in order."""

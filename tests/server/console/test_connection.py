@@ -68,7 +68,7 @@ async def test_errors_in_a_stream_are_mapped_too(fake):
     fake.refusal = NotPermitted("viewers only")
     async with operator(fake.address).connect() as coordinator:
         with pytest.raises(NotPermitted), coordinator.errors():
-            async for _ in coordinator.transfers.Read(ReadRequest(digest="sha256:0")):
+            async for _ in coordinator.transfers.read(ReadRequest(digest="blake3:0")):
                 pass
 
 

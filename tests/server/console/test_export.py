@@ -187,8 +187,8 @@ def test_a_file_name_that_is_not_plain_is_refused(console, fake, tmp_path, name)
 @pytest.mark.parametrize(
     ("names", "digest", "message"),
     [
-        (["config.json", "config.json"], "sha256:" + "0" * 64, "sends config.json twice"),
-        (["README.md"], "sha256:" + "0" * 64, "sends README.md twice"),
+        (["config.json", "config.json"], "blake3:" + "0" * 64, "sends config.json twice"),
+        (["README.md"], "blake3:" + "0" * 64, "sends README.md twice"),
         (["config.json"], "../../etc", "64 hexadecimal digits"),
     ],
 )

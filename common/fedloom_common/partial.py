@@ -1,0 +1,125 @@
+"""Files that arrive in chunks."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from fedloom_common.chunks import CHUNK_BYTES, Chunk
+from fedloom_common.digests import Digest
+from fedloom_common.errors import BadChunk
+from fedloom_common.files import storage_errors
+
+BEHIND_CHUNKS = 4  # so many wait while a thread writes others: fewer hops between threads, a little memory
+_PIECE_BYTES = 1 << 20
+
+
+class PartialFile:
+    """A file that arrives in chunks, and survives a kill of the process as far as it has come.
+
+    Chunks are checked and written by a thread while the next ones are awaited. Only bytes that passed
+    their checksum are written, and what lies there is taken up again. Nothing is synced to disk: a power
+    cut may cost bytes, which the digest tells to whoever relies on the file after one.
+
+    Memory: BEHIND_CHUNKS chunks, twice.
+    """
+
+    def __init__(self, path: Path, size_bytes: int, digest: str) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        self.digest = digest
+        self.offset = 0
+        """Place at which the next chunk must begin."""
+        self._digest = Digest()
+        self._behind: list[Chunk] = []
+        self._writing: asyncio.Future[None] | None = None
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+
+    @classmethod
+    async def open(cls, path: Path, size_bytes: int, digest: str) -> Self:
+        """Take up what is there of a file."""
+        partial = cls(path, size_bytes, digest)
+        partial._begin(partial._take_up)
+        try:
+            await partial._written()
+        except BaseException:
+            await partial.close()
+            raise
+        return partial
+
+    async def add(self, chunk: Chunk) -> None:
+        """Take the next chunk in, to be checked and written soon.
+
+        Raises:
+            BadChunk: this one is too large, out of order or past the end, or an earlier one was corrupt;
+                nothing of it is written, and the file cannot go on.
+            StorageFull: the disk is full; what was written before stays.
+        """
+        if len(chunk.payload) > CHUNK_BYTES:
+            raise BadChunk(f"a chunk has {len(chunk.payload)} bytes, the limit is {CHUNK_BYTES}")
+        if chunk.offset != self.offset:
+            raise BadChunk(f"a chunk begins at byte {chunk.offset}, wanted {self.offset}")
+        if chunk.end > self.size_bytes:
+            raise BadChunk(f"a chunk ends at byte {chunk.end}, the file has {self.size_bytes}")
+        self.offset = chunk.end
+        self._behind.append(chunk)
+        await self._go_on(BEHIND_CHUNKS)
+
+    async def finish(self) -> None:
+        """Check the whole.
+
+        Raises:
+            BadChunk: bytes are missing, or the digest differs (then the file is emptied, to begin again).
+        """
+        await self._go_on(1)
+        await self._written()
+        if self.offset != self.size_bytes:
+            raise BadChunk(f"the file ends after {self.offset} of {self.size_bytes} bytes")
+        came = str(self._digest)
+        if came != self.digest:
+            self._file.truncate(0)
+            raise BadChunk(f"the file's digest is {came}, wanted {self.digest}; send it again from byte 0")
+
+    async def close(self) -> None:
+        """Let the file go, after a write that is under way; what has come stays on disk."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+            if self._writing.exception() is None and self._behind:
+                self._begin(self._write, self._behind)
+                await asyncio.gather(self._writing, return_exceptions=True)
+        self._file.close()
+
+    async def _go_on(self, most_behind: int) -> None:
+        """Write what is behind, and wait only if that is too much."""
+        if self._writing is not None and (self._writing.done() or len(self._behind) >= most_behind):
+            await self._written()
+        if self._writing is None and self._behind:
+            batch, self._behind = self._behind, []
+            self._begin(self._write, batch)
+
+    def _begin(self, *work: object) -> None:
+        self._writing = asyncio.get_running_loop().run_in_executor(None, *work)  # type: ignore[arg-type]
+
+    async def _written(self) -> None:
+        """Wait for the thread, even when cancelled: the file must not be closed under it."""
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
+            self._writing = None
+
+    def _write(self, batch: Sequence[Chunk]) -> None:
+        for chunk in batch:
+            chunk.require_intact()
+            with storage_errors(self.path, len(chunk.payload)):
+                done = 0
+                while done < len(chunk.payload):
+                    done += os.pwrite(self._file.fileno(), chunk.payload[done:], chunk.offset + done)
+            self._digest.add(chunk.payload)
+
+    def _take_up(self) -> None:
+        if self.path.stat().st_size > self.size_bytes:
+            self._file.truncate(0)
+        piece = memoryview(bytearray(_PIECE_BYTES))
+        while count := self._file.readinto(piece):
+            self._digest.add(piece[:count])
+            self.offset += count

@@ -1,0 +1,145 @@
+"""A round's updates on their way into the mean: some are folded while others still arrive.
+
+A group is folded at once, since every fold reads and writes the sum of all so far. What is
+folded leaves the disk and makes room for sites that wait to upload.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedloom_common.codecs.spec import AS_IS
+from fedloom_common.digests import digest_of_file
+from fedloom_common.errors import FederationError
+from fedloom_server.aggregation import Update, aggregator_for
+from fedloom_server.assignments import Assignments
+from fedloom_server.records import Assignment, AssignmentState, Round, Run
+from fedloom_server.store import Store, StoredFile
+
+FOLD_UPDATES = 4  # folded at once: with fewer, reading and writing the sum outweighs reading the updates
+
+logger = logging.getLogger(__name__)
+
+
+class Folding:
+    """Folds the updates of one attempt at a round."""
+
+    def __init__(self, run: Run, record: Round, store: Store, assignments: Assignments) -> None:
+        self._run, self._record = run, record
+        self._store, self._assignments = store, assignments
+        self._rule = aggregator_for(run.spec.aggregation, AS_IS, record.base_digest)
+        self._batch: Sequence[Assignment] = ()
+        self._changed = asyncio.Event()
+        self._is_over = self._is_hindered = False
+        self._working: asyncio.Task[None] | None = None
+
+    async def begin(self, batch: Sequence[Assignment]) -> None:
+        """Fold updates of these assignments, in cohort order, as soon as there are enough.
+
+        Updates and sums are not synced to disk as they come: those of an earlier process are checked,
+        and the assignments of what a power cut has spoilt are open again.
+        """
+        self._batch = batch
+        spoilt = await asyncio.to_thread(self._spoilt)
+        for assignment in spoilt:
+            logger.warning("an update was lost and is asked for again", extra={"assignment": assignment.id})
+            self._store.update_path(assignment).unlink(missing_ok=True)
+            assignment.state, assignment.update_digest, assignment.is_folded = AssignmentState.OPEN, "", False
+        if spoilt:
+            self._store.save(self._record, *spoilt)
+        self._working = asyncio.create_task(self._work(), name="folding")
+
+    def look(self) -> None:
+        """An assignment has ended."""
+        self._changed.set()
+        if self._is_hindered:
+            self._assignments.release(self._batch)
+
+    async def end(self) -> None:
+        """Fold no further; returns when a fold that is under way has ended."""
+        self._is_over = True
+        self._changed.set()
+        if self._working is not None:
+            await self._working
+
+    async def aggregate(self, done: Sequence[Assignment], out: Path) -> StoredFile:
+        """Take the mean of what was folded and of what was not, into the store."""
+        updates = _updates(self._store, [assignment for assignment in done if not assignment.is_folded])
+        base = self._store.files.path(self._record.base_digest)
+        await asyncio.to_thread(self._rule.aggregate, base, updates, out, earlier=self._earlier())
+        return await asyncio.to_thread(self._store.files.put, out)
+
+    async def _work(self) -> None:
+        try:
+            while not self._is_over:
+                group = self._ready()
+                if group:
+                    await self._fold(group)
+                else:
+                    await self._changed.wait()
+                    self._changed.clear()
+        except (FederationError, OSError):
+            logger.warning("updates are folded at the end of the round instead", exc_info=True)
+            self._is_hindered = True
+            self.look()
+
+    def _ready(self) -> list[Assignment]:
+        """A group that is worth folding now; when nobody is left to wait for, the mean is taken at once."""
+        ready: list[Assignment] = []
+        is_open = [assignment.state is AssignmentState.OPEN for assignment in self._batch]
+        for assignment, still in zip(self._batch, is_open, strict=True):
+            if still and self._run.spec.aggregation.deterministic:
+                break
+            if assignment.has_spooled_update:
+                ready.append(assignment)
+        enough = min(FOLD_UPDATES, max(1, self._assignments.staged_updates // 2))
+        return ready if any(is_open) and len(ready) >= enough else []
+
+    async def _fold(self, group: list[Assignment]) -> None:
+        """Replace updates and the sum so far by a new sum; a row names it before anything is removed."""
+        base, out = self._store.files.path(self._record.base_digest), self._store.spool / f"{group[0].id}.sum"
+        updates, earlier = _updates(self._store, group), self._earlier()
+        digest = await asyncio.to_thread(self._make_sum, base, updates, out, earlier)
+        self._record.sum_digest = digest
+        for assignment in group:
+            assignment.is_folded = True
+        self._store.save(self._record, *group)
+        for path in [update.path for update in updates] + ([earlier] if earlier else []):
+            path.unlink(missing_ok=True)
+        self._assignments.release(group)
+        logger.debug("updates folded", extra={"run": self._run.id, "round": self._record.number})
+
+    def _make_sum(self, base: Path, updates: Sequence[Update], out: Path, earlier: Path | None) -> str:
+        self._rule.fold(base, updates, out, earlier=earlier)
+        digest = digest_of_file(out)
+        out.replace(self._store.sum_path(digest))
+        return digest
+
+    def _earlier(self) -> Path | None:
+        return self._store.sum_path(self._record.sum_digest) if self._record.sum_digest else None
+
+    def _spoilt(self) -> list[Assignment]:
+        """Assignments whose update counted but is no longer what it was."""
+        earlier = self._earlier()
+        sum_is_good = earlier is None or _is_intact(earlier, self._record.sum_digest)
+        if not sum_is_good:
+            self._record.sum_digest = ""
+        return [
+            assignment
+            for assignment in self._batch
+            if assignment.state is AssignmentState.DONE and not self._is_there(assignment, sum_is_good)
+        ]
+
+    def _is_there(self, assignment: Assignment, sum_is_good: bool) -> bool:
+        if assignment.is_folded:
+            return sum_is_good
+        return _is_intact(self._store.update_path(assignment), assignment.update_digest)
+
+
+def _updates(store: Store, assignments: Sequence[Assignment]) -> list[Update]:
+    return [Update(site=a.site, path=store.update_path(a), examples=a.examples) for a in assignments]
+
+
+def _is_intact(path: Path, digest: str) -> bool:
+    return path.exists() and digest_of_file(path) == digest

@@ -1,0 +1,128 @@
+import asyncio
+import dataclasses
+import errno
+import os
+import time
+
+import pytest
+from blake3 import blake3
+
+from fedloom_common.chunks import CHUNK_BYTES, Chunk
+from fedloom_common.errors import BadChunk, StorageFull
+from fedloom_common.partial import PartialFile
+
+CONTENT = os.urandom(9 * CHUNK_BYTES + 12345)
+DIGEST = f"blake3:{blake3(CONTENT).hexdigest()}"
+OTHER_DIGEST = "blake3:" + "0" * 64
+
+
+def chunk_at(offset: int, size: int, **changes) -> Chunk:
+    payload = CONTENT[offset : offset + size]
+    return dataclasses.replace(Chunk.of(payload, offset), **changes)
+
+
+async def test_a_partial_file_is_taken_up_after_a_crash(tmp_path):
+    digest = DIGEST
+    first = await PartialFile.open(tmp_path / "part", len(CONTENT), digest)
+    await first.add(chunk_at(0, 1000))
+    await first.add(chunk_at(1000, 77))
+    await first.close()
+    second = await PartialFile.open(tmp_path / "part", len(CONTENT), digest)
+    assert second.offset == 1077
+    for offset in range(1077, len(CONTENT), CHUNK_BYTES):
+        await second.add(chunk_at(offset, CHUNK_BYTES))
+    await second.finish()
+    await second.close()
+    assert (tmp_path / "part").read_bytes() == CONTENT
+
+
+BAD_CHUNKS = {
+    "corrupt": (chunk_at(0, 100, payload=b"x" * 100), "is corrupt"),
+    "gap": (chunk_at(100, 100), "begins at byte 100, wanted 0"),
+    "oversized": (chunk_at(0, CHUNK_BYTES + 1), "the limit is"),
+    "past-the-end": (Chunk.of(b"y" * 600, 0), "the file has 500"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHUNKS)
+async def test_a_bad_chunk_is_refused_and_leaves_no_trace(tmp_path, name):
+    chunk, message = BAD_CHUNKS[name]
+    size = 500 if name == "past-the-end" else len(CONTENT)
+    partial = await PartialFile.open(tmp_path / "part", size, DIGEST)
+    with pytest.raises(BadChunk, match=message):
+        await partial.add(chunk)
+        await partial.finish()
+    await partial.close()
+    assert (tmp_path / "part").stat().st_size == 0
+
+
+async def test_a_wrong_digest_empties_the_file(tmp_path):
+    partial = await PartialFile.open(tmp_path / "part", 100, OTHER_DIGEST)
+    await partial.add(chunk_at(0, 100))
+    with pytest.raises(BadChunk, match="send it again from byte 0"):
+        await partial.finish()
+    await partial.close()
+    assert (tmp_path / "part").stat().st_size == 0
+
+
+async def test_a_short_file_is_not_finished(tmp_path):
+    partial = await PartialFile.open(tmp_path / "part", 100, DIGEST)
+    await partial.add(chunk_at(0, 99))
+    with pytest.raises(BadChunk, match="ends after 99 of 100"):
+        await partial.finish()
+    await partial.close()
+
+
+async def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    partial = await PartialFile.open(tmp_path / "part", 100, DIGEST)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageFull, match=r"no space left for 100 bytes in .*: free some"):
+        await partial.add(chunk_at(0, 100))
+        await partial.finish()
+    await partial.close()
+
+
+async def test_what_came_before_a_corrupt_chunk_stays(tmp_path):
+    partial = await PartialFile.open(tmp_path / "part", len(CONTENT), DIGEST)
+    with pytest.raises(BadChunk, match="at byte 2000 is corrupt"):
+        for offset in (0, 1000, 2000, 3000):
+            await partial.add(chunk_at(offset, 1000, **({"crc32c": 1} if offset == 2000 else {})))
+        await partial.finish()
+    await partial.close()
+    assert (tmp_path / "part").read_bytes() == CONTENT[:2000]
+
+
+async def test_all_that_came_is_written_when_a_stream_breaks(tmp_path):
+    partial = await PartialFile.open(tmp_path / "part", len(CONTENT), DIGEST)
+    for place in range(9):
+        await partial.add(chunk_at(place * CHUNK_BYTES, CHUNK_BYTES))
+    await partial.close()
+    assert (tmp_path / "part").read_bytes() == CONTENT[: 9 * CHUNK_BYTES]
+
+
+async def test_a_cancelled_add_does_not_close_the_file_under_the_writing_thread(tmp_path, monkeypatch):
+    really_pwrite = os.pwrite
+
+    def slow(*arguments: object) -> int:
+        time.sleep(0.05)
+        return really_pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    partial = await PartialFile.open(tmp_path / "part", len(CONTENT), DIGEST)
+
+    async def fill() -> None:
+        for place in range(9):
+            await partial.add(chunk_at(place * CHUNK_BYTES, CHUNK_BYTES))
+
+    filling = asyncio.create_task(fill())
+    await asyncio.sleep(0.02)
+    filling.cancel()
+    await asyncio.wait([filling])
+    await partial.close()
+    held = (tmp_path / "part").read_bytes()
+    assert held == CONTENT[: len(held)]
+    assert len(held) % CHUNK_BYTES == 0
+    assert held
