@@ -11,18 +11,18 @@ from fedloom_common.digests import Digest
 from fedloom_common.errors import BadChunk
 from fedloom_common.files import storage_errors
 
-BEHIND_CHUNKS = 4  # so many wait while a thread writes others: fewer hops between threads, a little memory
+BATCH_CHUNKS = 4  # written at once by a thread: a hop between threads costs as much as half a chunk's work
 _PIECE_BYTES = 1 << 20
 
 
 class PartialFile:
     """A file that arrives in chunks, and survives a kill of the process as far as it has come.
 
-    Chunks are checked and written by a thread while the next ones are awaited. Only bytes that passed
-    their checksum are written, and what lies there is taken up again. Nothing is synced to disk: a power
-    cut may cost bytes, which the digest tells to whoever relies on the file after one.
+    Chunks are checked and written in batches by a thread while the next ones are awaited. Only bytes that
+    passed their checksum are written, and what lies there is taken up again. Nothing is synced to disk: a
+    power cut may cost bytes, which the digest tells to whoever relies on the file after one.
 
-    Memory: BEHIND_CHUNKS chunks, twice.
+    Memory: BATCH_CHUNKS chunks, twice.
     """
 
     def __init__(self, path: Path, size_bytes: int, digest: str) -> None:
@@ -64,7 +64,8 @@ class PartialFile:
             raise BadChunk(f"a chunk ends at byte {chunk.end}, the file has {self.size_bytes}")
         self.offset = chunk.end
         self._behind.append(chunk)
-        await self._go_on(BEHIND_CHUNKS)
+        if len(self._behind) == BATCH_CHUNKS:
+            await self._write_on()
 
     async def finish(self) -> None:
         """Check the whole.
@@ -72,7 +73,7 @@ class PartialFile:
         Raises:
             BadChunk: bytes are missing, or the digest differs (then the file is emptied, to begin again).
         """
-        await self._go_on(1)
+        await self._write_on()
         await self._written()
         if self.offset != self.size_bytes:
             raise BadChunk(f"the file ends after {self.offset} of {self.size_bytes} bytes")
@@ -85,21 +86,19 @@ class PartialFile:
         """Let the file go, after a write that is under way; what has come stays on disk."""
         if self._writing is not None:
             await asyncio.wait([self._writing])
-            if self._writing.exception() is None and self._behind:
-                self._begin(self._write, self._behind)
-                await asyncio.gather(self._writing, return_exceptions=True)
+        if self._writing is None or self._writing.exception() is None:
+            await asyncio.gather(self._begin(self._write, self._behind), return_exceptions=True)
         self._file.close()
 
-    async def _go_on(self, most_behind: int) -> None:
-        """Write what is behind, and wait only if that is too much."""
-        if self._writing is not None and (self._writing.done() or len(self._behind) >= most_behind):
-            await self._written()
-        if self._writing is None and self._behind:
-            batch, self._behind = self._behind, []
-            self._begin(self._write, batch)
+    async def _write_on(self) -> None:
+        """Have what is behind written, as soon as what went before is."""
+        await self._written()
+        batch, self._behind = self._behind, []
+        self._begin(self._write, batch)
 
-    def _begin(self, *work: object) -> None:
+    def _begin(self, *work: object) -> asyncio.Future[None]:
         self._writing = asyncio.get_running_loop().run_in_executor(None, *work)  # type: ignore[arg-type]
+        return self._writing
 
     async def _written(self) -> None:
         """Wait for the thread, even when cancelled: the file must not be closed under it."""

@@ -22,7 +22,7 @@ from fedloom_common.rpc import federation_errors
 
 SERVICE = "fedloom.v1.TransferService"
 PATIENCE_S = 600.0  # a transfer that moves no chunk for so long is given up: 1 MiB takes that at 14 kbit/s
-AHEAD_CHUNKS = 2  # read by a thread at once, while others are sent
+AHEAD_CHUNKS = 4  # read by a thread at once, while others are sent
 RETRY_S = (0.2, 10.0)  # first and longest pause before a broken download goes on
 
 OnBytes = Callable[[int], None]
@@ -51,12 +51,14 @@ def transfer_handlers(read: Any, write: Any, query_write: Any) -> grpc.GenericRp
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
-async def messages_of(path: Path, offset: int, upload: str = "") -> AsyncIterator[tuple[int, bytes]]:
+async def messages_of(
+    path: Path, offset: int, upload: str = "", *, ahead_chunks: int = AHEAD_CHUNKS
+) -> AsyncIterator[tuple[int, bytes]]:
     """A file's chunks from ``offset`` to its end, encoded, each with the place behind it in the file.
 
     The first names the upload. A thread reads ahead.
 
-    Memory: AHEAD_CHUNKS chunks, twice.
+    Memory: ``ahead_chunks``, twice.
 
     Raises:
         BadChunk: the offset lies outside the file, or the file was cut while it was read.
@@ -68,27 +70,32 @@ async def messages_of(path: Path, offset: int, upload: str = "") -> AsyncIterato
         return
     loop = asyncio.get_running_loop()
     with path.open("rb", buffering=0) as file:
-        ahead = loop.run_in_executor(None, _read_messages, file.fileno(), offset, size, upload)
+
+        def read_ahead(begin: int, upload: str) -> asyncio.Future[list[tuple[int, bytes]]]:
+            end = min(size, begin + ahead_chunks * CHUNK_BYTES)
+            return loop.run_in_executor(None, _read_messages, file.fileno(), begin, end, upload)
+
+        ahead = read_ahead(offset, upload)
         try:
             while offset < size:
                 messages = await ahead
                 offset = messages[-1][0]
                 if offset < size:
-                    ahead = loop.run_in_executor(None, _read_messages, file.fileno(), offset, size, "")
+                    ahead = read_ahead(offset, "")
                 for message in messages:
                     yield message
         finally:
             await asyncio.wait([ahead])  # the file must not be closed under it
 
 
-def _read_messages(descriptor: int, offset: int, size: int, upload: str) -> list[tuple[int, bytes]]:
+def _read_messages(descriptor: int, begin: int, end: int, upload: str) -> list[tuple[int, bytes]]:
     messages: list[tuple[int, bytes]] = []
-    while offset < size and len(messages) < AHEAD_CHUNKS:
-        payload = os.pread(descriptor, min(CHUNK_BYTES, size - offset), offset)
+    while begin < end:
+        payload = os.pread(descriptor, min(CHUNK_BYTES, end - begin), begin)
         if not payload:
-            raise BadChunk(f"the file was cut at byte {offset} while it was read")
-        messages.append((offset + len(payload), Chunk.of(payload, offset, upload).encode()))
-        offset, upload = offset + len(payload), ""
+            raise BadChunk(f"the file was cut at byte {begin} while it was read")
+        messages.append((begin + len(payload), Chunk.of(payload, begin, upload).encode()))
+        begin, upload = begin + len(payload), ""
     return messages
 
 

@@ -18,6 +18,8 @@ from fedloom_server.records import Assignment, AssignmentState
 from fedloom_server.rpc.access import Access
 from fedloom_server.store import Store
 
+AHEAD_CHUNKS = 2  # for each site that reads: dozens may do so at once
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -40,7 +42,8 @@ class TransferEdge:
         peer, begin, clock = self._access.peer(context), request.offset, asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(PATIENCE_S) as patience:
-                async for end, message in messages_of(self._store.files.path(request.digest), request.offset):
+                path = self._store.files.path(request.digest)
+                async for end, message in messages_of(path, begin, ahead_chunks=AHEAD_CHUNKS):
                     await context.write(message)
                     patience.reschedule(clock() + PATIENCE_S)
                     if peer.role is Role.SITE:
