@@ -140,7 +140,8 @@ def _server(config: CoordinatorConfig, federation: Federation, runs: Runs) -> gr
         FederationEdge(access, sites, assignments, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE),
         server,
     )
-    server.add_generic_rpc_handlers((TransferEdge(access, store, assignments).handlers(),))
+    transfers = TransferEdge(access, store, assignments, concurrent_downloads=config.concurrent_downloads)
+    server.add_generic_rpc_handlers((transfers.handlers(),))
     runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, federation.watching), server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return server

@@ -24,6 +24,8 @@ class CoordinatorConfig(Strict):
     """Seconds between a site's signs of life; three missed ones end its session."""
     concurrent_uploads: int = Field(default=8, ge=1)
     """Updates that may arrive at the same time; further sites wait their turn."""
+    concurrent_downloads: int = Field(default=32, ge=1)
+    """Models that may be sent at the same time; further sites wait their turn."""
     staged_updates: int = Field(default=8, ge=1)
     """Updates that may lie on disk, arriving or not yet folded; further sites wait their turn."""
     keep_models: int = Field(default=5, ge=1)

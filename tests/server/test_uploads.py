@@ -1,3 +1,5 @@
+import asyncio
+
 import grpc
 import pytest
 
@@ -6,6 +8,7 @@ from fedloom_common.channels import open_channel
 from fedloom_common.errors import NotFound, NotPermitted, ProtocolError, WrongState
 from fedloom_common.identity import Peer, Role
 from fedloom_common.transfer import TransferStub, upload
+from fedloom_server.app import coordinator
 
 
 @pytest.fixture
@@ -57,6 +60,25 @@ async def test_read_serves_stored_files_and_nothing_else(bench, finished, digest
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         _ = [chunk async for chunk in stub.read(transfer_pb2.ReadRequest(digest=digest))]
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_downloads_beyond_the_cap_wait_their_turn_and_a_cancelled_one_leaves_it(
+    config, bench_of, spec, monkeypatch
+):
+    monkeypatch.setattr("fedloom_server.rpc.transfer.CHUNK_BYTES", 10)
+    async with coordinator(config.model_copy(update={"concurrent_downloads": 1})) as running:
+        bench = bench_of(running)
+        for name in "abc":
+            bench.site(name)
+        run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 3})))
+        assert run.state == "finished"
+        request = transfer_pb2.ReadRequest(digest=run.model_digest)
+        stub = bench.sites["a"].transfer
+        for _ in range(3):
+            call = stub.read(request)
+            await call.read()
+            call.cancel()
+        assert await asyncio.wait_for(stub.read(request).read(), 5)
 
 
 async def test_read_beyond_the_end_is_refused(bench, finished):

@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
 
 from fedloom.v1 import transfer_pb2 as pb
-from fedloom_common.chunks import Chunk
+from fedloom_common.chunks import CHUNK_BYTES, Chunk
 from fedloom_common.errors import AttemptFailed, BadChunk, BadTensor, ProtocolError, WrongState
-from fedloom_common.identity import Role
+from fedloom_common.identity import Peer, Role
 from fedloom_common.partial import PartialFile
 from fedloom_common.transfer import PATIENCE_S, messages_of, transfer_handlers
 from fedloom_server.aggregation.validation import validate_update
@@ -18,6 +20,7 @@ from fedloom_server.records import Assignment, AssignmentState
 from fedloom_server.rpc.access import Access
 from fedloom_server.store import Store
 
+WAIT_S = 5.0  # how often a site that waits for its download is noted as alive
 AHEAD_CHUNKS = 2  # for each site that reads: dozens may do so at once
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -26,10 +29,13 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class TransferEdge:
     """Read, Write and QueryWrite."""
 
-    def __init__(self, access: Access, store: Store, assignments: Assignments) -> None:
+    def __init__(
+        self, access: Access, store: Store, assignments: Assignments, *, concurrent_downloads: int
+    ) -> None:
         self._access = access
         self._store = store
         self._assignments = assignments
+        self._downloads = asyncio.Semaphore(concurrent_downloads)
         # Who writes each upload: a new stream takes over from one that broke.
         self._writers: dict[str, object] = {}
 
@@ -39,18 +45,40 @@ class TransferEdge:
 
     async def _read(self, request: pb.ReadRequest, context: Context) -> None:
         """Stream a model or asset from an offset."""
-        peer, begin, clock = self._access.peer(context), request.offset, asyncio.get_running_loop().time
+        peer, path = self._access.peer(context), self._store.files.path(request.digest)
+        if path.stat().st_size <= CHUNK_BYTES:
+            await self._send(path, request.offset, peer, context)
+            return
+        async with self._turn(peer):
+            await self._send(path, request.offset, peer, context)
+
+    @asynccontextmanager
+    async def _turn(self, peer: Peer) -> AsyncIterator[None]:
+        """One of a limited number of downloads; a site that waits for it is alive."""
+        waiting = asyncio.ensure_future(self._downloads.acquire())
+        try:
+            while not (await asyncio.wait([waiting], timeout=WAIT_S))[0]:
+                self._moved(peer, 0)
+            yield
+        finally:
+            if not waiting.cancel():  # it was done: the turn was had
+                self._downloads.release()
+
+    async def _send(self, path: Path, begin: int, peer: Peer, context: Context) -> None:
+        clock = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(PATIENCE_S) as patience:
-                path = self._store.files.path(request.digest)
                 async for end, message in messages_of(path, begin, ahead_chunks=AHEAD_CHUNKS):
                     await context.write(message)
                     patience.reschedule(clock() + PATIENCE_S)
-                    if peer.role is Role.SITE:
-                        self._assignments.moved(peer.name, down_bytes=end - begin)
+                    self._moved(peer, end - begin)
                     begin = end
         except TimeoutError:
             raise BadChunk(f"no chunk was taken in {PATIENCE_S:g} s") from None
+
+    def _moved(self, peer: Peer, down_bytes: int) -> None:
+        if peer.role is Role.SITE:
+            self._assignments.moved(peer.name, down_bytes=down_bytes)
 
     async def _query_write(self, request: pb.QueryWriteRequest, context: Context) -> pb.QueryWriteResponse:
         """Tell how much of an upload is held."""
@@ -84,6 +112,7 @@ class TransferEdge:
         mine = self._writers[assignment.id] = object()
         path = self._store.update_path(assignment)
         partial = await PartialFile.open(path, assignment.update_bytes, assignment.update_digest)
+        assignment.bytes_up = max(assignment.bytes_up, held_bytes)  # what came before a restart is no news
         try:
             await self._add(partial, assignment, first, mine)
             async with asyncio.timeout(PATIENCE_S) as patience:
