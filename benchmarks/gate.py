@@ -87,6 +87,7 @@ class Gate:
 
 class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
+    request_queue_size = 128  # sites that connect at once: beyond it a connection fails
     block_on_close = False
     gate: Gate
 

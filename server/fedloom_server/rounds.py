@@ -225,6 +225,7 @@ def _combined(done: Sequence[Assignment]) -> dict[str, float]:
 def _shortfall(record: Round, batch: Sequence[Assignment], needed: int) -> str:
     """What the quorum was, and each missing site's cause."""
     missing = [assignment for assignment in batch if assignment.state is not AssignmentState.DONE]
+    missing.sort(key=lambda a: a.state is AssignmentState.CANCELLED)  # a consequence of the others
     causes = "; ".join(f"{a.site} {a.state}: {_first_line(a.reason)}" for a in missing[:CAUSES_TOLD])
     if len(missing) > CAUSES_TOLD:
         causes += f"; and {len(missing) - CAUSES_TOLD} more"

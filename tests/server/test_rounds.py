@@ -333,3 +333,14 @@ async def test_runs_are_worked_off_in_order(bench, spec):
     first = bench.running.store.run(first.id)
     assert first.state == "finished"
     assert first.ended_at_s <= second.started_at_s
+
+
+async def test_the_cause_of_a_failed_round_is_told_before_its_consequences(bench, spec, fault):
+    for number in range(25):
+        bench.site(f"a-{number}", fault=fault.SILENT)
+    bench.site("z", fault=fault.FAILS)
+    run = await bench.ended(
+        await bench.enqueue(spec(cohort={"min_sites": 26, "attempts": 1}, evaluation={"initial": False}))
+    )
+    assert "(z failed: ValueError: no such file; a-0 cancelled: " in run.reason
+    assert "and 6 more" in run.reason
