@@ -68,6 +68,8 @@ class Figures:
     """A round, all sites together, null training included."""
     wire_bytes: int | None
     """A round, over the loopback device; none where others use that too."""
+    others_cores: float
+    """How many cores everything else on the machine kept busy meanwhile."""
     extra: dict[str, Any]
     """What only this system tells."""
 
@@ -110,6 +112,7 @@ def figures(
         server_cpu_s=sampler.cpu_s("server", begin_s, end_s) / rounds,
         client_cpu_s=sampler.cpu_s("site-", begin_s, end_s) / rounds,
         wire_bytes=round(sampler.wire_bytes(begin_s, end_s) / rounds) if own_loopback else None,
+        others_cores=sampler.others_cores(begin_s, end_s),
         extra=extra,
     )
 

@@ -16,6 +16,7 @@ OURS = "fedloom"
 COLUMNS = (
     "", "seconds a round", "s to end of\nround 1", "server peak\nMB (models)", "site peak\nMB",
     "CPU s a round:\nserver / sites", "times fedloom's:\nround / round 1", "server / site\nmemory", "CPU",
+    "others'\ncores",
 )  # fmt: skip
 WIDTH = 150
 NOTE_CHARACTERS = 400
@@ -157,6 +158,7 @@ def _row(system: str, figures: Figures, ours: Figures | None) -> list[str]:
         together("round", "first_round"),
         together("server_memory", "client_memory"),
         together("cpu"),
+        f"{figures.others_cores:.1f}",
     ]
 
 

@@ -40,6 +40,7 @@ OURS = Figures(
     server_cpu_s=0.25,
     client_cpu_s=0.15,
     wire_bytes=None,
+    others_cores=0.75,
     extra={},
 )
 THEIRS = replace(
@@ -75,7 +76,7 @@ def test_the_table_shows_figures_ratios_and_failures_with_their_reasons():
     lines = shown.export_text().splitlines()
     (flower,) = [line for line in lines if "Flower" in line]
     assert " ".join(flower.split()[1:]) == (
-        "5.00 (5.00-5.00) 6.0 300 (30.0) 25 1.00 / 3.00 10.0 / 1.5 3.0 / 0.5 10.0"
+        "5.00 (5.00-5.00) 6.0 300 (30.0) 25 1.00 / 3.00 10.0 / 1.5 3.0 / 0.5 10.0 0.8"
     )
     (failed,) = [line for line in lines if "NVIDIA" in line]
     assert failed.split() == ["NVIDIA", "FLARE", "failed:", "note", "1"]
