@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/fedloom/v1/*.proto)
+PEERS ?= $(filter --quick,$(BENCH))
 
 .PHONY: setup demo test test-slow test-docker test-gpu bench bench-peers check protos clean help
 
@@ -35,10 +36,10 @@ test-gpu: $(READY) ## training on CUDA devices
 bench: $(READY) ## transport, codecs and the peers measured side by side; BENCH=--quick for minutes
 	$(BIN)/python benchmarks/transport.py $(BENCH)
 	$(BIN)/python benchmarks/codecs.py
-	$(BIN)/python benchmarks/peers.py $(BENCH)
+	$(BIN)/python benchmarks/peers.py $(PEERS)
 
-bench-peers: $(READY) ## the same rounds with Flower and NVIDIA FLARE, which it installs; BENCH=--quick
-	$(BIN)/python benchmarks/peers.py $(BENCH)
+bench-peers: $(READY) ## the same rounds with Flower and NVIDIA FLARE, which it installs; PEERS=--quick
+	$(BIN)/python benchmarks/peers.py $(PEERS)
 
 check: $(READY) ## lint, types, layers, generated code
 	$(BIN)/ruff check .

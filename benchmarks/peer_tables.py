@@ -18,7 +18,7 @@ COLUMNS = (
     "CPU s a round:\nserver / sites", "times fedloom's:\nround / round 1", "server / site\nmemory", "CPU",
     "others'\ncores",
 )  # fmt: skip
-WIDTH = 150
+WIDTH = 160
 NOTE_CHARACTERS = 400
 SMALLEST_S = 0.1
 FAILED = "#b03030"
@@ -162,6 +162,10 @@ def _row(system: str, figures: Figures, ours: Figures | None) -> list[str]:
     ]
 
 
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.2g}"
+
+
 def _bars(panel: Any, outcomes: Sequence[Outcome], value: Callable[[Figures], float]) -> None:
     cases = [case for case, _ in _by_case(outcomes)]
     systems = list(dict.fromkeys(outcome.system for outcome in outcomes))
@@ -172,7 +176,7 @@ def _bars(panel: Any, outcomes: Sequence[Outcome], value: Callable[[Figures], fl
         done = {place: value(figures) for place, figures in members.items() if figures is not None}
         places = [place + shift for place in done]
         bars = panel.bar(places, list(done.values()), width * 0.95, color=SHADES[number], label=system)
-        panel.bar_label(bars, [f"{height:.3g}" for height in done.values()], fontsize=7, padding=1)
+        panel.bar_label(bars, [_short(height) for height in done.values()], fontsize=7, padding=1)
         for place in members.keys() - done.keys():
             panel.text(
                 place + shift, 0.02, "failed", color=FAILED, fontsize=7, rotation=90, ha="center",

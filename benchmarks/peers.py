@@ -93,7 +93,8 @@ def main(
     names = _known(systems)
     pairs = matrix("10MB,200MB" if quick else sizes, "2,4" if quick else sites)
     memory_bytes = _memory(memory)
-    folder = environments or default_folder()
+    # Programs that run elsewhere are given these paths.
+    folder, scratch = (environments or default_folder()).resolve(), scratch.resolve()
     runs = {
         name: our_run(round_limit) if name == OURS else peer_run(PEERS[name], folder, round_limit)
         for name in names

@@ -17,7 +17,7 @@ from guard import MemoryGuard
 from measure import GB, MB, Spread
 from nulltraining import Case, Figures, gpt2_config, gpt2_shapes, matrix
 from peer import OPERATOR, Told, Watch, require_sum
-from peer_tables import Outcome, as_data, notes, ratios, save_plot, table
+from peer_tables import WIDTH, Outcome, as_data, notes, ratios, save_plot, table
 from peers import measure
 from processes import Processes
 from rich.console import Console
@@ -71,7 +71,7 @@ def test_ratios_are_the_peers_figures_by_fedlooms():
 
 
 def test_the_table_shows_figures_ratios_and_failures_with_their_reasons():
-    shown = Console(width=150, record=True, file=io.StringIO())
+    shown = Console(width=WIDTH, record=True, file=io.StringIO())
     shown.print(table(OUTCOMES, MACHINE))
     lines = shown.export_text().splitlines()
     (flower,) = [line for line in lines if "Flower" in line]
