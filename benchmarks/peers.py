@@ -5,9 +5,10 @@ own, with the version named in its module, and is deployed as its users do: no s
 """
 
 import json
+import re
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,8 @@ from fedloom_common.errors import FederationError
 PACKAGES = ("fedloom", "grpcio", "numpy", "protobuf")
 PEERS: dict[str, type[Deployment]] = {"flower": FlowerDeployment, "nvflare": NvflareDeployment}
 SCRATCH = Path(tempfile.gettempdir())
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+"""What the peers' logs, which tell of failures, are full of."""
 
 Run = Callable[[Case, Path], Figures]
 """Measures one case in a folder that is empty; SystemExit says why it could not."""
@@ -43,8 +46,23 @@ def measure(system: str, run: Run, case: Case, scratch: Path, *, memory_bytes: i
         with tempfile.TemporaryDirectory(prefix="fedloom-bench-", dir=scratch) as folder, guard:
             figures = run(case, Path(folder))
     except (SystemExit, FederationError, OSError) as error:
-        return Outcome(system=system, case=case, failure=guard.reason or str(error))
+        return Outcome(system=system, case=case, failure=guard.reason or COLOUR.sub("", str(error)))
     return Outcome(system=system, case=case, figures=figures)
+
+
+def measure_all(
+    cases: Sequence[Case], runs: Mapping[str, Run], scratch: Path, *, memory_bytes: int | None
+) -> Iterator[list[Outcome]]:
+    """Each case's outcomes, one system after the other."""
+    for case in cases:
+        outcomes = []
+        for name, run in runs.items():
+            system = PEERS[name].system if name in PEERS else OURS
+            console.log(f"{case.name}: {system}")
+            outcomes.append(measure(system, run, case, scratch, memory_bytes=memory_bytes))
+            if outcomes[-1].failure:
+                console.log(outcomes[-1].failure, markup=False)
+        yield outcomes
 
 
 def our_run(round_limit_s: float) -> Run:
@@ -101,15 +119,10 @@ def main(
     }
     facts = machine_facts(PACKAGES) | {"scratch_bytes_per_s": disk_bytes_per_s(scratch)}
     facts["versions"] |= {PEERS[name].package: PEERS[name].version for name in names if name in PEERS}
+    cases = [Case(model_bytes=size, sites=count, rounds=rounds) for size, count in pairs]
     outcomes: list[Outcome] = []
-    for size, count in pairs:
-        case = Case(model_bytes=size, sites=count, rounds=rounds)
-        for name, run in runs.items():
-            system = PEERS[name].system if name in PEERS else OURS
-            console.log(f"{case.name}: {system}")
-            outcomes.append(measure(system, run, case, scratch, memory_bytes=memory_bytes))
-            if outcomes[-1].failure:
-                console.log(outcomes[-1].failure, markup=False)
+    for members in measure_all(cases, runs, scratch, memory_bytes=memory_bytes):
+        outcomes += members
         facts["load_after"] = machine_facts(())["load"]
         if output is not None:
             output.write_text(json.dumps({"machine": facts, "cases": as_data(outcomes)}, indent=2) + "\n")

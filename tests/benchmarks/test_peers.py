@@ -119,7 +119,9 @@ def test_options_name_every_size_with_every_number_of_sites():
         matrix("many", "2")
 
 
-@pytest.mark.parametrize("error", [SystemExit("no such thing"), ConnectionError("no such thing")])
+@pytest.mark.parametrize(
+    "error", [SystemExit("no \x1b[92msuch thing\x1b[0m"), ConnectionError("no such thing")]
+)
 def test_a_failing_system_is_an_outcome_and_leaves_nothing(error, tmp_path):
     def fail(case, folder):
         (folder / "model").write_bytes(b"0")
