@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/fedloom/v1/*.proto)
+PEERS ?= $(filter --quick,$(BENCH))
 
-.PHONY: setup demo test test-slow test-docker test-gpu bench check protos clean help
+.PHONY: setup demo test test-slow test-docker test-gpu bench bench-peers check protos clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,9 +33,13 @@ test-docker: $(READY) ## docker compose with a real engine
 test-gpu: $(READY) ## training on CUDA devices
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(READY) ## transport and codecs measured beside bare gRPC and raw TCP; BENCH=--quick for minutes
+bench: $(READY) ## transport, codecs and the peers measured side by side; BENCH=--quick for minutes
 	$(BIN)/python benchmarks/transport.py $(BENCH)
 	$(BIN)/python benchmarks/codecs.py
+	$(BIN)/python benchmarks/peers.py $(PEERS)
+
+bench-peers: $(READY) ## the same rounds with Flower and NVIDIA FLARE, which it installs; PEERS=--quick
+	$(BIN)/python benchmarks/peers.py $(PEERS)
 
 check: $(READY) ## lint, types, layers, generated code
 	$(BIN)/ruff check .

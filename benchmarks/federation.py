@@ -38,7 +38,9 @@ ROUND_LIMIT_S = 900.0
 PROBES = 16  # values looked at in each tensor
 
 
-def run_null_training(case: Case, folder: Path, *, own_loopback: bool) -> Figures:
+def run_null_training(
+    case: Case, folder: Path, *, own_loopback: bool, round_limit_s: float = ROUND_LIMIT_S
+) -> Figures:
     """Measure one case in a new folder.
 
     Raises:
@@ -65,7 +67,8 @@ def run_null_training(case: Case, folder: Path, *, own_loopback: bool) -> Figure
         _start(folder / "kit", processes, sites, port, gate.path)
         with Sampler(processes.pids()) as sampler:
             wait_for_port(port, processes)
-            answer = asyncio.run(_until_ended(folder / "kit", _submit(folder, case), processes))
+            run_id = _submit(folder, case)
+            answer = asyncio.run(_until_ended(folder / "kit", run_id, processes, round_limit_s))
     _require_sum(folder / "kit", answer, initial[0], case)
     ends_s = [record.ended_at_s for record in answer.rounds]
     return figures(
@@ -142,11 +145,11 @@ def _submit(folder: Path, case: Case) -> str:
     return done.stdout.strip()
 
 
-async def _until_ended(kit: Path, run_id: str, processes: Processes) -> GetResponse:
+async def _until_ended(kit: Path, run_id: str, processes: Processes, round_limit_s: float) -> GetResponse:
     """Everything about the run, as soon as it has finished."""
     rounds_done, moved_at_s, trouble = 0, time.monotonic(), ""
     async with Operator(config=kit / "operators/bench/operator.yaml").connect() as coordinator:
-        while time.monotonic() - moved_at_s < ROUND_LIMIT_S:
+        while time.monotonic() - moved_at_s < round_limit_s:
             processes.require_alive()
             try:
                 answer: GetResponse = await coordinator.call(coordinator.runs.Get, GetRequest(run_id=run_id))
@@ -160,7 +163,7 @@ async def _until_ended(kit: Path, run_id: str, processes: Processes) -> GetRespo
                 if answer.run.rounds_done > rounds_done:
                     rounds_done, moved_at_s = answer.run.rounds_done, time.monotonic()
             await asyncio.sleep(POLL_S)
-    raise SystemExit(f"round {rounds_done + 1} is not done after {ROUND_LIMIT_S:g} s{trouble}")
+    raise SystemExit(f"round {rounds_done + 1} is not done after {round_limit_s:g} s{trouble}")
 
 
 def _phases(answer: GetResponse, gate: Gate, case: Case) -> dict[str, Any]:

@@ -37,23 +37,27 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def require_room(folder: Path, *, disk_bytes: int, memory_bytes: int) -> None:
+def available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    return next(
+        int(line.split()[1]) << 10
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable")
+    )
+
+
+def require_room(folder: Path, *, disk_bytes: int, memory_bytes: int = 0) -> None:
     """Check that a measurement fits on this machine.
 
     Raises:
         SystemExit: says what is wanted and what is free.
     """
     free_bytes = shutil.disk_usage(folder).free
-    available_bytes = next(
-        int(line.split()[1]) << 10
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable")
-    )
     short = [
         f"{wanted / GB:.1f} GB of {what}, {free / GB:.1f} GB are free"
         for what, wanted, free in (
             (f"disk in {folder}", disk_bytes, free_bytes),
-            ("memory", memory_bytes, available_bytes),
+            ("memory", memory_bytes, available_bytes()),
         )
         if free < wanted
     ]

@@ -59,6 +59,7 @@ class Sampler:
         self._groups = {name: _Group(pid, {pid}) for name, pid in roots.items()}
         self._at_s: list[float] = []
         self._wire_bytes: list[int] = []
+        self._busy_s: list[float] = []
         self._scanned_at_s = 0.0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, daemon=True)
@@ -84,6 +85,11 @@ class Sampler:
     def wire_bytes(self, begin_s: float, end_s: float) -> int:
         """Bytes that went over the loopback device, headers included."""
         return round(self._between(self._wire_bytes, begin_s, end_s))
+
+    def others_cores(self, begin_s: float, end_s: float) -> float:
+        """How many cores everything else on the machine kept busy on average."""
+        ours_s = self.cpu_s("", begin_s, end_s)
+        return max(0.0, (self._between(self._busy_s, begin_s, end_s) - ours_s) / (end_s - begin_s))
 
     def peak_bytes(self, prefix: str, begin_s: float, end_s: float) -> int:
         """The largest resident memory of any one group whose name begins so, in processes alive at the time.
@@ -128,6 +134,7 @@ class Sampler:
             group.rss_bytes.append(sum(fact.rss_bytes for fact in facts))
             group.high_bytes.append(max(fact.high_bytes for fact in facts))
         self._wire_bytes.append(_loopback_bytes())
+        self._busy_s.append(_busy_s())
         self._at_s.append(now_s)
 
     def _find_descendants(self) -> None:
@@ -168,6 +175,12 @@ def _stat_fields(pid: int) -> list[str]:
         return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def _busy_s() -> float:
+    """CPU seconds of all cores since the machine started, waiting left out."""
+    user, nice, system, _, _, *interrupts = (_PROC / "stat").read_text().split("\n", 1)[0].split()[1:8]
+    return sum(int(ticks) for ticks in (user, nice, system, *interrupts)) / _TICKS_PER_S
 
 
 def _loopback_bytes() -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import typer
 from measure import GIB, MB, Sampler, Spread
 
 SIZES = {"10MB": 10 * MB, "200MB": 200 * MB, "1GB": 1000 * MB}
@@ -67,6 +68,8 @@ class Figures:
     """A round, all sites together, null training included."""
     wire_bytes: int | None
     """A round, over the loopback device; none where others use that too."""
+    others_cores: float
+    """How many cores everything else on the machine kept busy meanwhile."""
     extra: dict[str, Any]
     """What only this system tells."""
 
@@ -74,6 +77,11 @@ class Figures:
     def moved_gib(self) -> float:
         """Payload of a round in both directions."""
         return 2 * self.sites * self.model_bytes / GIB
+
+    @property
+    def cpu_s(self) -> float:
+        """A round, server and sites."""
+        return self.server_cpu_s + self.client_cpu_s
 
 
 def figures(
@@ -104,6 +112,7 @@ def figures(
         server_cpu_s=sampler.cpu_s("server", begin_s, end_s) / rounds,
         client_cpu_s=sampler.cpu_s("site-", begin_s, end_s) / rounds,
         wire_bytes=round(sampler.wire_bytes(begin_s, end_s) / rounds) if own_loopback else None,
+        others_cores=sampler.others_cores(begin_s, end_s),
         extra=extra,
     )
 
@@ -119,6 +128,40 @@ def gpt2_config(model_bytes: int) -> dict[str, Any]:
         "model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": width // 64,
         "n_positions": POSITIONS, "vocab_size": max(TOKENS, round(rest / width)),
     }  # fmt: skip
+
+
+def gpt2_shapes(model_bytes: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of that model's parameters, in order, for systems that do not read the config."""
+    config = gpt2_config(model_bytes)
+    width = config["n_embd"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (config["vocab_size"], width),
+        "transformer.wpe.weight": (config["n_positions"], width),
+    }
+    layers = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width),
+              "mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width)}  # fmt: skip
+    for layer in range(config["n_layer"]):
+        for norm in ("ln_1", "ln_2"):
+            shapes |= _with_bias(f"transformer.h.{layer}.{norm}", (width,))
+        for name, shape in layers.items():
+            shapes |= _with_bias(f"transformer.h.{layer}.{name}", shape)
+    return shapes | _with_bias("transformer.ln_f", (width,))
+
+
+def _with_bias(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
+
+
+def matrix(sizes: str, sites: str) -> list[tuple[int, int]]:
+    """Model sizes and numbers of sites, each with each, from what options such as "10MB,1GB" and "2,8" say.
+
+    Raises:
+        typer.BadParameter: they say something else.
+    """
+    try:
+        return [(size_bytes(size), int(count)) for size in sizes.split(",") for count in sites.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}; wanted lists such as --sizes 10MB,1GB --sites 2,8") from error
 
 
 def size_bytes(text: str) -> int:

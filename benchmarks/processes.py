@@ -87,6 +87,10 @@ class Processes:
                     f"{name} ended with status {process.returncode}; its last lines:\n{self.told(name)}"
                 )
 
+    def ended(self, name: str) -> bool:
+        """Whether a process has ended, well or not."""
+        return self._running[name].poll() is not None
+
     def told(self, name: str) -> str:
         """The end of a process's log."""
         return self._log(name).read_text(errors="replace")[-LOG_TOLD_CHARACTERS:]

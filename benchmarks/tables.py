@@ -55,11 +55,18 @@ def caption(machine: dict[str, Any]) -> str:
     )
 
 
+def spread_text(spread: Spread | None) -> str:
+    """The median, and the range where there is one."""
+    if spread is None or spread.count == 1:
+        return _median(spread)
+    return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
+
+
 def _ours(figures: Figures, ratios: dict[str, float]) -> list[str]:
     extra = figures.extra
     return [
         f"fedloom, {'mTLS' if figures.tls else 'no TLS'}",
-        _spread(figures.round_s),
+        spread_text(figures.round_s),
         _median(extra.get("broadcast_s")),
         _median(extra.get("upload_fold_s")),
         " / ".join(f"{ratio:.2f}" for ratio in ratios.values()),
@@ -95,12 +102,6 @@ def _median(spread: Spread | None) -> str:
 
 def _cpu(server_s: float, client_s: float) -> str:
     return f"{server_s:.2f} / {client_s:.2f}"
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None or spread.count == 1:
-        return _median(spread)
-    return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
 
 
 def save_plot(comparisons: Sequence["Comparison"], path: Path) -> None:

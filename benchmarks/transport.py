@@ -8,7 +8,6 @@ import json
 import logging
 import signal
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from bare_process import Kind
 from federation import run_null_training
 from machine import disk_bytes_per_s, machine_facts, require_room
 from measure import MB
-from nulltraining import SIZES, Case, Figures, size_bytes
+from nulltraining import SIZES, Case, Figures, matrix
 from processes import take_own_loopback
 from rich.console import Console
 from tables import WIDTH, save_plot, table
@@ -129,7 +128,7 @@ def main(
         console.log("no network namespace of its own: bytes over loopback are not counted")
     cases = [
         Case(model_bytes=size, sites=count, rounds=rounds, rounds_in_step=rounds_in_step)
-        for size, count in _matrix("10MB,200MB" if quick else sizes, "2,4" if quick else sites)
+        for size, count in matrix("10MB,200MB" if quick else sizes, "2,4" if quick else sites)
     ]
     for case in cases:
         require_room(scratch, disk_bytes=case.disk_bytes, memory_bytes=case.memory_bytes)
@@ -146,15 +145,6 @@ def main(
     Console(width=WIDTH).print(table(comparisons, facts))
     if plot is not None:
         save_plot(comparisons, plot)
-
-
-def _matrix(sizes: str, sites: str) -> Iterator[tuple[int, int]]:
-    try:
-        for size in sizes.split(","):
-            for count in sites.split(","):
-                yield size_bytes(size), int(count)
-    except ValueError as error:
-        raise typer.BadParameter(f"{error}; wanted lists such as --sizes 10MB,1GB --sites 2,8") from error
 
 
 if __name__ == "__main__":

@@ -43,6 +43,23 @@ def test_cpu_time_of_a_process_and_its_ended_children_is_counted_and_its_peak_me
     assert 120e6 < sampler.peak_bytes("burn", began_s, ended_s) < 200e6
 
 
+def test_the_work_of_others_is_counted_without_that_of_the_measured(tmp_path):
+    busy = [sys.executable, "-c", "while True: pass"]
+    with Processes(tmp_path) as processes, Processes(tmp_path) as strangers:
+        ours = psutil.Process(processes.start("ours", busy).pid)
+        other = psutil.Process(strangers.start("stranger", busy).pid)
+        with Sampler(processes.pids()) as sampler:
+            time.sleep(0.2)
+            began_s, began = time.time(), [sum(process.cpu_times()) for process in (ours, other)]
+            time.sleep(1.0)
+            ended_s, ended = time.time(), [sum(process.cpu_times()) for process in (ours, other)]
+            time.sleep(0.2)
+    our_s, other_s = (end - begin for begin, end in zip(began, ended, strict=True))
+    others_s = sampler.others_cores(began_s, ended_s) * (ended_s - began_s)
+    all_s = os.cpu_count() * (ended_s - began_s)
+    assert other_s - 0.15 < others_s < all_s - our_s + 0.15
+
+
 def test_a_killed_program_takes_its_processes_with_it(tmp_path):
     program = f"""
 import sys, time

@@ -1,0 +1,1 @@
+"""Null training as a Flower app."""
