@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedloom_common.codecs.spec import AS_IS, Codecs
 from fedloom_common.errors import BadSpec
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
@@ -171,6 +172,20 @@ class Aggregation(Strict):
     they arrive, but those of fast sites may wait on disk for a slow one's."""
 
 
+class Transport(Strict):
+    """How models and updates are made smaller for the wire: a chain of codecs for each direction.
+
+    A chain is a stage or a list of them, such as ``up: int8`` and ``down: [bf16, zstd]``.
+    """
+
+    up: Codecs = AS_IS
+    """Updates, on their way from the sites; all but ``fp32`` tell the change against the round's model."""
+    down: Codecs = AS_IS
+    """New global models, on their way to the sites; all but ``fp32`` tell the change against the model
+    before, to sites that hold it. What a lossy chain tells is the new model, for all; what it leaves out
+    the coordinator always adds to the next round's change, whatever ``error_feedback`` says."""
+
+
 class Evaluation(Strict):
     """Measuring the global model on the sites' held-out data."""
 
@@ -236,6 +251,8 @@ class RunSpec(Strict):
     """What each site does in a round."""
     aggregation: Aggregation = Aggregation()
     """How updates become the next global model."""
+    transport: Transport = Transport()
+    """How models and updates are made smaller for the wire."""
     evaluation: Evaluation = Evaluation()
     """Measuring the global model."""
     stop: Stop = Stop()

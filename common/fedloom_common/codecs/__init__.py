@@ -34,9 +34,9 @@ as they are. A lossy change is rounded to nearest, ties to even: that halves the
 error of stochastic rounding, needs no seed, and where its bias would matter,
 error feedback carries it over to the next round.
 
-The way down needs no feedback: the coordinator encodes its next model against the
-one that the sites hold, and both ends take what they decode as the new one, so
-that an error is part of the next change and the two never drift apart.
+On the way down both ends take what they decode as the new model, so that they never
+drift apart. The coordinator keeps what its lossy change left out of the mean, and adds
+it to the next round's change.
 
 Nothing is imported here: the run spec needs ``spec.py`` without numpy.
 """

@@ -182,7 +182,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., site: _Optional[str] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("id", "work", "run_id", "round", "attempt", "model", "assets", "spec_json", "deadline_s", "stall_s")
+    __slots__ = ("id", "work", "run_id", "round", "attempt", "model", "assets", "spec_json", "deadline_s", "stall_s", "delta")
     ID_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +193,7 @@ class Assignment(_message.Message):
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     STALL_S_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
     id: str
     work: Work
     run_id: str
@@ -203,7 +204,16 @@ class Assignment(_message.Message):
     spec_json: str
     deadline_s: float
     stall_s: float
-    def __init__(self, id: _Optional[str] = ..., work: _Optional[_Union[Work, str]] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., assets: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., spec_json: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stall_s: _Optional[float] = ...) -> None: ...
+    delta: Delta
+    def __init__(self, id: _Optional[str] = ..., work: _Optional[_Union[Work, str]] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., assets: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., spec_json: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ...) -> None: ...
+
+class Delta(_message.Message):
+    __slots__ = ("file", "base_digest")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    file: Blob
+    base_digest: str
+    def __init__(self, file: _Optional[_Union[Blob, _Mapping]] = ..., base_digest: _Optional[str] = ...) -> None: ...
 
 class Blob(_message.Message):
     __slots__ = ("name", "digest", "size_bytes")
@@ -226,12 +236,14 @@ class UploadGrant(_message.Message):
     def __init__(self, assignment_id: _Optional[str] = ..., upload: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
-    __slots__ = ("assignment_id", "reason")
+    __slots__ = ("assignment_id", "reason", "counts")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     reason: str
-    def __init__(self, assignment_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    counts: bool
+    def __init__(self, assignment_id: _Optional[str] = ..., reason: _Optional[str] = ..., counts: bool = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ("reason",)
