@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from fedloom_common.digests import DIGEST, is_digest
 from fedloom_common.errors import NotFound, NotPermitted, Unreachable, WrongState
-from fedloom_common.tensors import HEADER_LIMIT_BYTES
+from fedloom_server.downlink import Delta
 from fedloom_server.records import Assignment, AssignmentState, Run, RunState, Work
 from fedloom_server.sites import Sites
 from fedloom_server.store import Store
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """How long a batch of assignments is waited for."""
+    """What holds for every assignment of a batch: how long it is waited for, and what may pass."""
 
     needed: int
     """Results without which the rest is not worth waiting for."""
@@ -42,6 +42,10 @@ class Terms:
     """Seconds after which what is open is lost."""
     stall_s: float
     """Seconds without progress after which an assignment is lost."""
+    most_update_bytes: int = 0
+    """Size of the largest file that an update of the batch's model can be."""
+    delta: Delta | None = None
+    """A smaller way to the batch's model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +169,7 @@ class Assignments:
         if entry is None:
             return
         assignment = entry.assignment
-        if (wrong := _objection(result, assignment, entry.run, self._data_bytes(entry))) is not None:
+        if (wrong := _objection(result, entry, self._data_bytes(entry))) is not None:
             self._reject(entry, wrong)
             return
         if assignment.update_digest and assignment.update_digest == result.update_digest:
@@ -213,7 +217,7 @@ class Assignments:
             raise NotPermitted(f"upload {upload} belongs to another site")
         if assignment.state is AssignmentState.DONE:
             return assignment
-        if entry is None and self._may_be_taken_up(site, upload):
+        if entry is None and self._may_be_taken_up(site, assignment):
             raise Unreachable(f"the run of upload {upload} has yet to go on after a restart; try again")
         if entry is None or not assignment.update_digest:
             raise WrongState(
@@ -263,7 +267,7 @@ class Assignments:
 
     def _send(self, entry: _Open) -> None:
         if link := self._sites.link(entry.assignment.site):
-            link.assign(entry.assignment, entry.run)
+            link.assign(entry.assignment, entry.run, entry.terms.delta)
 
     async def _until_ended(self, batch: Sequence[Assignment], opened: list[_Open], terms: Terms) -> None:
         deadline_at_s = _now_s() + (terms.deadline_s or math.inf)
@@ -372,25 +376,36 @@ class Assignments:
         return [entry for entry in self._open.values() if entry.assignment.site == site]
 
     def _entry(self, site: str, assignment_id: str) -> _Open | None:
-        """The open assignment that a site speaks of; tells the site when there is none any more."""
+        """The open assignment that a site speaks of; tells the site what became of any other."""
         entry = self._open.get(assignment_id)
         if entry is not None and entry.assignment.site == site:
             return entry
-        if not self._may_be_taken_up(site, assignment_id) and (link := self._sites.link(site)):
+        stored, link = self._store.assignment(assignment_id), self._sites.link(site)
+        if link is None or (stored is not None and self._may_be_taken_up(site, stored)):
+            return None
+        if stored is not None and _counts(stored, site):
+            link.cancel(assignment_id, "its update is here and counts", counts=True)
+        else:
             link.cancel(assignment_id, "it is not, or no longer, wanted from this site")
         return None
 
-    def _may_be_taken_up(self, site: str, assignment_id: str) -> bool:
+    def _may_be_taken_up(self, site: str, stored: Assignment) -> bool:
         """Whether a run that has yet to go on after a restart will want the assignment."""
-        stored = self._store.assignment(assignment_id)
-        if stored is None or stored.site != site or stored.state is not AssignmentState.OPEN:
+        if stored.site != site or stored.state is not AssignmentState.OPEN:
             return False
         return self._store.run(stored.run_id).state in (RunState.RUNNING, RunState.QUEUED)
 
 
-def _objection(result: Result, assignment: Assignment, run: Run, data_bytes: int) -> str | None:
+def _counts(assignment: Assignment, site: str) -> bool:
+    """Whether an update of this site has come and counts."""
+    return (
+        assignment.site == site and assignment.work is Work.TRAIN and assignment.state is AssignmentState.DONE
+    )
+
+
+def _objection(result: Result, entry: _Open, data_bytes: int) -> str | None:
     """What is wrong with a result; None if nothing is. ``data_bytes`` is the size of the site's data set."""
-    spec = run.spec
+    assignment, spec = entry.assignment, entry.run.spec
     if not 0 < result.examples <= LARGEST_COUNT:
         return f"it claims {result.examples} examples, wanted a positive number"
     most_tokens = result.examples * spec.task.context_tokens
@@ -410,8 +425,11 @@ def _objection(result: Result, assignment: Assignment, run: Run, data_bytes: int
     most_examples = spec.aggregation.max_examples
     if most_examples is not None and result.examples > most_examples:
         return f"it claims {result.examples} examples, aggregation.max_examples is {most_examples}"
-    if not 8 < result.update_bytes <= assignment.model_bytes + HEADER_LIMIT_BYTES:
-        return f"its update has {result.update_bytes} bytes, the model has {assignment.model_bytes}"
+    if not 8 < result.update_bytes <= entry.terms.most_update_bytes:
+        return (
+            f"its update has {result.update_bytes} bytes, the model has {assignment.model_bytes} and "
+            f"transport.up makes at most {entry.terms.most_update_bytes} of it"
+        )
     return None
 
 

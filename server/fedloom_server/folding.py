@@ -9,13 +9,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedloom_common.codecs.spec import AS_IS
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import FederationError
 from fedloom_server.aggregation import Update, aggregator_for
 from fedloom_server.assignments import Assignments
+from fedloom_server.downlink import Published, publish
 from fedloom_server.records import Assignment, AssignmentState, Round, Run
-from fedloom_server.store import Store, StoredFile
+from fedloom_server.store import Store
 
 FOLD_UPDATES = 4  # folded at once: with fewer, reading and writing the sum outweighs reading the updates
 
@@ -28,7 +28,7 @@ class Folding:
     def __init__(self, run: Run, record: Round, store: Store, assignments: Assignments) -> None:
         self._run, self._record = run, record
         self._store, self._assignments = store, assignments
-        self._rule = aggregator_for(run.spec.aggregation, AS_IS, record.base_digest)
+        self._rule = aggregator_for(run.spec.aggregation, run.spec.transport.up, record.base_digest)
         self._batch: Sequence[Assignment] = ()
         self._changed = asyncio.Event()
         self._is_over = self._is_hindered = False
@@ -63,12 +63,12 @@ class Folding:
         if self._working is not None:
             await self._working
 
-    async def aggregate(self, done: Sequence[Assignment], out: Path) -> StoredFile:
-        """Take the mean of what was folded and of what was not, into the store."""
+    async def aggregate(self, done: Sequence[Assignment], out: Path) -> Published:
+        """Take the mean of what was folded and of what was not, and make it the model that sites are told."""
         updates = _updates(self._store, [assignment for assignment in done if not assignment.is_folded])
         base = self._store.files.path(self._record.base_digest)
         await asyncio.to_thread(self._rule.aggregate, base, updates, out, earlier=self._earlier())
-        return await asyncio.to_thread(self._store.files.put, out)
+        return await asyncio.to_thread(publish, self._store, self._run, self._record, out)
 
     async def _work(self) -> None:
         try:

@@ -119,6 +119,9 @@ class Round(Base):
     sum_digest: Mapped[str] = mapped_column(default="")
     """The sum of the updates that are folded already."""
     model_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    delta_digest: Mapped[str] = mapped_column(default="")
+    """That model as its change against ``base_digest``, encoded; empty if sites are told the whole."""
+    delta_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     metrics: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
     ended_at_s: Mapped[float] = mapped_column(default=0.0)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from fedloom_common.errors import TooFewUpdates
 from fedloom_server.assignments import Assignments, Terms
+from fedloom_server.codecs import most_update_bytes
+from fedloom_server.downlink import delta_to
 from fedloom_server.evaluation import SiteMetrics, combine
 from fedloom_server.folding import Folding
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
@@ -87,7 +89,7 @@ async def _train(run: Run, record: Round, federation: Federation, folding: Foldi
             record.cohort = list(chosen)
         batch = _assignments(run, record, Work.TRAIN, record.cohort, federation)
         _advance(run, record, record.state, federation)
-        terms = Terms(needed=cohort.needed, deadline_s=cohort.deadline_s, stall_s=cohort.stall_s)
+        terms = _terms(run, record.base_digest, federation, needed=cohort.needed)
         await folding.begin(batch)
         try:
             await federation.assignments.carry_out(run, batch, terms, folding.look)
@@ -129,10 +131,12 @@ async def _aggregate(
     run: Run, record: Round, done: Sequence[Assignment], federation: Federation, folding: Folding
 ) -> None:
     """The next global model, durable under its digest, named by round and run."""
-    stored = await folding.aggregate(done, federation.store.spool / f"{run.id}.{record.number}.model")
+    published = await folding.aggregate(done, federation.store.spool / f"{run.id}.{record.number}.model")
     record.metrics = {f"train_{name}": value for name, value in _combined(done).items()}
-    record.model_digest, record.model_bytes, record.reason = stored.digest, stored.size_bytes, ""
-    run.model_digest, run.model_bytes, run.rounds_done = stored.digest, stored.size_bytes, record.number
+    model, delta = published.model, published.delta
+    record.model_digest, record.model_bytes, record.reason = model.digest, model.size_bytes, ""
+    record.delta_digest, record.delta_bytes = (delta.file.digest, delta.file.size_bytes) if delta else ("", 0)
+    run.model_digest, run.model_bytes, run.rounds_done = model.digest, model.size_bytes, record.number
 
 
 async def _evaluate(run: Run, record: Round, federation: Federation) -> None:
@@ -144,8 +148,7 @@ async def _evaluate(run: Run, record: Round, federation: Federation) -> None:
             await _connected(run, federation)  # nobody may be there yet when a run begins
         sites = federation.sites.offering(run.spec.data)
         batch = _assignments(run, record, Work.EVALUATE, sites, federation)
-    cohort = run.spec.cohort
-    terms = Terms(needed=0, deadline_s=cohort.deadline_s, stall_s=cohort.stall_s)
+    terms = _terms(run, record.model_digest, federation, needed=0)
     _advance(run, record, record.state, federation)
     await federation.assignments.carry_out(run, batch, terms)
     done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
@@ -186,6 +189,16 @@ def _assignments(
         batch.append(stored.get(name, fresh))
     federation.store.save(run, record, *batch)
     return batch
+
+
+def _terms(run: Run, model_digest: str, federation: Federation, *, needed: int) -> Terms:
+    """What holds for all who start from a model."""
+    cohort, store = run.spec.cohort, federation.store
+    return Terms(
+        needed=needed, deadline_s=cohort.deadline_s, stall_s=cohort.stall_s,
+        most_update_bytes=most_update_bytes(run.spec.transport.up, store.files.path(model_digest)),
+        delta=delta_to(store, run, model_digest),
+    )  # fmt: skip
 
 
 def _advance(run: Run, record: Round, state: RoundState, federation: Federation) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedloom_common.errors import FederationError, WrongState
 from fedloom_common.runspec import RunSpec, parse_run_spec
+from fedloom_server.codecs import require_codable
 from fedloom_server.models import MODEL_FILE, prepare_model
 from fedloom_server.records import AssignmentState, Run, RunState
 from fedloom_server.rounds import Federation, run_rounds
@@ -44,7 +45,12 @@ class Runs:
             shutil.rmtree(folder, ignore_errors=True)
 
     async def enqueue(self, spec: RunSpec, folder: Path) -> Run:
-        """Queue a run whose initial model, a folder of files, is made; the files move into the store."""
+        """Queue a run whose initial model, a folder of files, is made; the files move into the store.
+
+        Raises:
+            BadSpec: the run's codecs cannot encode the model.
+        """
+        require_codable(spec.transport, folder / MODEL_FILE)
         files = await asyncio.to_thread(self._take_in, folder)
         model = next(file for file in files if file["name"] == MODEL_FILE)
         run = Run(
@@ -146,6 +152,8 @@ class Runs:
         rounds = [] if state is RunState.FINISHED else self._store.close_rounds(run)
         self._store.save(run, *rounds, *still_open)
         self._store.clear_spool()
+        if state is RunState.FINISHED:
+            shutil.rmtree(self._store.residual_folder(run.id), ignore_errors=True)
         for site in self._federation.sites.all():
             if site.link is not None:
                 site.link.run_ended(run.id, may_resume=state is not RunState.FINISHED)

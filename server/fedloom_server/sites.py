@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedloom_server.downlink import Delta
 from fedloom_server.records import Assignment, Run
 
 logger = logging.getLogger(__name__)
@@ -16,14 +17,14 @@ logger = logging.getLogger(__name__)
 class Link(Protocol):
     """The coordinator's way to speak to one site."""
 
-    def assign(self, assignment: Assignment, run: Run) -> None:
-        """Send an assignment."""
+    def assign(self, assignment: Assignment, run: Run, delta: Delta | None) -> None:
+        """Send an assignment, with a smaller way to its model if there is one."""
 
     def grant(self, assignment_id: str, offset: int) -> None:
         """Give leave to upload from an offset."""
 
-    def cancel(self, assignment_id: str, reason: str) -> None:
-        """Say that an assignment is no longer wanted."""
+    def cancel(self, assignment_id: str, reason: str, *, counts: bool = False) -> None:
+        """Say that an assignment is no longer wanted, or that its update has come and counts."""
 
     def run_ended(self, run_id: str, *, may_resume: bool) -> None:
         """Say that a run has ended, for good or until an operator resumes it."""

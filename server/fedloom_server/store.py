@@ -20,7 +20,7 @@ from fedloom_common.errors import NotFound, StorageFull, WrongState
 from fedloom_common.files import sync_folder
 from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run, RunState, Work
 
-SCHEMA_VERSION = 2  # raise it with every change of the tables
+SCHEMA_VERSION = 3  # raise it with every change of the tables
 
 Row = TypeVar("Row", bound=Base)
 
@@ -77,6 +77,7 @@ class Store:
         self.files = Files(folder / "files")
         self.spool = folder / "spool"
         self.spool.mkdir(exist_ok=True)
+        self._residuals = folder / "residuals"
         self.workshop = folder / "workshop"
         """Initial models in the making; what a killed coordinator left of them is of no use."""
         shutil.rmtree(self.workshop, ignore_errors=True)
@@ -202,6 +203,10 @@ class Store:
         """Where the sum of a round's folded updates lies."""
         return self.spool / f"{plain_name(digest)}.sum"
 
+    def residual_folder(self, run_id: str) -> Path:
+        """Where a run keeps what its way down has left out so far."""
+        return self._residuals / run_id
+
     def clear_spool(self) -> None:
         """Remove spooled files that no unfinished round counts on."""
         unfinished = select(Round).where(Round.state.in_((RoundState.TRAINING, RoundState.AGGREGATING)))
@@ -220,20 +225,24 @@ class Store:
                 path.unlink(missing_ok=True)
 
     def drop_old_models(self, run: Run, keep: int) -> None:
-        """Remove the files of a run's models that are older than its latest ``keep``."""
-        models = select(Round.model_digest).where(Round.run_id == run.id, Round.model_digest != "")
+        """Remove a run's models older than its latest ``keep``, each with the change that told it."""
+        mine = [record for record in self.rounds(run.id) if record.model_digest]
+        old = {name for record in mine[:-keep] for name in _files_of(record)}
+        old -= {name for record in mine[-keep:] for name in _files_of(record)}
         with self._sessions() as session:
-            mine = session.scalars(models.order_by(Round.number)).all()
-            old = set(mine[:-keep]) - set(mine[-keep:])
-            elsewhere = select(Round.model_digest).where(Round.run_id != run.id, Round.model_digest.in_(old))
-            old -= set(session.scalars(elsewhere)) | set(
-                session.scalars(select(Run.model_digest).where(Run.model_digest.in_(old)))
-            )
+            for column in (Round.model_digest, Round.delta_digest):
+                elsewhere = select(column).where(Round.run_id != run.id, column.in_(old))
+                old -= set(session.scalars(elsewhere))
+            old -= set(session.scalars(select(Run.model_digest).where(Run.model_digest.in_(old))))
         self.files.remove(old)
 
     def _all(self, query: Select[Row]) -> list[Row]:
         with self._sessions() as session:
             return list(session.scalars(query))
+
+
+def _files_of(record: Round) -> set[str]:
+    return {record.model_digest, record.delta_digest} - {""}
 
 
 def new_run_id() -> str:

@@ -70,6 +70,8 @@ class FakeSite:
         self.fault = fault
         self.folder = folder
         self.trained: list[str] = []
+        self.asked: list[pb.Assignment] = []
+        self.counted: list[str] = []
         self.downloads = 0
         self.granted = False
         self.repeated = 0
@@ -117,11 +119,14 @@ class FakeSite:
         match message.WhichOneof("kind"):
             case "assignment":
                 self.assigned.set()
+                self.asked.append(message.assignment)
                 self._spawn(self._do(message.assignment))
             case "upload_grant":
                 self._spawn(self._upload(message.upload_grant))
             case "cancel":
                 self.cancelled[message.cancel.assignment_id] = message.cancel.reason
+                if message.cancel.counts:
+                    self.counted.append(message.cancel.assignment_id)
             case "run_ended":
                 self.ended_runs.append(message.run_ended.run_id)
 
@@ -306,11 +311,11 @@ class Bench:
         self.tasks[name].cancel()
         await asyncio.wait([self.tasks[name]])
 
-    async def enqueue(self, spec: RunSpec) -> Run:
+    async def enqueue(self, spec: RunSpec, tensors: dict[str, np.ndarray] | None = None) -> Run:
         folder = self.folder / "initial"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        save_file(INITIAL, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors or INITIAL, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
         return await self.running.runs.enqueue(spec, folder)
 

@@ -13,9 +13,10 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.session_pb2_grpc import FederationServiceServicer
 from fedloom_common.errors import FederationError, ProtocolError
 from fedloom_server.assignments import Assignments, Result
+from fedloom_server.downlink import Delta
 from fedloom_server.records import Assignment, Run, Work
 from fedloom_server.rpc.access import Access
-from fedloom_server.rpc.messages import blob, phase_name, work_message
+from fedloom_server.rpc.messages import blob, delta_message, phase_name, work_message
 from fedloom_server.sites import Description, Device, Site, Sites
 from fedloom_server.watching import SiteProgress
 
@@ -48,8 +49,8 @@ class SiteLink:
         self.give_up = give_up
         self._outbox: asyncio.Queue[pb.CoordinatorMessage | None] = asyncio.Queue()
 
-    def assign(self, assignment: Assignment, run: Run) -> None:
-        """Send an assignment."""
+    def assign(self, assignment: Assignment, run: Run, delta: Delta | None) -> None:
+        """Send an assignment, with a smaller way to its model if there is one."""
         spec = run.spec
         model = pb.Blob(
             name=self._model_name, digest=assignment.model_digest, size_bytes=assignment.model_bytes
@@ -58,6 +59,7 @@ class SiteLink:
             id=assignment.id, work=work_message(assignment.work), run_id=run.id, round=assignment.round,
             attempt=assignment.attempt, model=model, assets=[blob(asset) for asset in run.assets],
             spec_json=run.spec_json, deadline_s=spec.cohort.deadline_s or 0, stall_s=spec.cohort.stall_s,
+            delta=None if delta is None else delta_message(delta),
         )  # fmt: skip
         self._put(pb.CoordinatorMessage(assignment=message))
 
@@ -66,9 +68,10 @@ class SiteLink:
         grant = pb.UploadGrant(assignment_id=assignment_id, upload=assignment_id, offset=offset)
         self._put(pb.CoordinatorMessage(upload_grant=grant))
 
-    def cancel(self, assignment_id: str, reason: str) -> None:
-        """Say that an assignment is no longer wanted."""
-        self._put(pb.CoordinatorMessage(cancel=pb.Cancel(assignment_id=assignment_id, reason=reason)))
+    def cancel(self, assignment_id: str, reason: str, *, counts: bool = False) -> None:
+        """Say that an assignment is no longer wanted, or that its update has come and counts."""
+        cancel = pb.Cancel(assignment_id=assignment_id, reason=reason, counts=counts)
+        self._put(pb.CoordinatorMessage(cancel=cancel))
 
     def run_ended(self, run_id: str, *, may_resume: bool) -> None:
         """Say that a run has ended, for good or until an operator resumes it."""

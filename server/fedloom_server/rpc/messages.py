@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.v1 import runs_pb2, session_pb2
+from fedloom_server.downlink import Delta
 from fedloom_server.records import Assignment, Round, Run, Work
 from fedloom_server.sites import Site
 from fedloom_server.watching import Change, RoundChange, SiteProgress
+
+DELTA_FILE = "delta.safetensors"
 
 _WORK = {Work.TRAIN: session_pb2.WORK_TRAIN, Work.EVALUATE: session_pb2.WORK_EVALUATE}
 
@@ -25,6 +28,12 @@ def phase_name(phase: session_pb2.Phase) -> str:
 def blob(file: Mapping[str, Any]) -> session_pb2.Blob:
     """A file that TransferService.Read serves."""
     return session_pb2.Blob(name=file["name"], digest=file["digest"], size_bytes=file["size_bytes"])
+
+
+def delta_message(delta: Delta) -> session_pb2.Delta:
+    """A smaller way to a model."""
+    file = session_pb2.Blob(name=DELTA_FILE, digest=delta.file.digest, size_bytes=delta.file.size_bytes)
+    return session_pb2.Delta(file=file, base_digest=delta.base_digest)
 
 
 def run_message(run: Run, model_name: str) -> runs_pb2.Run:

@@ -136,9 +136,10 @@ class TransferEdge:
 
     async def _check(self, assignment: Assignment) -> None:
         """Check the update against the model."""
-        path, base = self._store.update_path(assignment), self._store.files.path(assignment.model_digest)
+        path, digest = self._store.update_path(assignment), assignment.model_digest
+        up = self._store.run(assignment.run_id).spec.transport.up
         try:
-            await asyncio.to_thread(validate_update, path, base)
+            await asyncio.to_thread(validate_update, path, self._store.files.path(digest), up, digest)
         except BadTensor as error:
             self._assignments.rejected(assignment, str(error))
             raise BadTensor(f"round {assignment.round}, site {assignment.site}: {error}") from error

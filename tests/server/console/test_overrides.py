@@ -21,6 +21,8 @@ def test_without_settings_the_text_stays_as_it_came():
         ("name=other-plays", ["name"], "other-plays"),
         ("stop.target={value: 2.5}", ["stop", "target"], {"value": 2.5}),
         ("local.optimizer.betas=[0.9, 0.95]", ["local", "optimizer", "betas"], [0.9, 0.95]),
+        ("transport.up=int8", ["transport", "up"], "int8"),
+        ("transport.down=[bf16, zstd]", ["transport", "down"], ["bf16", "zstd"]),
         ("data=a=b", ["data"], "a=b"),
     ],
 )
