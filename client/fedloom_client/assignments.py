@@ -97,7 +97,8 @@ class Assignments:
             self._mailbox.post(answered.answer)
         elif assignment.id not in self._queue:
             for name in self._outbox.superseded_by(assignment):
-                self._forget(name, "a later attempt or round has begun")
+                if not self._deliveries.is_under_way(name):  # else it may count: its receipt is to tell
+                    self._forget(name, "a later attempt or round has begun")
             deadline_at_s = asyncio.get_running_loop().time() + assignment.deadline_s
             self._queue[assignment.id] = _Waiting(
                 assignment, deadline_at_s if assignment.deadline_s else None
@@ -108,8 +109,10 @@ class Assignments:
         """Upload a finished training."""
         self._deliveries.begin(assignment_id, upload, offset)
 
-    def cancel(self, assignment_id: str, reason: str) -> None:
-        """Stop work on an assignment, and keep nothing of it."""
+    def cancel(self, assignment_id: str, reason: str, *, counts: bool) -> None:
+        """Stop work on an assignment, and keep nothing of it but what an update that counts left out."""
+        if counts:
+            self._outbox.delivered(assignment_id)
         self._forget(assignment_id, reason)
 
     def fail(self, assignment_id: str, reason: str) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from fedloom_client.messages import Blob
+from fedloom_client.messages import Blob, Delta
 from fedloom_client.statedir import StateDir
+from fedloom_common.codecs.spec import AS_IS, AnyStage
 from fedloom_common.digests import digest_of_file, digest_of_name, plain_name
-from fedloom_common.errors import ProtocolError, StorageFull
+from fedloom_common.errors import FederationError, ProtocolError, StorageFull
 from fedloom_common.files import storage_errors
 
 ASSET_SUFFIXES = (
@@ -27,6 +28,8 @@ ASSET_FOLDERS_KEPT = 4
 DISK_RESERVE_BYTES = 16 << 20  # logs and status files still fit after a download
 
 OnBytes = Callable[[int], None]
+OnProgress = Callable[[int, int], None]
+"""Hears how many bytes of how many have come."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +60,27 @@ class Cache:
         """Digests of the cached models, newest first."""
         return [digest_of_name(path.stem) for path in self._newest_first()]
 
-    async def model(self, blob: Blob, on_bytes: OnBytes) -> Path:
+    async def model(
+        self,
+        blob: Blob,
+        on_progress: OnProgress,
+        *,
+        delta: Delta | None = None,
+        stages: Sequence[AnyStage] = AS_IS,
+    ) -> Path:
         """The model's file, which is fetched if it is not here; older models make room for it.
+
+        If the base of ``delta`` is here, that is fetched instead and decoded by ``stages``.
 
         Raises:
             StorageFull: the disk has not enough room; nothing of the model stays.
         """
-        path = self._models / f"{plain_name(blob.digest)}.safetensors"
+        path = self._place(blob.digest)
         if not await self._holds(blob, path):
-            self._make_room(self._models_kept - 1, arriving=_partial(path))
-            require_space(self._models, blob.size_bytes - _size_bytes(_partial(path)), "the model")
-            await self._fetch(blob, path, on_bytes)
+            if not (delta and await self._rebuild(blob, delta, stages, on_progress)):
+                self._make_room(self._models_kept - 1, arriving=_partial(path))
+                require_space(self._models, blob.size_bytes - _size_bytes(_partial(path)), "the model")
+                await self._fetch(blob, path, lambda done: on_progress(done, blob.size_bytes))
             self._intact.add(blob.digest)
         path.touch()
         self._make_room(self._models_kept)
@@ -101,6 +114,32 @@ class Cache:
             shutil.rmtree(old)
         return folder
 
+    async def _rebuild(
+        self, blob: Blob, delta: Delta, stages: Sequence[AnyStage], on_progress: OnProgress
+    ) -> bool:
+        """Make a model from its change, if the base is here; after any failure the whole can still be had."""
+        from fedloom_client.downlink import rebuild
+
+        path, base, file = self._place(blob.digest), self._place(delta.base_digest), delta.file
+        if not base.exists() or file.size_bytes >= blob.size_bytes:
+            return False
+        change = path.with_name(f".{path.stem}.delta.partial")
+        base.touch()
+        self._make_room(max(self._models_kept - 1, 1), arriving=_partial(change))
+        try:
+            require_space(self._models, blob.size_bytes + file.size_bytes, "the model and its change")
+            await self._fetch(file, change, lambda done: on_progress(done, file.size_bytes))
+            await _to_its_end(
+                rebuild, blob, path, delta=change, stages=stages, base=base, base_digest=delta.base_digest
+            )
+        except (FederationError, OSError) as error:
+            facts = {"digest": blob.digest, "error": str(error)}
+            logger.warning("a model's change is of no use; fetching the whole model", extra=facts)
+            return False
+        finally:
+            change.unlink(missing_ok=True)
+        return True
+
     async def _fetch_folder(self, blobs: Sequence[Blob], folder: Path) -> None:
         require_space(self._assets, sum(blob.size_bytes for blob in blobs), "the model's assets")
         arriving = folder.with_name(f".{folder.name}")
@@ -128,6 +167,9 @@ class Cache:
         for path in self._newest_first()[kept:]:
             logger.debug("an old model is dropped", extra={"digest": digest_of_name(path.stem)})
             path.unlink()
+
+    def _place(self, digest: str) -> Path:
+        return self._models / f"{plain_name(digest)}.safetensors"
 
     def _newest_first(self) -> list[Path]:
         return sorted(self._models.glob("*.safetensors"), key=_age)
@@ -180,6 +222,16 @@ def model_type(assets: Path) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise ProtocolError(f"the model's config.json names no model_type: {error}") from error
     return str(kind)
+
+
+async def _to_its_end(function: Callable[..., None], *arguments: object, **named: object) -> None:
+    """Run in a thread, and wait for its end even when cancelled: nobody may use the same files before."""
+    running = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **named))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 def _partial(path: Path) -> Path:

@@ -20,6 +20,7 @@ from fedloom_client.groups import Group, WarmGroup
 from fedloom_client.hardware import Device, data_set_bytes, find_devices, main_memory_bytes
 from fedloom_client.mailbox import Mailbox
 from fedloom_client.outbox import Outbox
+from fedloom_client.residuals import Residuals
 from fedloom_client.session import Session
 from fedloom_client.statedir import StateDir
 from fedloom_client.status import Status
@@ -46,7 +47,8 @@ class Daemon:
         self._status = Status(self._state.status)
         self._devices: tuple[Device, ...] = ()
         self._mailbox = Mailbox()
-        self._outbox = Outbox(self._state.outbox)
+        residuals = Residuals(self._state)
+        self._outbox = Outbox(self._state.outbox, residuals)
         downloads = Downloads(self._connect, Pace(config.download_bytes_per_s))
         self._cache = Cache(self._state, downloads, models_kept=config.cache_models)
         self._group = WarmGroup(self._state, make_group or self._worker_group, idle_s=config.workers.idle_s)
@@ -58,7 +60,7 @@ class Daemon:
             pace=Pace(config.upload_bytes_per_s),
         )
         self._assignments = Assignments(
-            Performer(config, cache=self._cache, outbox=self._outbox, group=self._group),
+            Performer(config, cache=self._cache, outbox=self._outbox, residuals=residuals, group=self._group),
             mailbox=self._mailbox,
             outbox=self._outbox,
             deliveries=self._deliveries,

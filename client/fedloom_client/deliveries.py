@@ -73,6 +73,10 @@ class Deliveries:
         self._under_way[assignment_id] = delivery
         delivery.task = asyncio.create_task(self._deliver(delivery))
 
+    def is_under_way(self, assignment_id: str) -> bool:
+        """Whether the coordinator has given leave to upload, and what becomes of it is yet to be heard."""
+        return assignment_id in self._under_way
+
     def withdraw(self, assignment_id: str) -> None:
         """Stop an upload."""
         delivery = self._under_way.pop(assignment_id, None)

@@ -16,6 +16,16 @@ class Blob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delta:
+    """A model as its change against another one."""
+
+    file: Blob
+    """The change, encoded by the spec's ``transport.down``."""
+    base_digest: str
+    """The model that it is told against."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Assignment:
     """One piece of work; the id is the same every time the coordinator sends it."""
 
@@ -31,6 +41,8 @@ class Assignment:
     spec_json: str
     deadline_s: float
     """Seconds, from its arrival, until the result is no longer wanted; 0 for no deadline."""
+    delta: Delta | None = None
+    """A smaller way to the model, if its base is here."""
 
 
 @dataclass(frozen=True, kw_only=True)

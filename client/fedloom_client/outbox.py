@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedloom_client.messages import Assignment, Outcome
+from fedloom_client.residuals import Residuals
 from fedloom_client.statedir import safe_name
 from fedloom_common.digests import digest_of_file
 from fedloom_common.files import sync_folder, write_text
@@ -37,10 +38,13 @@ class Finished:
 class Outbox:
     """The entries by assignment id."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, residuals: Residuals) -> None:
+        """``residuals`` hear what became of each update."""
         self._folder = folder
+        self._residuals = residuals
         self._entries: dict[str, Finished] = {}
         self._delivered: set[str] = set()
+        self._settled = asyncio.Event()
 
     def load(self) -> None:
         """Take up what an earlier daemon left, and clear away what it did not finish."""
@@ -64,7 +68,7 @@ class Outbox:
         return self._entries.get(assignment_id)
 
     def update_path(self, assignment_id: str) -> Path:
-        """Where the training writes its update."""
+        """Where the update is to be written, in a folder of its own."""
         folder = self._folder / safe_name(assignment_id)
         folder.mkdir(exist_ok=True)
         return folder / "update.safetensors"
@@ -91,14 +95,25 @@ class Outbox:
         return outcome
 
     def delivered(self, assignment_id: str) -> None:
-        """The coordinator has an assignment's update."""
-        self._delivered.add(assignment_id)
+        """The coordinator has an assignment's update: what that left out counts from now on."""
+        if entry := self._entries.get(assignment_id):
+            self._residuals.commit(entry.run_id, assignment_id)
+            self._delivered.add(assignment_id)
+            self._settled.set()
 
     def remove(self, assignment_id: str) -> None:
         """Forget an assignment's training, finished or not."""
-        self._entries.pop(assignment_id, None)
+        if entry := self._entries.pop(assignment_id, None):
+            self._residuals.discard(entry.run_id, assignment_id)
         self._delivered.discard(assignment_id)
         shutil.rmtree(self._folder / safe_name(assignment_id), ignore_errors=True)
+        self._settled.set()
+
+    async def until_settled(self, run_id: str) -> None:
+        """Wait until each of a run's trainings is delivered or given up."""
+        while not self._delivered.issuperset(self.of_run(run_id)):
+            self._settled.clear()
+            await self._settled.wait()
 
     def superseded_by(self, assignment: Assignment) -> list[str]:
         """Trainings of the same run that this newer one makes worthless: earlier rounds and attempts."""

@@ -43,7 +43,7 @@ class Listener(Protocol):
 
     def grant(self, assignment_id: str, upload: str, offset: int) -> None: ...
 
-    def cancel(self, assignment_id: str, reason: str) -> None: ...
+    def cancel(self, assignment_id: str, reason: str, *, counts: bool) -> None: ...
 
     def drain(self, reason: str) -> None: ...
 
@@ -164,7 +164,8 @@ class Session:
                 grant = message.upload_grant
                 self._listener.grant(grant.assignment_id, grant.upload, grant.offset)
             case "cancel":
-                self._listener.cancel(message.cancel.assignment_id, message.cancel.reason)
+                cancel = message.cancel
+                self._listener.cancel(cancel.assignment_id, cancel.reason, counts=cancel.counts)
             case "drain":
                 self._listener.drain(message.drain.reason)
             case "run_ended":

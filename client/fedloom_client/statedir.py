@@ -26,6 +26,10 @@ class StateDir:
         self.status = root / "status.json"
         self._lock = root / "lock"
 
+    def residual_folder(self, run_id: str) -> Path:
+        """What a run's updates have left out; it goes with the run's other files."""
+        return self.runs / safe_name(run_id) / "residual"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder if it is missing, and keep every other daemon out of it.

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom_client.hardware import Device
-from fedloom_client.messages import Answer, Assignment, Blob, Failure, Outcome, Progress, Refusal
+from fedloom_client.messages import Answer, Assignment, Blob, Delta, Failure, Outcome, Progress, Refusal
 from fedloom_common.digests import DIGEST, is_digest
 from fedloom_common.errors import ProtocolError
 
@@ -80,7 +80,14 @@ def assignment_of(message: pb.Assignment) -> Assignment:
         assets=tuple(_blob(asset, "asset") for asset in message.assets),
         spec_json=message.spec_json,
         deadline_s=message.deadline_s,
+        delta=_delta(message.delta) if message.HasField("delta") else None,
     )
+
+
+def _delta(delta: pb.Delta) -> Delta:
+    if not is_digest(delta.base_digest):
+        raise ProtocolError(f"the delta's base is {delta.base_digest!r}, wanted {DIGEST}")
+    return Delta(file=_blob(delta.file, "delta"), base_digest=delta.base_digest)
 
 
 def _blob(blob: pb.Blob, what: str) -> Blob:

@@ -7,14 +7,18 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
-from fedloom_client.cache import Cache, model_type, require_space
+from fedloom_client.cache import Cache, OnProgress, model_type, require_space
 from fedloom_client.config import SiteConfig
 from fedloom_client.groups import WarmGroup
 from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress, Refusal
 from fedloom_client.outbox import Outbox
 from fedloom_client.policy import refusal_of_model, refusal_of_run
+from fedloom_client.residuals import Residuals
 from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult
+from fedloom_common.codecs.spec import AS_IS
 from fedloom_common.errors import FederationError
 from fedloom_common.runspec import RunSpec, read_run_spec
 
@@ -28,10 +32,13 @@ Report = Callable[[Progress], None]
 class Performer:
     """Turns assignments into answers, one at a time."""
 
-    def __init__(self, config: SiteConfig, *, cache: Cache, outbox: Outbox, group: WarmGroup) -> None:
+    def __init__(
+        self, config: SiteConfig, *, cache: Cache, outbox: Outbox, residuals: Residuals, group: WarmGroup
+    ) -> None:
         self._config = config
         self._cache = cache
         self._outbox = outbox
+        self._residuals = residuals
         self._group = group
 
     async def answer(self, assignment: Assignment, deadline_at_s: float | None, report: Report) -> Answer:
@@ -55,6 +62,7 @@ class Performer:
         finally:
             if self._outbox.get(assignment.id) is None:
                 self._outbox.remove(assignment.id)
+                self._residuals.discard(assignment.run_id, assignment.id)
         return answer
 
     async def _do(self, assignment: Assignment, report: Report) -> Answer:
@@ -73,52 +81,89 @@ class Performer:
         reason = refusal_of_model(model_type(assets), policy=self._config.policy)
         if reason:
             return Refusal(assignment_id=assignment.id, reason=reason)
-        model = await self._cache.model(assignment.model, _report_download(assignment, report))
+        model = await self._cache.model(
+            assignment.model,
+            _report_download(assignment, report),
+            delta=assignment.delta,
+            stages=spec.transport.down,
+        )
         download_s = time.monotonic() - began_s
-        result = await self._train(
-            assignment, spec, model_path=str(model), assets_dir=str(assets), report=report
+        trained = self._place(assignment, spec, model) if assignment.work == "train" else None
+        result = await self._perform(
+            assignment, spec, model=model, assets=assets, trained=trained, report=report
         )
-        return await self._keep(assignment, result, {"download": download_s, **result.phase_seconds})
-
-    async def _train(
-        self, assignment: Assignment, spec: RunSpec, *, model_path: str, assets_dir: str, report: Report
-    ) -> WorkerResult:
-        update_path = ""
-        if assignment.work == "train":
-            path = self._outbox.update_path(assignment.id)
-            require_space(path.parent, assignment.model.size_bytes, "the update")
-            update_path = str(path)
-        order = Order(
-            id=assignment.id,
-            work=assignment.work,
-            run_id=assignment.run_id,
-            round=assignment.round,
-            model_path=model_path,
-            assets_dir=assets_dir,
-            spec=spec.model_dump(mode="json"),
-            update_path=update_path,
-        )
-        report(Progress(assignment_id=assignment.id, phase="start"))
-        return await self._group.perform(order, spec.data, _report_work(assignment, report))
-
-    async def _keep(
-        self, assignment: Assignment, result: WorkerResult, phase_seconds: dict[str, float]
-    ) -> Outcome:
         outcome = Outcome(
             assignment_id=assignment.id,
             examples=result.examples,
             tokens=result.tokens,
             metrics=result.metrics,
-            phase_seconds=phase_seconds,
+            phase_seconds={"download": download_s, **result.phase_seconds},
         )
-        if assignment.work == "evaluate":
-            return outcome
-        adding = asyncio.ensure_future(self._outbox.add(assignment, outcome))
+        return outcome if trained is None else await self._keep(assignment, spec, model, trained, outcome)
+
+    def _place(self, assignment: Assignment, spec: RunSpec, model: Path) -> Path:
+        """Where training is to write its model, on a disk with room for all that comes of it."""
+        path, wanted_bytes = self._outbox.update_path(assignment.id), assignment.model.size_bytes
+        if spec.transport.up == AS_IS:
+            require_space(path.parent, wanted_bytes, "the update")
+            return path
+        from fedloom_client.uplink import encoding_bytes
+
+        wanted_bytes += encoding_bytes(spec, model)
+        require_space(path.parent, wanted_bytes, "the trained model, the update and what it leaves out")
+        return path.with_name("trained.safetensors")
+
+    async def _perform(
+        self,
+        assignment: Assignment,
+        spec: RunSpec,
+        *,
+        model: Path,
+        assets: Path,
+        trained: Path | None,
+        report: Report,
+    ) -> WorkerResult:
+        order = Order(
+            id=assignment.id,
+            work=assignment.work,
+            run_id=assignment.run_id,
+            round=assignment.round,
+            model_path=str(model),
+            assets_dir=str(assets),
+            spec=spec.model_dump(mode="json"),
+            update_path="" if trained is None else str(trained),
+        )
+        report(Progress(assignment_id=assignment.id, phase="start"))
+        return await self._group.perform(order, spec.data, _report_work(assignment, report))
+
+    async def _keep(
+        self, assignment: Assignment, spec: RunSpec, model: Path, trained: Path, outcome: Outcome
+    ) -> Outcome:
+        """Put a training into the outbox, encoded as the run asks."""
+        if spec.transport.up != AS_IS:  # what an earlier update left out is part of this one, if it counts
+            await self._outbox.until_settled(assignment.run_id)
+        keeping = asyncio.ensure_future(self._encode_and_add(assignment, spec, model, trained, outcome))
         try:
-            return await asyncio.shield(adding)
+            return await asyncio.shield(keeping)
         except asyncio.CancelledError:
-            await adding  # a shutdown now must not cost the training
+            await keeping  # a shutdown now must not cost the training
             raise
+
+    async def _encode_and_add(
+        self, assignment: Assignment, spec: RunSpec, model: Path, trained: Path, outcome: Outcome
+    ) -> Outcome:
+        if spec.transport.up != AS_IS:
+            from fedloom_client.uplink import encode_update
+
+            out = self._outbox.update_path(assignment.id)
+            began_s = time.monotonic()
+            await asyncio.to_thread(
+                encode_update,
+                assignment, spec, trained=trained, model=model, out=out, residuals=self._residuals,
+            )  # fmt: skip
+            encode_s = time.monotonic() - began_s
+            outcome = replace(outcome, phase_seconds=outcome.phase_seconds | {"encode": encode_s})
+        return await self._outbox.add(assignment, outcome)
 
     def _explain(self, error: Exception) -> str:
         if os.strerror(errno.ENOSPC) not in str(error):
@@ -134,15 +179,11 @@ def _failure(assignment: Assignment, reason: str) -> Failure:
     return Failure(assignment_id=assignment.id, reason=reason)
 
 
-def _report_download(assignment: Assignment, report: Report) -> Callable[[int], None]:
-    def on_bytes(done: int) -> None:
-        report(
-            Progress(
-                assignment_id=assignment.id, phase="download", done=done, total=assignment.model.size_bytes
-            )
-        )
+def _report_download(assignment: Assignment, report: Report) -> OnProgress:
+    def on_progress(done: int, total: int) -> None:
+        report(Progress(assignment_id=assignment.id, phase="download", done=done, total=total))
 
-    return on_bytes
+    return on_progress
 
 
 def _report_work(assignment: Assignment, report: Report) -> Callable[[WorkerProgress], None]:

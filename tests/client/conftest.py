@@ -161,7 +161,7 @@ class FakeCoordinator(FederationServiceServicer, TransferServiceServicer):
                 if self.cut_after_bytes is not None and len(self.spool[name]) >= self.cut_after_bytes:
                     self.cut_after_bytes = None
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "cut by the test")
-            del self.open[name]
+            self.open.pop(name, None)
             self.receipts.append(name)
             content = bytes(self.spool[name])
             return transfer_pb2.Receipt(

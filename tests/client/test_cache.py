@@ -44,7 +44,7 @@ def cache(tmp_path: Path, source: Source) -> Cache:
         return Cache(state, source, models_kept=2)
 
 
-def ignore(done: int) -> None:
+def ignore(done: int, total: int) -> None:
     pass
 
 
