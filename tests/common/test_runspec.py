@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from fedloom_common.codecs.spec import AS_IS, Bf16, Int8, TopK, Zstd
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import RunSpec, parse_run_spec, read_run_spec, run_spec_schema
 
@@ -55,6 +56,12 @@ MISTAKES = {
         GOOD + "evaluation: {every_rounds: 0}\nstop: {target: {value: 1}}",
         "need evaluation.every_rounds",
     ),
+    "unknown-codec": (GOOD + "transport: {up: int9}", r"transport.up.*int9"),
+    "codecs-in-disorder": (
+        GOOD + "transport: {down: [zstd, int8]}",
+        r"transport.down: \[zstd, int8\] is no chain of codecs: wanted topk, then one of",
+    ),
+    "unknown-way": (GOOD + "transport: {upwards: int8}", "transport.upwards: no such key"),
     "bad-name": (GOOD.replace("name: shakespeare", "name: ../x"), "name: .*pattern"),
 }
 
@@ -64,6 +71,14 @@ def test_a_mistake_is_told_by_path_and_wanted_value(case):
     text, message = MISTAKES[case]
     with pytest.raises(BadSpec, match=message):
         parse_run_spec(text)
+
+
+def test_models_and_updates_travel_as_they_are_unless_the_spec_says_otherwise():
+    assert parse_run_spec(GOOD).transport.up == parse_run_spec(GOOD).transport.down == AS_IS
+    spec = parse_run_spec(GOOD + "transport: {up: int8, down: [{name: topk, fraction: 0.1}, bf16, zstd]}")
+    assert spec.transport.up == (Int8(),)
+    assert spec.transport.down == (TopK(fraction=0.1), Bf16(), Zstd())
+    assert read_run_spec(spec.model_dump_json()) == spec
 
 
 def test_every_mistake_is_told_at_once():
