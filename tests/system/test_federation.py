@@ -111,6 +111,24 @@ def test_the_loss_that_sites_report_is_that_of_the_exported_model(federation, tm
     assert all(site in card for site in WORDS)
 
 
+def test_int8_both_ways_learns_with_less_than_a_third_of_the_bytes(federation):
+    spec = spec_of("codecs", rounds=3, transport={"up": "int8", "down": ["int8", "zstd"]})
+    spec["model"] = {"config": CONFIG | {"n_embd": 64}, "tokenizer": "bytes"}
+    spec["local"] = {"steps": 8, "batch_examples": 4, "optimizer": {"lr": 0.003}}
+    run = federation.submit(spec)
+    federation("run", "watch", run)
+    shown = federation.show(run)
+    losses = [entry["metrics"]["loss"] for entry in shown["rounds"]]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.8 * losses[0]
+    model_bytes = int(shown["run"]["model"]["size_bytes"])
+    for entry in shown["rounds"][1:]:
+        for site in entry["sites"]:
+            way = "bytes_up" if site["work"] == "train" else "bytes_down"
+            assert 0 < int(site[way]) < model_bytes / 3, (entry["number"], site)
+            assert site["state"] == "done"
+
+
 @pytest.mark.slow
 def test_a_site_refuses_what_its_policy_does_not_permit(federation):
     spec = spec_of("greedy", cohort={"min_sites": 3, "quorum": 2})
