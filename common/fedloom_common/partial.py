@@ -83,7 +83,15 @@ class PartialFile:
             raise BadChunk(f"the file's digest is {came}, wanted {self.digest}; send it again from byte 0")
 
     async def close(self) -> None:
-        """Let the file go, after a write that is under way; what has come stays on disk."""
+        """Let the file go after a write that is under way, even if cancelled; what has come stays on disk."""
+        closing = asyncio.ensure_future(self._close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await asyncio.wait([closing])
+            raise
+
+    async def _close(self) -> None:
         if self._writing is not None:
             await asyncio.wait([self._writing])
         if self._writing is None or self._writing.exception() is None:

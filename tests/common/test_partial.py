@@ -126,3 +126,15 @@ async def test_a_cancelled_add_does_not_close_the_file_under_the_writing_thread(
     assert held == CONTENT[: len(held)]
     assert len(held) % CHUNK_BYTES == 0
     assert held
+
+
+async def test_a_file_that_is_cancelled_while_it_closes_is_closed_with_what_has_come(tmp_path):
+    file = await PartialFile.open(tmp_path / "part", len(CONTENT), DIGEST)
+    await file.add(chunk_at(0, 1000))
+    closing = asyncio.create_task(file.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert file._file.closed
+    assert (tmp_path / "part").read_bytes() == CONTENT[:1000]
