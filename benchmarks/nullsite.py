@@ -14,7 +14,7 @@ from gate import HAS_MODEL, HAS_UPDATE, Visitor
 
 from fedloom_client.config import SiteConfig
 from fedloom_client.daemon import Daemon
-from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult
+from fedloom_client.training.orders import SPARE_UPDATE, Order, WorkerProgress, WorkerResult
 from fedloom_common.files import atomic_file
 from fedloom_common.logs import set_up_logging
 from fedloom_common.settings import load_settings
@@ -51,7 +51,10 @@ def add_constant(model: Path, update: Path) -> float:
     began_s = time.thread_time()
     manifest = Manifest.read(model)
     buffer = np.empty(PIECE_BYTES, np.uint8)
-    with model.open("rb", buffering=0) as source, atomic_file(update, durable=False) as target:
+    with (
+        model.open("rb", buffering=0) as source,
+        atomic_file(update, durable=False, over=update.with_name(SPARE_UPDATE)) as target,
+    ):
         header = bytearray(manifest.size_bytes - sum(info.size_bytes for info in manifest.tensors))
         read_into(source.fileno(), memoryview(header), 0)
         target.write(header)

@@ -131,6 +131,7 @@ class Assignments:
         waiting = [name for name, item in self._queue.items() if item.assignment.run_id == run_id]
         for name in (*waiting, *self._outbox.of_run(run_id)):
             self._forget(name, "the run has ended")
+        self._outbox.end_run(run_id)
         self._start(self._group.end_run(run_id, may_resume=may_resume))
 
     async def _do(self, waiting: _Waiting) -> None:

@@ -15,6 +15,7 @@ from fedloom_common.codecs.spec import AS_IS, AnyStage
 from fedloom_common.digests import digest_of_file, digest_of_name, plain_name
 from fedloom_common.errors import FederationError, ProtocolError, StorageFull
 from fedloom_common.files import storage_errors
+from fedloom_common.partial import discard, overwrite
 
 ASSET_SUFFIXES = (
     ".json",
@@ -79,7 +80,7 @@ class Cache:
         if not await self._holds(blob, path):
             if not (delta and await self._rebuild(blob, delta, stages, on_progress)):
                 self._make_room(self._models_kept - 1, arriving=_partial(path))
-                require_space(self._models, blob.size_bytes - _size_bytes(_partial(path)), "the model")
+                require_space(self._models, blob.size_bytes - size_bytes(_partial(path)), "the model")
                 await self._fetch(blob, path, lambda done: on_progress(done, blob.size_bytes))
             self._intact.add(blob.digest)
         path.touch()
@@ -157,16 +158,20 @@ class Cache:
             with storage_errors(path, blob.size_bytes):
                 await self._source.fetch(blob, path, on_bytes)
         except StorageFull as error:
-            _partial(path).unlink(missing_ok=True)
+            discard(_partial(path))
             raise StorageFull(f"{blob.name} of {blob.size_bytes} bytes: {error}") from error
 
     def _make_room(self, kept: int, arriving: Path | None = None) -> None:
+        """Drop all but the newest models; a new one that is to arrive overwrites the last of them."""
         for partial in self._models.glob(".*.partial"):
             if partial != arriving:
-                partial.unlink()
+                discard(partial)
         for path in self._newest_first()[kept:]:
             logger.debug("an old model is dropped", extra={"digest": digest_of_name(path.stem)})
-            path.unlink()
+            if arriving is not None and not arriving.exists():
+                overwrite(path, arriving)
+            else:
+                path.unlink()
 
     def _place(self, digest: str) -> Path:
         return self._models / f"{plain_name(digest)}.safetensors"
@@ -239,7 +244,8 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _size_bytes(path: Path) -> int:
+def size_bytes(path: Path) -> int:
+    """Size of a file; 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
 
 

@@ -17,8 +17,11 @@ from pathlib import Path
 from fedloom_client.messages import Assignment, Outcome
 from fedloom_client.residuals import Residuals
 from fedloom_client.statedir import safe_name
+from fedloom_client.training.orders import SPARE_UPDATE
 from fedloom_common.digests import digest_of_file
 from fedloom_common.files import sync_folder, write_text
+
+UPDATE = "update.safetensors"
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +48,13 @@ class Outbox:
         self._entries: dict[str, Finished] = {}
         self._delivered: set[str] = set()
         self._settled = asyncio.Event()
+        self._newest: dict[str, tuple[int, int]] = {}
+        """Round and attempt of the latest training that each run has asked for."""
+        self._spare = folder.with_name("outbox.spare")
 
     def load(self) -> None:
         """Take up what an earlier daemon left, and clear away what it did not finish."""
+        self._spare.unlink(missing_ok=True)
         for folder in sorted(self._folder.iterdir()):
             entry = _read(folder)
             if entry is None:
@@ -68,10 +75,12 @@ class Outbox:
         return self._entries.get(assignment_id)
 
     def update_path(self, assignment_id: str) -> Path:
-        """Where the update is to be written, in a folder of its own."""
+        """Where the update is to be written, in a folder of its own; an old one may lie beside it."""
         folder = self._folder / safe_name(assignment_id)
         folder.mkdir(exist_ok=True)
-        return folder / "update.safetensors"
+        if self._spare.exists():
+            self._spare.replace(folder / SPARE_UPDATE)
+        return folder / UPDATE
 
     async def add(self, assignment: Assignment, outcome: Outcome) -> Outcome:
         """Make a training durable whose update file is written; gives its outcome with the file's digest.
@@ -100,14 +109,24 @@ class Outbox:
             self._residuals.commit(entry.run_id, assignment_id)
             self._delivered.add(assignment_id)
             self._settled.set()
+            if (entry.round, entry.attempt) < self._newest.get(entry.run_id, (0, 0)):
+                self.remove(assignment_id)
 
     def remove(self, assignment_id: str) -> None:
         """Forget an assignment's training, finished or not."""
         if entry := self._entries.pop(assignment_id, None):
             self._residuals.discard(entry.run_id, assignment_id)
         self._delivered.discard(assignment_id)
-        shutil.rmtree(self._folder / safe_name(assignment_id), ignore_errors=True)
+        folder = self._folder / safe_name(assignment_id)
+        if entry and entry.path.exists():
+            entry.path.replace(self._spare)
+        shutil.rmtree(folder, ignore_errors=True)
         self._settled.set()
+
+    def end_run(self, run_id: str) -> None:
+        """Keep nothing for a run's later rounds."""
+        self._newest.pop(run_id, None)
+        self._spare.unlink(missing_ok=True)
 
     async def until_settled(self, run_id: str) -> None:
         """Wait until each of a run's trainings is delivered or given up."""
@@ -119,7 +138,7 @@ class Outbox:
         """Trainings of the same run that this newer one makes worthless: earlier rounds and attempts."""
         if assignment.work != "train":
             return []
-        newest = (assignment.round, assignment.attempt)
+        newest = self._newest[assignment.run_id] = (assignment.round, assignment.attempt)
         return [
             name
             for name, entry in self._entries.items()
@@ -137,7 +156,7 @@ def _make_durable(path: Path, outcome: str) -> None:
 
 
 def _read(folder: Path) -> Finished | None:
-    path = folder / "update.safetensors"
+    path = folder / UPDATE
     try:
         facts = json.loads((folder / "outcome.json").read_text())
         entry = Finished(**facts | {"outcome": Outcome(**facts["outcome"]), "path": path})

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fedloom_client.cache import Cache, OnProgress, model_type, require_space
+from fedloom_client.cache import Cache, OnProgress, model_type, require_space, size_bytes
 from fedloom_client.config import SiteConfig
 from fedloom_client.groups import WarmGroup
 from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress, Refusal
 from fedloom_client.outbox import Outbox
 from fedloom_client.policy import refusal_of_model, refusal_of_run
 from fedloom_client.residuals import Residuals
-from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult
+from fedloom_client.training.orders import SPARE_UPDATE, Order, WorkerProgress, WorkerResult
 from fedloom_common.codecs.spec import AS_IS
 from fedloom_common.errors import FederationError
 from fedloom_common.runspec import RunSpec, read_run_spec
@@ -103,7 +103,8 @@ class Performer:
 
     def _place(self, assignment: Assignment, spec: RunSpec, model: Path) -> Path:
         """Where training is to write its model, on a disk with room for all that comes of it."""
-        path, wanted_bytes = self._outbox.update_path(assignment.id), assignment.model.size_bytes
+        path = self._outbox.update_path(assignment.id)
+        wanted_bytes = assignment.model.size_bytes - size_bytes(path.with_name(SPARE_UPDATE))
         if spec.transport.up == AS_IS:
             require_space(path.parent, wanted_bytes, "the update")
             return path

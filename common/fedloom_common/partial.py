@@ -1,7 +1,11 @@
-"""Files that arrive in chunks."""
+"""Files that arrive in chunks.
+
+How much of a file is held is its size; of one that overwrites another, a small file beside it tells.
+"""
 
 import asyncio
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -13,6 +17,33 @@ from fedloom_common.files import storage_errors
 
 BATCH_CHUNKS = 4  # written at once by a thread: a hop between threads costs as much as half a chunk's work
 _PIECE_BYTES = 1 << 20
+_HELD = struct.Struct("<Q")
+
+
+def held_bytes(path: Path) -> int:
+    """Bytes that have come of a file, whole or not."""
+    try:
+        size_bytes = path.stat().st_size
+    except FileNotFoundError:
+        return 0
+    mark = _mark(path)
+    return min(size_bytes, _HELD.unpack(mark.read_bytes())[0]) if mark.exists() else size_bytes
+
+
+def overwrite(spare: Path, path: Path) -> None:
+    """Have a file arrive in the place of ``spare``, which becomes ``path``: nothing of it is held."""
+    _mark(path).write_bytes(_HELD.pack(0))
+    spare.replace(path)
+
+
+def discard(path: Path) -> None:
+    """Remove what has come of a file."""
+    path.unlink(missing_ok=True)
+    _mark(path).unlink(missing_ok=True)
+
+
+def _mark(path: Path) -> Path:
+    return path.with_name(f".{path.name}.held")
 
 
 class PartialFile:
@@ -35,6 +66,7 @@ class PartialFile:
         self._behind: list[Chunk] = []
         self._writing: asyncio.Future[None] | None = None
         self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self._mark = _mark(path).open("r+b", buffering=0) if _mark(path).exists() else None
 
     @classmethod
     async def open(cls, path: Path, size_bytes: int, digest: str) -> Self:
@@ -78,8 +110,9 @@ class PartialFile:
         if self.offset != self.size_bytes:
             raise BadChunk(f"the file ends after {self.offset} of {self.size_bytes} bytes")
         came = str(self._digest)
+        self._file.truncate(self.size_bytes if came == self.digest else 0)
+        _mark(self.path).unlink(missing_ok=True)
         if came != self.digest:
-            self._file.truncate(0)
             raise BadChunk(f"the file's digest is {came}, wanted {self.digest}; send it again from byte 0")
 
     async def close(self) -> None:
@@ -97,6 +130,8 @@ class PartialFile:
         if self._writing is None or self._writing.exception() is None:
             await asyncio.gather(self._begin(self._write, self._behind), return_exceptions=True)
         self._file.close()
+        if self._mark is not None:
+            self._mark.close()
 
     async def _write_on(self) -> None:
         """Have what is behind written, as soon as what went before is."""
@@ -122,11 +157,16 @@ class PartialFile:
                 while done < len(chunk.payload):
                     done += os.pwrite(self._file.fileno(), chunk.payload[done:], chunk.offset + done)
             self._digest.add(chunk.payload)
+            if self._mark is not None:
+                os.pwrite(self._mark.fileno(), _HELD.pack(chunk.end), 0)
 
     def _take_up(self) -> None:
-        if self.path.stat().st_size > self.size_bytes:
+        held = held_bytes(self.path)
+        if held > self.size_bytes:
             self._file.truncate(0)
+            held = 0
         piece = memoryview(bytearray(_PIECE_BYTES))
-        while count := self._file.readinto(piece):
+        while self.offset < held:
+            count = os.preadv(self._file.fileno(), [piece[: held - self.offset]], self.offset)
             self._digest.add(piece[:count])
             self.offset += count

@@ -166,15 +166,18 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     *,
     durable: bool = True,
+    over: Path | None = None,
 ) -> None:
     """Write a safetensors file, in place only when whole and, if ``durable``, on disk.
+
+    ``over`` is a file to use up for it, as :func:`atomic_file` tells.
 
     Memory: one tensor's copy on the CPU at a time.
     """
     header = encode_header(
         ((name, _dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()), metadata
     )
-    with atomic_file(path, durable=durable) as file:
+    with atomic_file(path, durable=durable, over=over) as file:
         file.write(header)
         for tensor in tensors.values():
             file.write(tensor_bytes(tensor))

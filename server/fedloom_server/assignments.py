@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from fedloom_common.digests import DIGEST, is_digest
 from fedloom_common.errors import NotFound, NotPermitted, Unreachable, WrongState
+from fedloom_common.partial import discard, held_bytes
 from fedloom_server.downlink import Delta
 from fedloom_server.records import Assignment, AssignmentState, Run, RunState, Work
 from fedloom_server.sites import Sites
@@ -180,7 +181,7 @@ class Assignments:
             self._reject(entry, f"it has announced {entry.announcements} different updates")
             return
         if assignment.update_digest:
-            self._store.update_path(assignment).unlink(missing_ok=True)  # trained again, with other bytes
+            discard(self._store.update_path(assignment))  # trained again, with other bytes
         assignment.examples, assignment.tokens = result.examples, result.tokens
         assignment.metrics, assignment.phase_seconds = dict(result.metrics), dict(result.phase_seconds)
         assignment.update_digest, assignment.update_bytes = result.update_digest, result.update_bytes
@@ -314,7 +315,7 @@ class Assignments:
             self._end(entry, AssignmentState.CANCELLED, reason)
 
     def _reject(self, entry: _Open, reason: str) -> None:
-        self._store.update_path(entry.assignment).unlink(missing_ok=True)
+        discard(self._store.update_path(entry.assignment))
         self._end(entry, AssignmentState.REJECTED, reason)
 
     def _end(self, entry: _Open, state: AssignmentState, reason: str = "") -> None:
@@ -366,8 +367,7 @@ class Assignments:
 
     def held_bytes(self, assignment: Assignment) -> int:
         """Bytes of an update that are on disk."""
-        path = self._store.update_path(assignment)
-        return path.stat().st_size if path.exists() else 0
+        return held_bytes(self._store.update_path(assignment))
 
     def _data_bytes(self, entry: _Open) -> int:
         return self._sites.data_bytes(entry.assignment.site, entry.run.spec.data)

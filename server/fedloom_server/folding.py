@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import FederationError
+from fedloom_common.partial import discard
 from fedloom_server.aggregation import Update, aggregator_for
 from fedloom_server.assignments import Assignments
 from fedloom_server.downlink import Published, publish
@@ -44,7 +45,7 @@ class Folding:
         spoilt = await asyncio.to_thread(self._spoilt)
         for assignment in spoilt:
             logger.warning("an update was lost and is asked for again", extra={"assignment": assignment.id})
-            self._store.update_path(assignment).unlink(missing_ok=True)
+            discard(self._store.update_path(assignment))
             assignment.state, assignment.update_digest, assignment.is_folded = AssignmentState.OPEN, "", False
         if spoilt:
             self._store.save(self._record, *spoilt)
@@ -105,8 +106,10 @@ class Folding:
         for assignment in group:
             assignment.is_folded = True
         self._store.save(self._record, *group)
-        for path in [update.path for update in updates] + ([earlier] if earlier else []):
-            path.unlink(missing_ok=True)
+        for update in updates:
+            self._store.spares.keep(update.path)
+        if earlier is not None:
+            earlier.unlink()
         self._assignments.release(group)
         logger.debug("updates folded", extra={"run": self._run.id, "round": self._record.number})
 

@@ -152,6 +152,7 @@ class Runs:
         rounds = [] if state is RunState.FINISHED else self._store.close_rounds(run)
         self._store.save(run, *rounds, *still_open)
         self._store.clear_spool()
+        self._store.spares.clear()
         if state is RunState.FINISHED:
             shutil.rmtree(self._store.residual_folder(run.id), ignore_errors=True)
         for site in self._federation.sites.all():

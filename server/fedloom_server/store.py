@@ -18,8 +18,12 @@ from sqlalchemy.orm import sessionmaker
 from fedloom_common.digests import DIGEST, digest_of_file, is_digest, plain_name
 from fedloom_common.errors import NotFound, StorageFull, WrongState
 from fedloom_common.files import sync_folder
+from fedloom_common.partial import overwrite
+from fedloom_common.spares import Spares
 from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run, RunState, Work
 
+UPDATE_SUFFIX = ".safetensors"
+SPARE_UPDATES = 4
 SCHEMA_VERSION = 3  # raise it with every change of the tables
 
 Row = TypeVar("Row", bound=Base)
@@ -77,6 +81,8 @@ class Store:
         self.files = Files(folder / "files")
         self.spool = folder / "spool"
         self.spool.mkdir(exist_ok=True)
+        self.spares = Spares(folder / "spares", most=SPARE_UPDATES)
+        """Updates that are folded: others arrive in their place."""
         self._residuals = folder / "residuals"
         self.workshop = folder / "workshop"
         """Initial models in the making; what a killed coordinator left of them is of no use."""
@@ -197,7 +203,14 @@ class Store:
 
     def update_path(self, assignment: Assignment) -> Path:
         """Where an assignment's update is spooled."""
-        return self.spool / f"{assignment.id}.safetensors"
+        return self.spool / f"{assignment.id}{UPDATE_SUFFIX}"
+
+    def place_for(self, assignment: Assignment) -> Path:
+        """Where an assignment's update is to arrive, over a spare if nothing of it is there."""
+        path = self.update_path(assignment)
+        if not path.exists() and (spare := self.spares.take()):
+            overwrite(spare, path)
+        return path
 
     def sum_path(self, digest: str) -> Path:
         """Where the sum of a round's folded updates lies."""
@@ -221,8 +234,11 @@ class Store:
         }
         wanted |= {self.sum_path(record.sum_digest).name for record in rounds if record.sum_digest}
         for path in self.spool.iterdir():
-            if path.name not in wanted:
-                path.unlink(missing_ok=True)
+            if path.suffix == UPDATE_SUFFIX and path.name not in wanted:
+                self.spares.keep(path)
+        for path in self.spool.iterdir():
+            if path.name not in wanted and path.name.removeprefix(".").removesuffix(".held") not in wanted:
+                path.unlink()
 
     def drop_old_models(self, run: Run, keep: int) -> None:
         """Remove a run's models older than its latest ``keep``, each with the change that told it."""

@@ -9,7 +9,8 @@ from blake3 import blake3
 
 from fedloom_common.chunks import CHUNK_BYTES, Chunk
 from fedloom_common.errors import BadChunk, StorageFull
-from fedloom_common.partial import PartialFile
+from fedloom_common.partial import PartialFile, discard, held_bytes, overwrite
+from fedloom_common.spares import Spares
 
 CONTENT = os.urandom(9 * CHUNK_BYTES + 12345)
 DIGEST = f"blake3:{blake3(CONTENT).hexdigest()}"
@@ -138,3 +139,60 @@ async def test_a_file_that_is_cancelled_while_it_closes_is_closed_with_what_has_
         await closing
     assert file._file.closed
     assert (tmp_path / "part").read_bytes() == CONTENT[:1000]
+
+
+@pytest.fixture
+async def overwriting(tmp_path):
+    """A file that is to arrive where a larger one lies."""
+    (tmp_path / "spare").write_bytes(b"\xaa" * (len(CONTENT) + 999))
+    overwrite(tmp_path / "spare", tmp_path / "part")
+    return tmp_path / "part"
+
+
+async def test_a_file_that_overwrites_another_is_taken_up_where_it_broke_off(overwriting):
+    assert held_bytes(overwriting) == 0
+    first = await PartialFile.open(overwriting, len(CONTENT), DIGEST)
+    await first.add(chunk_at(0, 1000))
+    await first.close()
+    assert held_bytes(overwriting) == 1000
+    second = await PartialFile.open(overwriting, len(CONTENT), DIGEST)
+    assert second.offset == 1000
+    for offset in range(1000, len(CONTENT), CHUNK_BYTES):
+        await second.add(chunk_at(offset, CHUNK_BYTES))
+    await second.finish()
+    await second.close()
+    assert overwriting.read_bytes() == CONTENT
+    assert held_bytes(overwriting) == len(CONTENT)
+    assert [path.name for path in overwriting.parent.iterdir()] == ["part"]
+
+
+async def test_a_wrong_digest_leaves_nothing_of_the_file_that_was_overwritten(overwriting):
+    partial = await PartialFile.open(overwriting, 100, OTHER_DIGEST)
+    await partial.add(chunk_at(0, 100))
+    with pytest.raises(BadChunk, match="send it again from byte 0"):
+        await partial.finish()
+    await partial.close()
+    assert held_bytes(overwriting) == 0
+    assert overwriting.read_bytes() == b""
+
+
+def test_what_is_discarded_is_gone(tmp_path):
+    (tmp_path / "spare").write_bytes(b"old")
+    overwrite(tmp_path / "spare", tmp_path / "part")
+    discard(tmp_path / "part")
+    discard(tmp_path / "part")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_more_spares_are_kept_than_may_be(tmp_path):
+    spares = Spares(tmp_path / "spares", most=2)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+        spares.keep(tmp_path / name)
+    assert not (tmp_path / "c").exists()
+    taken = spares.take()
+    assert taken is not None
+    taken.replace(tmp_path / "taken")
+    assert len(list((tmp_path / "spares").iterdir())) == 1
+    spares.clear()
+    assert spares.take() is None

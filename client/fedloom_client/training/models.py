@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom_client.training.data import refuse_remote_code
+from fedloom_client.training.orders import SPARE_UPDATE
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.tensors import (
     Manifest,
@@ -58,7 +59,7 @@ class LocalModel:
 
     def write(self, path: Path) -> None:
         """Write the values as an update: the global model's tensors, in its order."""
-        write_tensors(path, self._tensors, durable=False)
+        write_tensors(path, self._tensors, durable=False, over=path.with_name(SPARE_UPDATE))
 
 
 def _build(assets: Path, dtype: torch.dtype) -> nn.Module:

@@ -110,7 +110,7 @@ class TransferEdge:
         if first.offset != held_bytes:  # before it takes over from a stream that may be going well
             raise BadChunk(f"the upload goes on at byte {held_bytes}, a chunk at byte {first.offset} came")
         mine = self._writers[assignment.id] = object()
-        path = self._store.update_path(assignment)
+        path = self._store.place_for(assignment)
         partial = await PartialFile.open(path, assignment.update_bytes, assignment.update_digest)
         assignment.bytes_up = max(assignment.bytes_up, held_bytes)  # what came before a restart is no news
         try:
