@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/fedloom/v1/*.proto)
 
-.PHONY: setup demo test test-slow test-docker test-gpu bench check protos clean help
+SECONDS ?= 60
+
+.PHONY: setup demo test test-slow test-docker test-gpu fuzz bench check protos clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -31,6 +33,10 @@ test-docker: $(READY) ## docker compose with a real engine
 
 test-gpu: $(READY) ## training on CUDA devices
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: $(READY) ## coverage-guided fuzzing of the parsers, SECONDS=60 for each
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	SECONDS_EACH=$(SECONDS) $(BIN)/python tests/fuzz/fuzz.py
 
 bench: $(READY) ## transport and codecs measured beside bare gRPC and raw TCP; BENCH=--quick for minutes
 	$(BIN)/python benchmarks/transport.py $(BENCH)

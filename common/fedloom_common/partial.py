@@ -4,7 +4,6 @@ import asyncio
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 from fedloom_common.chunks import CHUNK_BYTES, Chunk
 from fedloom_common.digests import Digest
@@ -26,27 +25,20 @@ class PartialFile:
     """
 
     def __init__(self, path: Path, size_bytes: int, digest: str) -> None:
+        """Take up what is there of a file."""
         self.path = path
         self.size_bytes = size_bytes
         self.digest = digest
-        self.offset = 0
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self.offset = os.fstat(self._file.fileno()).st_size
         """Place at which the next chunk must begin."""
+        if self.offset > size_bytes:
+            self._file.truncate(0)
+            self.offset = 0
         self._digest = Digest()
+        self._digested_bytes = 0
         self._behind: list[Chunk] = []
         self._writing: asyncio.Future[None] | None = None
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-
-    @classmethod
-    async def open(cls, path: Path, size_bytes: int, digest: str) -> Self:
-        """Take up what is there of a file."""
-        partial = cls(path, size_bytes, digest)
-        partial._begin(partial._take_up)
-        try:
-            await partial._written()
-        except BaseException:
-            await partial.close()
-            raise
-        return partial
 
     async def add(self, chunk: Chunk) -> None:
         """Take the next chunk in, to be checked and written soon.
@@ -77,6 +69,8 @@ class PartialFile:
         await self._written()
         if self.offset != self.size_bytes:
             raise BadChunk(f"the file ends after {self.offset} of {self.size_bytes} bytes")
+        self._begin(self._digest_rest)
+        await self._written()
         came = str(self._digest)
         if came != self.digest:
             self._file.truncate(0)
@@ -113,12 +107,13 @@ class PartialFile:
                 done = 0
                 while done < len(chunk.payload):
                     done += os.pwrite(self._file.fileno(), chunk.payload[done:], chunk.offset + done)
-            self._digest.add(chunk.payload)
+            if chunk.offset == self._digested_bytes:
+                self._digest.add(chunk.payload)
+                self._digested_bytes = chunk.end
 
-    def _take_up(self) -> None:
-        if self.path.stat().st_size > self.size_bytes:
-            self._file.truncate(0)
+    def _digest_rest(self) -> None:
+        """Read what was taken up: at the end, since chunks that wait for it are lost if the line breaks."""
         piece = memoryview(bytearray(_PIECE_BYTES))
-        while count := self._file.readinto(piece):
+        while count := os.preadv(self._file.fileno(), [piece], self._digested_bytes):
             self._digest.add(piece[:count])
-            self.offset += count
+            self._digested_bytes += count

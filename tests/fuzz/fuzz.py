@@ -1,0 +1,43 @@
+"""Coverage-guided fuzzing: `make fuzz SECONDS=60`. What reaches new code is kept in the corpus.
+
+Usage: fuzz.py TARGET [libFuzzer's options], or fuzz.py for all targets, each for SECONDS.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["fedloom_common"]):
+    from targets import TARGETS, seeds
+
+CORPUS = Path(__file__).resolve().parent / "corpus"
+
+
+def main() -> None:
+    """Fuzz one target in this process, or each in one of its own; a find ends with status 1."""
+    if len(sys.argv) > 1:
+        atheris.Setup([sys.argv[0], *sys.argv[2:]], TARGETS[sys.argv[1]])
+        atheris.Fuzz()
+    statuses = {name: _fuzz(name, os.environ.get("SECONDS_EACH", "60")) for name in TARGETS}
+    sys.exit(any(statuses.values()))
+
+
+def _fuzz(name: str, seconds: str) -> int:
+    """Fuzz a target, then merge what is new, minimised, into its corpus."""
+    kept = CORPUS / name
+    kept.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(seeds()[name]):
+        (kept / f"seed-{number}").write_bytes(seed)
+    with tempfile.TemporaryDirectory() as grown:
+        command = [sys.executable, __file__, name, "-max_len=4096", f"-artifact_prefix={kept}/found-"]
+        status = subprocess.run([*command, f"-max_total_time={seconds}", grown, kept], check=False).returncode
+        subprocess.run([*command, "-merge=1", kept, grown], check=False)
+    return status
+
+
+if __name__ == "__main__":
+    main()
