@@ -6,7 +6,6 @@ Usage: fuzz.py TARGET [libFuzzer's options], or fuzz.py for all targets, each fo
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import atheris
@@ -27,16 +26,13 @@ def main() -> None:
 
 
 def _fuzz(name: str, seconds: str) -> int:
-    """Fuzz a target, then merge what is new, minimised, into its corpus."""
+    """Fuzz a target; what reaches new code is written to its corpus, and replaced where it can be shorter."""
     kept = CORPUS / name
     kept.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(seeds()[name]):
         (kept / f"seed-{number}").write_bytes(seed)
-    with tempfile.TemporaryDirectory() as grown:
-        command = [sys.executable, __file__, name, "-max_len=4096", f"-artifact_prefix={kept}/found-"]
-        status = subprocess.run([*command, f"-max_total_time={seconds}", grown, kept], check=False).returncode
-        subprocess.run([*command, "-merge=1", kept, grown], check=False)
-    return status
+    options = ["-max_len=4096", f"-artifact_prefix={kept}/found-", f"-max_total_time={seconds}"]
+    return subprocess.run([sys.executable, __file__, name, *options, kept], check=False).returncode
 
 
 if __name__ == "__main__":
