@@ -6,7 +6,9 @@ READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/fedloom/v1/*.proto)
 PEERS ?= $(filter --quick,$(BENCH))
 
-.PHONY: setup demo test test-slow test-docker test-gpu bench bench-peers check protos clean help
+SECONDS ?= 60
+
+.PHONY: setup demo test test-slow test-docker test-gpu fuzz bench bench-peers check protos clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,6 +34,10 @@ test-docker: $(READY) ## docker compose with a real engine
 
 test-gpu: $(READY) ## training on CUDA devices
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: $(READY) ## coverage-guided fuzzing of the parsers, SECONDS=60 for each
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	SECONDS_EACH=$(SECONDS) $(BIN)/python tests/fuzz/fuzz.py
 
 bench: $(READY) ## transport, codecs and the peers measured side by side; BENCH=--quick for minutes
 	$(BIN)/python benchmarks/transport.py $(BENCH)

@@ -10,6 +10,8 @@ from fedloom_common.errors import BadSpec
 from fedloom_common.identity import Peer, TlsFiles, channel_credentials, insecure_metadata, require_loopback
 
 MESSAGE_BYTES = 8 << 20
+WINDOW_BYTES = 1 << 19
+"""What a sender may have on its way beyond the chunk that is being read: a break loses it."""
 
 _BOTH_ENDS: list[tuple[str, int]] = [
     # A minute is short enough for the NATs and firewalls that forget idle connections.
@@ -20,6 +22,9 @@ _BOTH_ENDS: list[tuple[str, int]] = [
     # By default pings stop after two without data between them, and an idle session would go unwatched.
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.keepalive_permit_without_calls", 1),
+    # gRPC's own window grows to many MiB wherever queues are long, and all of it is lost when a line breaks.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     # Tensors travel in chunks of 1 MiB: a larger message is refused before it is decoded.
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),

@@ -8,7 +8,6 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 from fedloom_common.chunks import CHUNK_BYTES, Chunk
 from fedloom_common.digests import Digest
@@ -57,28 +56,21 @@ class PartialFile:
     """
 
     def __init__(self, path: Path, size_bytes: int, digest: str) -> None:
+        """Take up what is there of a file."""
         self.path = path
         self.size_bytes = size_bytes
         self.digest = digest
-        self.offset = 0
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self.offset = held_bytes(path)
         """Place at which the next chunk must begin."""
+        if self.offset > size_bytes:
+            self._file.truncate(0)
+            self.offset = 0
         self._digest = Digest()
+        self._digested_bytes = 0
         self._behind: list[Chunk] = []
         self._writing: asyncio.Future[None] | None = None
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
         self._mark = _mark(path).open("r+b", buffering=0) if _mark(path).exists() else None
-
-    @classmethod
-    async def open(cls, path: Path, size_bytes: int, digest: str) -> Self:
-        """Take up what is there of a file."""
-        partial = cls(path, size_bytes, digest)
-        partial._begin(partial._take_up)
-        try:
-            await partial._written()
-        except BaseException:
-            await partial.close()
-            raise
-        return partial
 
     async def add(self, chunk: Chunk) -> None:
         """Take the next chunk in, to be checked and written soon.
@@ -109,6 +101,8 @@ class PartialFile:
         await self._written()
         if self.offset != self.size_bytes:
             raise BadChunk(f"the file ends after {self.offset} of {self.size_bytes} bytes")
+        self._begin(self._digest_rest)
+        await self._written()
         came = str(self._digest)
         self._file.truncate(self.size_bytes if came == self.digest else 0)
         _mark(self.path).unlink(missing_ok=True)
@@ -156,17 +150,18 @@ class PartialFile:
                 done = 0
                 while done < len(chunk.payload):
                     done += os.pwrite(self._file.fileno(), chunk.payload[done:], chunk.offset + done)
-            self._digest.add(chunk.payload)
+            if chunk.offset == self._digested_bytes:
+                self._digest.add(chunk.payload)
+                self._digested_bytes = chunk.end
             if self._mark is not None:
                 os.pwrite(self._mark.fileno(), _HELD.pack(chunk.end), 0)
 
-    def _take_up(self) -> None:
-        held = held_bytes(self.path)
-        if held > self.size_bytes:
-            self._file.truncate(0)
-            held = 0
+    def _digest_rest(self) -> None:
+        """Read what was taken up: at the end, since chunks that wait for it are lost if the line breaks."""
         piece = memoryview(bytearray(_PIECE_BYTES))
-        while self.offset < held:
-            count = os.preadv(self._file.fileno(), [piece[: held - self.offset]], self.offset)
+        while rest := piece[: self.size_bytes - self._digested_bytes]:
+            count = os.preadv(self._file.fileno(), [rest], self._digested_bytes)
+            if not count:
+                return  # somebody has cut the file: the digest tells
             self._digest.add(piece[:count])
-            self.offset += count
+            self._digested_bytes += count

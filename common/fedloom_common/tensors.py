@@ -69,14 +69,14 @@ class Manifest:
             BadTensor: the file is not safetensors, its sizes do not add up, or it is cut short.
         """
         with path.open("rb") as file:
-            manifest = cls._parse(file)
-        actual = path.stat().st_size
+            actual = os.fstat(file.fileno()).st_size
+            manifest = cls._parse(file, actual)
         if actual != manifest.size_bytes:
             raise BadTensor(f"the file has {actual} bytes, its header describes {manifest.size_bytes}")
         return manifest
 
     @classmethod
-    def _parse(cls, file: BinaryIO) -> "Manifest":
+    def _parse(cls, file: BinaryIO, file_bytes: int) -> "Manifest":
         prefix = file.read(8)
         if len(prefix) < 8:
             raise BadTensor(f"not a safetensors file: {len(prefix)} bytes, a header needs 8 and more")
@@ -85,9 +85,9 @@ class Manifest:
             raise BadTensor(
                 f"not a safetensors file: a header of {length} bytes, the limit is {HEADER_LIMIT_BYTES}"
             )
+        if length > file_bytes - 8:  # told before memory is set aside for it
+            raise BadTensor(f"the header ends after {file_bytes - 8} of {length} bytes")
         text = file.read(length)
-        if len(text) < length:
-            raise BadTensor(f"the header ends after {len(text)} of {length} bytes")
         try:
             header = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -23,6 +23,8 @@ from fedloom_common.rpc import federation_errors
 SERVICE = "fedloom.v1.TransferService"
 PATIENCE_S = 600.0  # a transfer that moves no chunk for so long is given up: 1 MiB takes that at 14 kbit/s
 AHEAD_CHUNKS = 4  # read by a thread at once, while others are sent
+SMALLEST_CHUNK_BYTES = 1 << 16
+BREAK_SHARE = 64
 RETRY_S = (0.2, 10.0)  # first and longest pause before a broken download goes on
 
 OnBytes = Callable[[int], None]
@@ -68,12 +70,13 @@ async def messages_of(
         raise BadChunk(f"offset {offset} lies outside the file of {size} bytes")
     if offset == size:
         return
-    loop = asyncio.get_running_loop()
+    start, loop = offset, asyncio.get_running_loop()
     with path.open("rb", buffering=0) as file:
 
         def read_ahead(begin: int, upload: str) -> asyncio.Future[list[tuple[int, bytes]]]:
-            end = min(size, begin + ahead_chunks * CHUNK_BYTES)
-            return loop.run_in_executor(None, _read_messages, file.fileno(), begin, end, upload)
+            chunk_bytes = _chunk_bytes(begin - start if start else None)
+            places = range(begin, min(size, begin + ahead_chunks * chunk_bytes), chunk_bytes)
+            return loop.run_in_executor(None, _read_messages, file.fileno(), places, size, upload)
 
         ahead = read_ahead(offset, upload)
         try:
@@ -88,14 +91,24 @@ async def messages_of(
             await asyncio.wait([ahead])  # the file must not be closed under it
 
 
-def _read_messages(descriptor: int, begin: int, end: int, upload: str) -> list[tuple[int, bytes]]:
+def _chunk_bytes(since_break: int | None) -> int:
+    """Size of the next chunks: after a break a small share of what has passed since, up to what is cheapest.
+
+    A chunk that is cut in half is lost: so a line that breaks often loses no more than that share.
+    """
+    if since_break is None:
+        return CHUNK_BYTES
+    return min(CHUNK_BYTES, max(SMALLEST_CHUNK_BYTES, since_break // BREAK_SHARE))
+
+
+def _read_messages(descriptor: int, places: range, size: int, upload: str) -> list[tuple[int, bytes]]:
     messages: list[tuple[int, bytes]] = []
-    while begin < end:
-        payload = os.pread(descriptor, min(CHUNK_BYTES, end - begin), begin)
+    for begin in places:
+        payload = os.pread(descriptor, min(places.step, size - begin), begin)
         if not payload:
             raise BadChunk(f"the file was cut at byte {begin} while it was read")
         messages.append((begin + len(payload), Chunk.of(payload, begin, upload).encode()))
-        begin, upload = begin + len(payload), ""
+        upload = ""
     return messages
 
 
@@ -117,7 +130,7 @@ async def download(
         NotFound: the peer has no such file.
         BadChunk: the bytes are not those of the digest.
     """
-    partial = await PartialFile.open(path.with_name(f".{path.name}.partial"), size_bytes, digest)
+    partial = PartialFile(path.with_name(f".{path.name}.partial"), size_bytes, digest)
     try:
         await _fetch(stub, partial, on_bytes or (lambda _: None), pace or Pace(None))
         await partial.finish()

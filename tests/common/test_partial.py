@@ -24,11 +24,11 @@ def chunk_at(offset: int, size: int, **changes) -> Chunk:
 
 async def test_a_partial_file_is_taken_up_after_a_crash(tmp_path):
     digest = DIGEST
-    first = await PartialFile.open(tmp_path / "part", len(CONTENT), digest)
+    first = PartialFile(tmp_path / "part", len(CONTENT), digest)
     await first.add(chunk_at(0, 1000))
     await first.add(chunk_at(1000, 77))
     await first.close()
-    second = await PartialFile.open(tmp_path / "part", len(CONTENT), digest)
+    second = PartialFile(tmp_path / "part", len(CONTENT), digest)
     assert second.offset == 1077
     for offset in range(1077, len(CONTENT), CHUNK_BYTES):
         await second.add(chunk_at(offset, CHUNK_BYTES))
@@ -49,7 +49,7 @@ BAD_CHUNKS = {
 async def test_a_bad_chunk_is_refused_and_leaves_no_trace(tmp_path, name):
     chunk, message = BAD_CHUNKS[name]
     size = 500 if name == "past-the-end" else len(CONTENT)
-    partial = await PartialFile.open(tmp_path / "part", size, DIGEST)
+    partial = PartialFile(tmp_path / "part", size, DIGEST)
     with pytest.raises(BadChunk, match=message):
         await partial.add(chunk)
         await partial.finish()
@@ -58,7 +58,7 @@ async def test_a_bad_chunk_is_refused_and_leaves_no_trace(tmp_path, name):
 
 
 async def test_a_wrong_digest_empties_the_file(tmp_path):
-    partial = await PartialFile.open(tmp_path / "part", 100, OTHER_DIGEST)
+    partial = PartialFile(tmp_path / "part", 100, OTHER_DIGEST)
     await partial.add(chunk_at(0, 100))
     with pytest.raises(BadChunk, match="send it again from byte 0"):
         await partial.finish()
@@ -67,7 +67,7 @@ async def test_a_wrong_digest_empties_the_file(tmp_path):
 
 
 async def test_a_short_file_is_not_finished(tmp_path):
-    partial = await PartialFile.open(tmp_path / "part", 100, DIGEST)
+    partial = PartialFile(tmp_path / "part", 100, DIGEST)
     await partial.add(chunk_at(0, 99))
     with pytest.raises(BadChunk, match="ends after 99 of 100"):
         await partial.finish()
@@ -78,7 +78,7 @@ async def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    partial = await PartialFile.open(tmp_path / "part", 100, DIGEST)
+    partial = PartialFile(tmp_path / "part", 100, DIGEST)
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(StorageFull, match=r"no space left for 100 bytes in .*: free some"):
         await partial.add(chunk_at(0, 100))
@@ -87,7 +87,7 @@ async def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
 
 async def test_what_came_before_a_corrupt_chunk_stays(tmp_path):
-    partial = await PartialFile.open(tmp_path / "part", len(CONTENT), DIGEST)
+    partial = PartialFile(tmp_path / "part", len(CONTENT), DIGEST)
     with pytest.raises(BadChunk, match="at byte 2000 is corrupt"):
         for offset in (0, 1000, 2000, 3000):
             await partial.add(chunk_at(offset, 1000, **({"crc32c": 1} if offset == 2000 else {})))
@@ -97,7 +97,7 @@ async def test_what_came_before_a_corrupt_chunk_stays(tmp_path):
 
 
 async def test_all_that_came_is_written_when_a_stream_breaks(tmp_path):
-    partial = await PartialFile.open(tmp_path / "part", len(CONTENT), DIGEST)
+    partial = PartialFile(tmp_path / "part", len(CONTENT), DIGEST)
     for place in range(9):
         await partial.add(chunk_at(place * CHUNK_BYTES, CHUNK_BYTES))
     await partial.close()
@@ -112,7 +112,7 @@ async def test_a_cancelled_add_does_not_close_the_file_under_the_writing_thread(
         return really_pwrite(*arguments)
 
     monkeypatch.setattr(os, "pwrite", slow)
-    partial = await PartialFile.open(tmp_path / "part", len(CONTENT), DIGEST)
+    partial = PartialFile(tmp_path / "part", len(CONTENT), DIGEST)
 
     async def fill() -> None:
         for place in range(9):
@@ -130,7 +130,7 @@ async def test_a_cancelled_add_does_not_close_the_file_under_the_writing_thread(
 
 
 async def test_a_file_that_is_cancelled_while_it_closes_is_closed_with_what_has_come(tmp_path):
-    file = await PartialFile.open(tmp_path / "part", len(CONTENT), DIGEST)
+    file = PartialFile(tmp_path / "part", len(CONTENT), DIGEST)
     await file.add(chunk_at(0, 1000))
     closing = asyncio.create_task(file.close())
     await asyncio.sleep(0)
@@ -151,11 +151,11 @@ async def overwriting(tmp_path):
 
 async def test_a_file_that_overwrites_another_is_taken_up_where_it_broke_off(overwriting):
     assert held_bytes(overwriting) == 0
-    first = await PartialFile.open(overwriting, len(CONTENT), DIGEST)
+    first = PartialFile(overwriting, len(CONTENT), DIGEST)
     await first.add(chunk_at(0, 1000))
     await first.close()
     assert held_bytes(overwriting) == 1000
-    second = await PartialFile.open(overwriting, len(CONTENT), DIGEST)
+    second = PartialFile(overwriting, len(CONTENT), DIGEST)
     assert second.offset == 1000
     for offset in range(1000, len(CONTENT), CHUNK_BYTES):
         await second.add(chunk_at(offset, CHUNK_BYTES))
@@ -167,7 +167,7 @@ async def test_a_file_that_overwrites_another_is_taken_up_where_it_broke_off(ove
 
 
 async def test_a_wrong_digest_leaves_nothing_of_the_file_that_was_overwritten(overwriting):
-    partial = await PartialFile.open(overwriting, 100, OTHER_DIGEST)
+    partial = PartialFile(overwriting, 100, OTHER_DIGEST)
     await partial.add(chunk_at(0, 100))
     with pytest.raises(BadChunk, match="send it again from byte 0"):
         await partial.finish()

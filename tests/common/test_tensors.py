@@ -1,5 +1,6 @@
 import json
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -129,3 +130,14 @@ def _manifest(path, entries) -> Manifest:
     total = sum(sizes[dtype] * int(np.prod(shape)) for _, dtype, shape in entries)
     path.write_bytes(encode_header(entries) + bytes(total))
     return Manifest.read(path)
+
+
+def test_a_header_longer_than_its_file_is_refused_before_memory_is_set_aside(tmp_path):
+    path = tmp_path / "short.safetensors"
+    path.write_bytes((16 << 20).to_bytes(8, "little") + b"{}")
+    tracemalloc.start()
+    with pytest.raises(BadTensor, match="the header ends after 2 of 16777216 bytes"):
+        Manifest.read(path)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20

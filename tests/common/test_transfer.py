@@ -1,3 +1,4 @@
+import itertools
 import os
 
 import grpc
@@ -27,9 +28,23 @@ async def test_messages_are_the_file_from_an_offset(source, offset):
     came = [(end, Chunk.decode(message)) async for end, message in messages_of(source, offset, "up")]
     assert b"".join(chunk.payload for _, chunk in came) == CONTENT[offset:]
     assert [chunk.end for _, chunk in came] == [end for end, _ in came]
-    assert [chunk.upload for _, chunk in came] == ["up", "", "", ""][: len(came)]
+    assert [chunk.upload for _, chunk in came] == (["up"] + [""] * len(came))[: len(came)]
     for _, chunk in came:
         chunk.require_intact()
+
+
+async def test_chunks_after_a_break_are_small_at_first_and_large_on_a_line_that_holds(tmp_path):
+    path = tmp_path / "source"
+    size = 70 * CHUNK_BYTES
+    path.touch()
+    os.truncate(path, size)
+    first = [end async for end, _ in messages_of(path, 0)]
+    assert first == list(range(CHUNK_BYTES, size + 1, CHUNK_BYTES))
+    again = [10, *[end async for end, _ in messages_of(path, 10)]]
+    sizes = [end - begin for begin, end in itertools.pairwise(again)][:-1]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (1 << 16, CHUNK_BYTES)
+    assert all(size <= max(1 << 16, (end - 10) / 64) for size, end in zip(sizes, again[1:], strict=False))
 
 
 async def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,27 @@ from fedloom_server.rpc.access import Access
 from fedloom_server.store import Store
 
 WAIT_S = 5.0  # how often a site that waits for its download is noted as alive
+SETTLE_S = 1.0  # a few chunks are written in much less
 AHEAD_CHUNKS = 2  # for each site that reads: dozens may do so at once
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Writer:
+    """The stream that writes an upload."""
+
+    def __init__(self) -> None:
+        self.patience: asyncio.Timeout | None = None
+        """While it waits for chunks."""
+        self.written = asyncio.Event()
+        """Set once all that came is on disk."""
+
+    async def end(self) -> None:
+        """End it: what came is written, as far as that takes no long time."""
+        if self.patience is not None:
+            self.patience.reschedule(asyncio.get_running_loop().time())
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.written.wait(), SETTLE_S)
 
 
 class TransferEdge:
@@ -36,8 +54,8 @@ class TransferEdge:
         self._store = store
         self._assignments = assignments
         self._downloads = asyncio.Semaphore(concurrent_downloads)
-        # Who writes each upload: a new stream takes over from one that broke.
-        self._writers: dict[str, object] = {}
+        # A new stream takes an upload over from one that broke.
+        self._writers: dict[str, _Writer] = {}
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The service, for a server."""
@@ -85,6 +103,8 @@ class TransferEdge:
         assignment = self._assignments.uploading(self._access.peer(context).name, request.upload)
         if assignment.state is AssignmentState.DONE:
             return pb.QueryWriteResponse(committed_bytes=assignment.update_bytes, complete=True)
+        if (writer := self._writers.get(assignment.id)) is not None:
+            await writer.end()  # the site has given it up, even where the line has not told us so
         return pb.QueryWriteResponse(committed_bytes=self._assignments.held_bytes(assignment))
 
     async def _write(self, messages: AsyncIterator[bytes], context: Context) -> pb.Receipt:
@@ -109,25 +129,29 @@ class TransferEdge:
         held_bytes = self._assignments.held_bytes(assignment)
         if first.offset != held_bytes:  # before it takes over from a stream that may be going well
             raise BadChunk(f"the upload goes on at byte {held_bytes}, a chunk at byte {first.offset} came")
-        mine = self._writers[assignment.id] = object()
+        mine = self._writers[assignment.id] = _Writer()
         path = self._store.place_for(assignment)
-        partial = await PartialFile.open(path, assignment.update_bytes, assignment.update_digest)
+        partial = PartialFile(path, assignment.update_bytes, assignment.update_digest)
         assignment.bytes_up = max(assignment.bytes_up, held_bytes)  # what came before a restart is no news
         try:
             await self._add(partial, assignment, first, mine)
             async with asyncio.timeout(PATIENCE_S) as patience:
+                mine.patience = patience
                 async for message in messages:
                     await self._add(partial, assignment, Chunk.decode(message), mine)
                     patience.reschedule(asyncio.get_running_loop().time() + PATIENCE_S)
+            mine.patience = None
             await partial.finish()
         except TimeoutError:
             raise BadChunk(f"no chunk came in {PATIENCE_S:g} s") from None
         finally:
+            mine.patience = None
             await partial.close()
+            mine.written.set()
             if self._writers.get(assignment.id) is mine:
                 del self._writers[assignment.id]
 
-    async def _add(self, partial: PartialFile, assignment: Assignment, chunk: Chunk, writer: object) -> None:
+    async def _add(self, partial: PartialFile, assignment: Assignment, chunk: Chunk, writer: _Writer) -> None:
         if self._writers.get(assignment.id) is not writer:
             raise BadChunk("another stream has taken this upload over")
         self._assignments.uploading(assignment.site, assignment.id)  # still wanted?
