@@ -14,11 +14,12 @@ import grpc
 import numpy as np
 from bare_process import CHUNK_BYTES, Setting, Sum
 
-from fedloom_common.channels import CHANNEL_OPTIONS, SERVER_OPTIONS
+from fedloom_common.channels import CHANNEL_OPTIONS, SERVER_OPTIONS, window
 from fedloom_common.identity import TlsFiles, channel_credentials, server_credentials
 
 SERVICE = "bare.Transfer"
 HEAD_BYTES = 16
+WINDOW_BYTES = 4 << 20  # the quickest of those tried
 SOURCE_BYTES = 64 << 20  # sent over and over: past every cache, as a model is
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -65,7 +66,7 @@ async def _serve(setting: Setting, held: Sum) -> None:
         for offset in range(0, setting.model_bytes, CHUNK_BYTES):
             yield _encode(offset, model[offset : offset + CHUNK_BYTES])
 
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=[*SERVER_OPTIONS, window(WINDOW_BYTES)])
     handlers: dict[str, Any] = {
         "Upload": grpc.stream_unary_rpc_method_handler(upload),
         "Broadcast": grpc.unary_stream_rpc_method_handler(broadcast),
@@ -83,11 +84,14 @@ async def _serve(setting: Setting, held: Sum) -> None:
 async def _open(setting: Setting) -> tuple[Any, Any]:
     """The two calls of a connected channel."""
     address = f"localhost:{setting.port}"
+    options = [*CHANNEL_OPTIONS, window(WINDOW_BYTES)]
     if setting.credentials:
         credentials = channel_credentials(_tls(setting, "sites/site-1", "site"))
-        channel = grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        channel = grpc.aio.secure_channel(
+            address, credentials, options=[*CHANNEL_OPTIONS, window(WINDOW_BYTES)]
+        )
     else:
-        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        channel = grpc.aio.insecure_channel(address, options=options)
     await channel.channel_ready()
     return channel.stream_unary(f"/{SERVICE}/Upload"), channel.unary_stream(f"/{SERVICE}/Broadcast")
 

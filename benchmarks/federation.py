@@ -33,6 +33,7 @@ from fedloom_server.console.kit import create_kit
 
 HERE = Path(__file__).resolve().parent
 FEDLOOM = Path(sys.executable).with_name("fedloom")
+WINDOW_BYTES = str(4 << 20)  # as for the floor: no line breaks here
 POLL_S = 1.0  # a call costs the coordinator as much as a dozen chunks
 ROUND_LIMIT_S = 900.0
 PROBES = 16  # values looked at in each tensor
@@ -112,13 +113,13 @@ def _start(kit: Path, processes: Processes, sites: Sequence[str], port: int, gat
     processes.start(
         "server",
         [FEDLOOM, "coordinator", "--config", kit / "coordinator/coordinator.yaml",
-         "--listen", f"127.0.0.1:{port}", "--keep-models", "1"],
+         "--listen", f"127.0.0.1:{port}", "--keep-models", "1", "--window-bytes", WINDOW_BYTES],
     )  # fmt: skip
     for site in sites:
         processes.start(
             site,
             [sys.executable, HERE / "nullsite.py", site, gate, kit / f"sites/{site}/site.yaml",
-             "--cache-models", "1"],
+             "--cache-models", "1", "--window-bytes", WINDOW_BYTES],
         )  # fmt: skip
 
 

@@ -134,9 +134,9 @@ class Daemon:
         )
 
     def _connect(self) -> grpc.aio.Channel:
-        name = self._config.insecure
-        peer = None if name is None else Peer(Role.SITE, name)
-        return open_channel(self._config.coordinator, self._config.tls, peer)
+        config = self._config
+        peer = None if config.insecure is None else Peer(Role.SITE, config.insecure)
+        return open_channel(config.coordinator, config.tls, peer, window_bytes=config.window_bytes)
 
     def _worker_group(self, data_set: str, directory: Path) -> Group:
         return WorkerGroup(

@@ -11,7 +11,7 @@ from fedloom_common.identity import Peer, TlsFiles, channel_credentials, insecur
 
 MESSAGE_BYTES = 8 << 20
 WINDOW_BYTES = 1 << 19
-"""What a sender may have on its way beyond the chunk that is being read: a break loses it."""
+"""Unless configured, what a sender may have on its way beyond the chunk that is being read."""
 
 _BOTH_ENDS: list[tuple[str, int]] = [
     # A minute is short enough for the NATs and firewalls that forget idle connections.
@@ -24,7 +24,6 @@ _BOTH_ENDS: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     # gRPC's own window grows to many MiB wherever queues are long, and all of it is lost when a line breaks.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     # Tensors travel in chunks of 1 MiB: a larger message is refused before it is decoded.
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
@@ -52,7 +51,14 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
 logger = logging.getLogger(__name__)
 
 
-def open_channel(address: str, tls: TlsFiles | None, insecure: Peer | None) -> grpc.aio.Channel:
+def window(window_bytes: int) -> tuple[str, int]:
+    """The option by which a receiver limits what senders may have on their way to it."""
+    return ("grpc.http2.lookahead_bytes", window_bytes)
+
+
+def open_channel(
+    address: str, tls: TlsFiles | None, insecure: Peer | None, *, window_bytes: int = WINDOW_BYTES
+) -> grpc.aio.Channel:
     """A channel to the coordinator at host:port, with a certificate or, on loopback only, a claimed identity.
 
     Raises:
@@ -61,14 +67,15 @@ def open_channel(address: str, tls: TlsFiles | None, insecure: Peer | None) -> g
     """
     if tls is not None and insecure is not None:
         raise BadSpec("tls and insecure are both given; keep tls, and drop insecure")
+    options = [*CHANNEL_OPTIONS, window(window_bytes)]
     if tls is not None:
-        return grpc.aio.secure_channel(address, channel_credentials(tls), options=CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(address, channel_credentials(tls), options=options)
     if insecure is None:
         raise BadSpec("neither tls nor insecure is given; set tls to the files that `fedloom provision` made")
     require_loopback(address, "a channel without TLS")
     _warn_of_no_tls(address, insecure)
     # A proxy from the environment would carry even a loopback address off this host.
-    options = [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)]
+    options.append(("grpc.enable_http_proxy", 0))
     return grpc.aio.insecure_channel(address, options=options, interceptors=_interceptors(insecure))
 
 

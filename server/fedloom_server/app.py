@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedloom.v1 import runs_pb2, runs_pb2_grpc, session_pb2, session_pb2_grpc, transfer_pb2
-from fedloom_common.channels import SERVER_OPTIONS
+from fedloom_common.channels import SERVER_OPTIONS, window
 from fedloom_common.errors import BadSpec, WrongState
 from fedloom_common.identity import require_loopback, server_credentials
 from fedloom_common.memory import keep_freed_memory
@@ -135,7 +135,8 @@ def _server(config: CoordinatorConfig, federation: Federation, runs: Runs) -> gr
     """The services behind their guard."""
     store, sites, assignments = federation.store, federation.sites, federation.assignments
     access = Access(insecure=config.insecure)
-    server = grpc.aio.server(interceptors=[Guard(access)], options=SERVER_OPTIONS)
+    options = [*SERVER_OPTIONS, window(config.window_bytes)]
+    server = grpc.aio.server(interceptors=[Guard(access)], options=options)
     session_pb2_grpc.add_FederationServiceServicer_to_server(
         FederationEdge(access, sites, assignments, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE),
         server,
