@@ -80,8 +80,8 @@ class SiteConfig(Strict):
     download_bytes_per_s: float | None = Field(default=None, ge=1000)
     """Most bytes that models take of the line from the coordinator; as many as it has if not given."""
     window_bytes: int = Field(default=WINDOW_BYTES, ge=1 << 16, le=1 << 26)
-    """Bytes of a model that may be on their way: a break loses them, but a long fast line needs its rate times
-    the round trip, such as 4194304."""
+    """Bytes of a model that may be on their way: a break loses them, a long fast line needs its
+    rate times the round trip, such as 4194304."""
     data: dict[Name, DataSource] = Field(min_length=1)
     """Data sets of this site."""
     workers: Workers = Workers()

@@ -28,8 +28,8 @@ class CoordinatorConfig(Strict):
     concurrent_downloads: int = Field(default=32, ge=1)
     """Models that may be sent at the same time; further sites wait their turn."""
     window_bytes: int = Field(default=WINDOW_BYTES, ge=1 << 16, le=1 << 26)
-    """Bytes of an update that may be on their way: a break loses them, but a long fast line needs its rate times
-    the round trip, such as 4194304."""
+    """Bytes of an update that may be on their way: a break loses them, a long fast line needs its
+    rate times the round trip, such as 4194304."""
     staged_updates: int = Field(default=8, ge=1)
     """Updates that may lie on disk, arriving or not yet folded; further sites wait their turn."""
     keep_models: int = Field(default=5, ge=1)
