@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 import yaml
 
+from fedloom_common.codecs.spec import AS_IS, AnyStage
 from fedloom_common.runspec import RunSpec
 from fedloom_server.stopping import RoundResult
 
@@ -77,9 +78,14 @@ def _what(facts: CardFacts) -> str:
         f"- Initial weights: {_origin(spec)}",
         f"- Data set: {_escaped(spec.data)}",
         f"- Aggregation: {_RULES[spec.aggregation.rule]}",
+        f"- Transport: updates {_chain(spec.transport.up)}, models {_chain(spec.transport.down)}",
         f"- Seed: {spec.seed}",
     ]
     return "\n".join(lines)
+
+
+def _chain(stages: Sequence[AnyStage]) -> str:
+    return "as they are" if tuple(stages) == AS_IS else "by " + " + ".join(stage.name for stage in stages)
 
 
 def _origin(spec: RunSpec) -> str:

@@ -11,7 +11,8 @@ from fedloom_server.stopping import RoundResult
 SPEC = RunSpec.model_validate(
     {
         "name": "shakespeare", "model": {"config": {"model_type": "gpt2"}}, "data": "plays", "rounds": 5,
-        "local": {"steps": 10}, "seed": 17,
+        "local": {"steps": 10}, "transport": {"up": ["topk", "int8"]},
+        "seed": 17,
     }
 )  # fmt: skip
 FACTS = CardFacts(
@@ -62,6 +63,7 @@ def test_the_metadata_is_what_the_hub_reads():
         "loss is 2.1 after round 2",
         "FedAvg",
         "Seed: 17",
+        "Transport: updates by topk + int8, models as they are",
         "gpt2",
     ],
 )
