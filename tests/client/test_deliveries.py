@@ -111,11 +111,11 @@ async def test_a_certificate_that_is_renewed_in_time_costs_no_training(
     await world.coordinator.until_heard("outcome")
     opened, expired = daemon_module.open_channel, [True]
 
-    def open_channel(*arguments: Any) -> grpc.aio.Channel:
+    def open_channel(*arguments: Any, **named: Any) -> grpc.aio.Channel:
         if expired:
             expired.pop()
             raise BadSpec("site.crt expired")
-        return opened(*arguments)
+        return opened(*arguments, **named)
 
     monkeypatch.setattr(daemon_module, "open_channel", open_channel)
     world.coordinator.grant("r1-train")
