@@ -107,6 +107,7 @@ class FakeSite:
             finally:
                 for task in self._tasks:
                     task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def send(self, **kind: object) -> None:
         self._outbox.put_nowait(pb.SiteMessage(**kind))

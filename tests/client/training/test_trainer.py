@@ -305,7 +305,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
 def test_a_full_disk_is_reported_as_such(
     alone: Any, make_order: MakeOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "update.safetensors")
 
     monkeypatch.setattr("fedloom_client.training.models.write_tensors", full)
