@@ -315,7 +315,6 @@ class Assignments:
             self._end(entry, AssignmentState.CANCELLED, reason)
 
     def _reject(self, entry: _Open, reason: str) -> None:
-        discard(self._store.update_path(entry.assignment))
         self._end(entry, AssignmentState.REJECTED, reason)
 
     def _end(self, entry: _Open, state: AssignmentState, reason: str = "") -> None:
@@ -329,6 +328,8 @@ class Assignments:
             raise
         if assignment.has_spooled_update:
             self._turns.stage(assignment.id)
+        else:  # now, as a stream that still writes it must not have it open when others overwrite it
+            discard(self._store.update_path(assignment))
         self._forget(entry)
         if not entry.ended.done():
             entry.ended.set_result(None)
