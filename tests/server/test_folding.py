@@ -5,7 +5,9 @@ import os
 import numpy as np
 import pytest
 
+from fedloom_common.errors import StorageFull
 from fedloom_server.app import coordinator
+from fedloom_server.store import Store
 from fedloom_server.turns import UploadTurns
 
 
@@ -148,6 +150,36 @@ async def test_a_fold_that_finds_no_room_leaves_the_updates_to_the_end_of_the_ro
         run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 3})))
         assert run.state == "finished"
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
+
+
+async def test_a_fold_that_the_database_has_no_room_for_counts_no_update_twice(
+    config, spec, bench_of, initial, fault, monkeypatch
+):
+    def full(*_: object, **__: object) -> None:
+        raise StorageFull("no space left")
+
+    def save(self: Store, *records: object) -> None:
+        keep(self, *records) if not any(getattr(record, "is_folded", False) for record in records) else full()
+
+    keep = Store.save
+    async with coordinator(config.model_copy(update={"staged_updates": 2})) as running:
+        bench = bench_of(running)
+        for number in range(2):
+            bench.site(f"site-{number}", step=3.0)
+        slow = bench.site("slow", step=9.0, fault=fault.SILENT)
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "save", save)
+            patched.setattr("fedloom_server.aggregation.mean.WeightedMean.aggregate", full)
+            run = await bench.enqueue(spec(cohort={"min_sites": 3}, evaluation={"initial": False}))
+            await bench.until(lambda: list(running.store.spool.glob("*.sum")))
+            await bench.until(lambda: list(bench.outcomes(run).values()).count(("done", "")) == 2)
+            await bench.detach("slow")
+            slow.fault = fault.NONE
+            bench.attach(slow)
+            assert (await bench.ended(run)).state == "failed"
+        running.runs.resume(run.id)
+        assert (await bench.ended(run)).state == "finished"
+        np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 5, rtol=1e-6)
 
 
 def fold_of(bench, run) -> list[str]:
