@@ -367,8 +367,9 @@ class Assignments:
         return True
 
     def held_bytes(self, assignment: Assignment) -> int:
-        """Bytes of an update that are on disk."""
-        return held_bytes(self._store.update_path(assignment))
+        """Bytes of an update that are on disk; none of a larger file, whose mark a power cut has taken."""
+        held = held_bytes(self._store.update_path(assignment))
+        return held if held <= assignment.update_bytes else 0
 
     def _data_bytes(self, entry: _Open) -> int:
         return self._sites.data_bytes(entry.assignment.site, entry.run.spec.data)

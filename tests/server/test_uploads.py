@@ -162,6 +162,18 @@ async def test_a_stream_whose_assignment_has_ended_writes_into_no_other_update(b
     assert spare_contents(bench) == before
 
 
+async def test_an_upload_that_lies_in_a_larger_spare_without_its_mark_begins_again(bench, spec, fault):
+    site = bench.site("a", fault=fault.NEVER_UPLOADS)
+    run = await bench.enqueue(spec(cohort={"min_sites": 1}))
+    await bench.until(lambda: site.granted)
+    name = f"{run.id}.1.1.train.a"
+    bench.running.store.update_path(assignment_of(bench, name)).write_bytes(bytes(10_000))
+    held = await site.transfer.query_write(transfer_pb2.QueryWriteRequest(upload=name))
+    assert held.committed_bytes == 0
+    assert await upload(site.transfer, name, site.folder / f"{name}.safetensors", 0)
+    assert (await bench.ended(run)).state == "finished"
+
+
 def assignment_of(bench, name):
     return bench.running.store.assignment(name)
 
