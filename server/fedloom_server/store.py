@@ -221,7 +221,7 @@ class Store:
         return self._residuals / run_id
 
     def clear_spool(self) -> None:
-        """Remove spooled files that no unfinished round counts on."""
+        """Remove spooled files that no unfinished round's present attempt counts on."""
         unfinished = select(Round).where(Round.state.in_((RoundState.TRAINING, RoundState.AGGREGATING)))
         counted = (AssignmentState.OPEN, AssignmentState.DONE)
         with self._sessions() as session:
@@ -230,7 +230,9 @@ class Store:
             self.update_path(assignment).name
             for record in rounds
             for assignment in self.assignments(record.run_id, record.number)
-            if assignment.state in counted and not assignment.is_folded
+            if assignment.attempt == record.attempt
+            and assignment.state in counted
+            and not assignment.is_folded
         }
         wanted |= {self.sum_path(record.sum_digest).name for record in rounds if record.sum_digest}
         for path in self.spool.iterdir():

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from fedloom.v1 import session_pb2 as pb
 from fedloom_common.errors import StorageFull
 from fedloom_server.app import coordinator
 from fedloom_server.store import Store
@@ -150,6 +151,20 @@ async def test_a_fold_that_finds_no_room_leaves_the_updates_to_the_end_of_the_ro
         run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 3})))
         assert run.state == "finished"
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
+
+
+async def test_updates_of_a_failed_attempt_leave_the_disk(config, spec, bench_of, fault):
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        good, bad = bench.site("good"), bench.site("bad", fault=fault.SILENT)
+        cohort = {"min_sites": 2, "attempts": 2}
+        run = await bench.enqueue(spec(cohort=cohort, evaluation={"initial": False}))
+        await bench.until(lambda: good.receipts and bad.asked)
+        assert len(spooled(bench)) == 1
+        good.fault = fault.SILENT
+        bad.send(failure=pb.Failure(assignment_id=f"{run.id}.1.1.train.bad", reason="out of memory"))
+        await bench.until(lambda: len(good.asked) == 2)
+        assert spooled(bench) == []
 
 
 async def test_a_fold_that_the_database_has_no_room_for_counts_no_update_twice(
