@@ -82,6 +82,7 @@ class Folding:
                     self._changed.clear()
         except (FederationError, OSError):
             logger.warning("updates are folded at the end of the round instead", exc_info=True)
+        finally:  # whatever ended it, sites must not wait for room that nobody makes
             self._is_hindered = True
             self.look()
 

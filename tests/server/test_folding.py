@@ -153,6 +153,20 @@ async def test_a_fold_that_finds_no_room_leaves_the_updates_to_the_end_of_the_ro
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
 
 
+async def test_a_fold_that_breaks_off_keeps_no_site_waiting(config, spec, bench_of, monkeypatch):
+    def locked(*_: object, **__: object) -> None:
+        raise RuntimeError("database is locked")
+
+    monkeypatch.setattr("fedloom_server.aggregation.mean.WeightedMean.fold", locked)
+    async with coordinator(config.model_copy(update={"staged_updates": 1})) as running:
+        bench = bench_of(running)
+        for number in range(3):
+            bench.site(f"site-{number}")
+        run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 3})), seconds=10)
+        assert run.state == "failed"
+        assert "database is locked" in run.reason
+
+
 async def test_updates_of_a_failed_attempt_leave_the_disk(config, spec, bench_of, fault):
     async with coordinator(config) as running:
         bench = bench_of(running)
