@@ -108,8 +108,9 @@ class Cache:
         check_assets(blobs)
         listing = json.dumps(sorted((blob.name, blob.digest) for blob in blobs))
         folder = self._assets / hashlib.sha256(listing.encode()).hexdigest()
-        if not folder.exists():
+        if not await self._holds_folder(blobs, folder):
             await self._fetch_folder(blobs, folder)
+            self._intact.add(folder.name)
         folder.touch()
         for old in sorted(self._assets.iterdir(), key=_age)[ASSET_FOLDERS_KEPT:]:
             shutil.rmtree(old)
@@ -140,6 +141,17 @@ class Cache:
         finally:
             change.unlink(missing_ok=True)
         return True
+
+    async def _holds_folder(self, blobs: Sequence[Blob], folder: Path) -> bool:
+        """Whether the assets are here; those of an earlier daemon are checked once."""
+        if not folder.exists() or folder.name in self._intact:
+            return folder.exists()
+        if await asyncio.to_thread(_is_intact, blobs, folder):
+            self._intact.add(folder.name)
+            return True
+        logger.warning("cached assets are spoilt and are fetched again", extra={"folder": folder.name})
+        shutil.rmtree(folder)
+        return False
 
     async def _fetch_folder(self, blobs: Sequence[Blob], folder: Path) -> None:
         require_space(self._assets, sum(blob.size_bytes for blob in blobs), "the model's assets")
@@ -227,6 +239,11 @@ def model_type(assets: Path) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise ProtocolError(f"the model's config.json names no model_type: {error}") from error
     return str(kind)
+
+
+def _is_intact(blobs: Sequence[Blob], folder: Path) -> bool:
+    paths = [(folder / blob.name, blob.digest) for blob in blobs]
+    return all(path.exists() and digest_of_file(path) == digest for path, digest in paths)
 
 
 async def _to_its_end(function: Callable[..., None], *arguments: object, **named: object) -> None:

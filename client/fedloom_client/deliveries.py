@@ -28,7 +28,7 @@ class _Delivery:
     entry: Finished
     upload: str
     offset: int
-    """Bytes that the coordinator holds durably, as far as is known."""
+    """Bytes that the coordinator holds, as far as is known."""
     nudge: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the coordinator is back: the pause between tries need not be waited out."""
     task: asyncio.Task[None] | None = None

@@ -84,6 +84,12 @@ def storage_errors(path: Path, wanted_bytes: int | None = None) -> Iterator[None
         raise StorageFull(f"no space left{wanted} in {path.parent}: free some, or move the folder") from error
 
 
+def sync_file(path: Path) -> None:
+    """Make a file's bytes durable, whoever wrote them."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Make renames within a folder durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

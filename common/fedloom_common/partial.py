@@ -25,8 +25,12 @@ def held_bytes(path: Path) -> int:
         size_bytes = path.stat().st_size
     except FileNotFoundError:
         return 0
-    mark = _mark(path)
-    return min(size_bytes, _HELD.unpack(mark.read_bytes())[0]) if mark.exists() else size_bytes
+    if not _mark(path).exists():
+        return size_bytes
+    mark = _mark(path).read_bytes()
+    if len(mark) != _HELD.size:  # cut short by a crash before anything had come
+        return 0
+    return min(size_bytes, int(_HELD.unpack(mark)[0]))
 
 
 def overwrite(spare: Path, path: Path) -> None:

@@ -315,7 +315,6 @@ class Assignments:
             self._end(entry, AssignmentState.CANCELLED, reason)
 
     def _reject(self, entry: _Open, reason: str) -> None:
-        discard(self._store.update_path(entry.assignment))
         self._end(entry, AssignmentState.REJECTED, reason)
 
     def _end(self, entry: _Open, state: AssignmentState, reason: str = "") -> None:
@@ -329,6 +328,8 @@ class Assignments:
             raise
         if assignment.has_spooled_update:
             self._turns.stage(assignment.id)
+        else:  # now, as a stream that still writes it must not have it open when others overwrite it
+            discard(self._store.update_path(assignment))
         self._forget(entry)
         if not entry.ended.done():
             entry.ended.set_result(None)
@@ -366,8 +367,9 @@ class Assignments:
         return True
 
     def held_bytes(self, assignment: Assignment) -> int:
-        """Bytes of an update that are on disk."""
-        return held_bytes(self._store.update_path(assignment))
+        """Bytes of an update that are on disk; none of a larger file, whose mark a power cut has taken."""
+        held = held_bytes(self._store.update_path(assignment))
+        return held if held <= assignment.update_bytes else 0
 
     def _data_bytes(self, entry: _Open) -> int:
         return self._sites.data_bytes(entry.assignment.site, entry.run.spec.data)

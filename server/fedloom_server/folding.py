@@ -82,6 +82,7 @@ class Folding:
                     self._changed.clear()
         except (FederationError, OSError):
             logger.warning("updates are folded at the end of the round instead", exc_info=True)
+        finally:  # whatever ended it, sites must not wait for room that nobody makes
             self._is_hindered = True
             self.look()
 
@@ -102,16 +103,26 @@ class Folding:
         base, out = self._store.files.path(self._record.base_digest), self._store.spool / f"{group[0].id}.sum"
         updates, earlier = _updates(self._store, group), self._earlier()
         digest = await asyncio.to_thread(self._make_sum, base, updates, out, earlier)
-        self._record.sum_digest = digest
-        for assignment in group:
-            assignment.is_folded = True
-        self._store.save(self._record, *group)
+        self._save_fold(group, digest)
         for update in updates:
             self._store.spares.keep(update.path)
         if earlier is not None:
             earlier.unlink()
         self._assignments.release(group)
         logger.debug("updates folded", extra={"run": self._run.id, "round": self._record.number})
+
+    def _save_fold(self, group: list[Assignment], digest: str) -> None:
+        """All or nothing: a sum that is saved later, without its updates, would count them twice."""
+        before, self._record.sum_digest = self._record.sum_digest, digest
+        for assignment in group:
+            assignment.is_folded = True
+        try:
+            self._store.save(self._record, *group)
+        except Exception:
+            self._record.sum_digest = before
+            for assignment in group:
+                assignment.is_folded = False
+            raise
 
     def _make_sum(self, base: Path, updates: Sequence[Update], out: Path, earlier: Path | None) -> str:
         self._rule.fold(base, updates, out, earlier=earlier)

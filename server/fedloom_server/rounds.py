@@ -106,6 +106,8 @@ async def _train(run: Run, record: Round, federation: Federation, folding: Foldi
             _advance(run, record, RoundState.FAILED, federation)
             raise TooFewUpdates(record.reason)
         record.attempt, record.cohort, record.sum_digest = record.attempt + 1, [], ""
+        _advance(run, record, record.state, federation)
+        federation.store.clear_spool()
         await asyncio.sleep(ATTEMPT_PAUSE_S)
 
 

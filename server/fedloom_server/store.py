@@ -17,7 +17,7 @@ from sqlalchemy.orm import sessionmaker
 
 from fedloom_common.digests import DIGEST, digest_of_file, is_digest, plain_name
 from fedloom_common.errors import NotFound, StorageFull, WrongState
-from fedloom_common.files import sync_folder
+from fedloom_common.files import sync_file, sync_folder
 from fedloom_common.partial import overwrite
 from fedloom_common.spares import Spares
 from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run, RunState, Work
@@ -45,8 +45,12 @@ class Files:
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, path: Path) -> StoredFile:
-        """Take a file into the store, by rename; the same content twice is one file."""
+        """Take a file into the store, by rename; the same content twice is one file.
+
+        It is synced first: initial models and assets are written by a process that does not.
+        """
         stored = StoredFile(digest_of_file(path), path.stat().st_size)
+        sync_file(path)
         path.replace(self._place(stored.digest))
         sync_folder(self._folder)
         return stored
@@ -221,7 +225,7 @@ class Store:
         return self._residuals / run_id
 
     def clear_spool(self) -> None:
-        """Remove spooled files that no unfinished round counts on."""
+        """Remove spooled files that no unfinished round's present attempt counts on."""
         unfinished = select(Round).where(Round.state.in_((RoundState.TRAINING, RoundState.AGGREGATING)))
         counted = (AssignmentState.OPEN, AssignmentState.DONE)
         with self._sessions() as session:
@@ -230,7 +234,9 @@ class Store:
             self.update_path(assignment).name
             for record in rounds
             for assignment in self.assignments(record.run_id, record.number)
-            if assignment.state in counted and not assignment.is_folded
+            if assignment.attempt == record.attempt
+            and assignment.state in counted
+            and not assignment.is_folded
         }
         wanted |= {self.sum_path(record.sum_digest).name for record in rounds if record.sum_digest}
         for path in self.spool.iterdir():

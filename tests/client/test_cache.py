@@ -95,6 +95,21 @@ async def test_assets_are_fetched_once_and_lie_in_a_folder_by_their_names(
     assert await cache.assets([blob("config.json", 9)]) != folder
 
 
+async def test_assets_that_a_power_cut_has_spoilt_are_fetched_again(source: Source, tmp_path: Path) -> None:
+    files = [
+        Blob(name=name, digest=f"blake3:{blake3(name.encode()).hexdigest()}", size_bytes=len(name))
+        for name in ("config.json", "tokenizer.json")
+    ]
+    state = StateDir(tmp_path)
+    with state.locked():
+        folder = await Cache(state, source, models_kept=2).assets(files)
+        assert await Cache(state, source, models_kept=2).assets(files) == folder
+        assert len(source.fetched) == 2
+        (folder / "tokenizer.json").write_bytes(b"")
+        assert await Cache(state, source, models_kept=2).assets(files) == folder
+    assert (folder / "tokenizer.json").read_text() == "tokenizer.json"
+
+
 async def test_assets_appear_whole_or_not_at_all(cache: Cache, source: Source, tmp_path: Path) -> None:
     source.broken = "tokenizer.json"
     with pytest.raises(Unreachable):

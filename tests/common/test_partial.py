@@ -196,3 +196,16 @@ def test_no_more_spares_are_kept_than_may_be(tmp_path):
     assert len(list((tmp_path / "spares").iterdir())) == 1
     spares.clear()
     assert spares.take() is None
+
+
+async def test_a_mark_that_a_crash_has_cut_short_lets_the_file_begin_again(tmp_path):
+    (tmp_path / "spare").write_bytes(bytes(len(CONTENT)))
+    overwrite(tmp_path / "spare", tmp_path / "part")
+    (tmp_path / ".part.held").write_bytes(b"")
+    assert held_bytes(tmp_path / "part") == 0
+    partial = PartialFile(tmp_path / "part", len(CONTENT), DIGEST)
+    for offset in range(0, len(CONTENT), CHUNK_BYTES):
+        await partial.add(chunk_at(offset, CHUNK_BYTES))
+    await partial.finish()
+    await partial.close()
+    assert (tmp_path / "part").read_bytes() == CONTENT

@@ -5,7 +5,10 @@ import os
 import numpy as np
 import pytest
 
+from fedloom.v1 import session_pb2 as pb
+from fedloom_common.errors import StorageFull
 from fedloom_server.app import coordinator
+from fedloom_server.store import Store
 from fedloom_server.turns import UploadTurns
 
 
@@ -148,6 +151,64 @@ async def test_a_fold_that_finds_no_room_leaves_the_updates_to_the_end_of_the_ro
         run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 3})))
         assert run.state == "finished"
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
+
+
+async def test_a_fold_that_breaks_off_keeps_no_site_waiting(config, spec, bench_of, monkeypatch):
+    def locked(*_: object, **__: object) -> None:
+        raise RuntimeError("database is locked")
+
+    monkeypatch.setattr("fedloom_server.aggregation.mean.WeightedMean.fold", locked)
+    async with coordinator(config.model_copy(update={"staged_updates": 1})) as running:
+        bench = bench_of(running)
+        for number in range(3):
+            bench.site(f"site-{number}")
+        run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 3})), seconds=10)
+        assert run.state == "failed"
+        assert "database is locked" in run.reason
+
+
+async def test_updates_of_a_failed_attempt_leave_the_disk(config, spec, bench_of, fault):
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        good, bad = bench.site("good"), bench.site("bad", fault=fault.SILENT)
+        cohort = {"min_sites": 2, "attempts": 2}
+        run = await bench.enqueue(spec(cohort=cohort, evaluation={"initial": False}))
+        await bench.until(lambda: good.receipts and bad.asked)
+        assert len(spooled(bench)) == 1
+        good.fault = fault.SILENT
+        bad.send(failure=pb.Failure(assignment_id=f"{run.id}.1.1.train.bad", reason="out of memory"))
+        await bench.until(lambda: len(good.asked) == 2)
+        assert spooled(bench) == []
+
+
+async def test_a_fold_that_the_database_has_no_room_for_counts_no_update_twice(
+    config, spec, bench_of, initial, fault, monkeypatch
+):
+    def full(*_: object, **__: object) -> None:
+        raise StorageFull("no space left")
+
+    def save(self: Store, *records: object) -> None:
+        keep(self, *records) if not any(getattr(record, "is_folded", False) for record in records) else full()
+
+    keep = Store.save
+    async with coordinator(config.model_copy(update={"staged_updates": 2})) as running:
+        bench = bench_of(running)
+        for number in range(2):
+            bench.site(f"site-{number}", step=3.0)
+        slow = bench.site("slow", step=9.0, fault=fault.SILENT)
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "save", save)
+            patched.setattr("fedloom_server.aggregation.mean.WeightedMean.aggregate", full)
+            run = await bench.enqueue(spec(cohort={"min_sites": 3}, evaluation={"initial": False}))
+            await bench.until(lambda: list(running.store.spool.glob("*.sum")))
+            await bench.until(lambda: list(bench.outcomes(run).values()).count(("done", "")) == 2)
+            await bench.detach("slow")
+            slow.fault = fault.NONE
+            bench.attach(slow)
+            assert (await bench.ended(run)).state == "failed"
+        running.runs.resume(run.id)
+        assert (await bench.ended(run)).state == "finished"
+        np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 5, rtol=1e-6)
 
 
 def fold_of(bench, run) -> list[str]:

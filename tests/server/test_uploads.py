@@ -1,10 +1,13 @@
 import asyncio
 
 import grpc
+import numpy as np
 import pytest
 
+from fedloom.v1 import session_pb2 as pb
 from fedloom.v1 import transfer_pb2
 from fedloom_common.channels import open_channel
+from fedloom_common.chunks import Chunk
 from fedloom_common.errors import NotFound, NotPermitted, ProtocolError, WrongState
 from fedloom_common.identity import Peer, Role
 from fedloom_common.transfer import TransferStub, upload
@@ -96,3 +99,85 @@ async def test_operators_may_not_write(bench, finished):
     async with open_channel(f"127.0.0.1:{bench.running.port}", None, operator) as channel:
         with pytest.raises(NotPermitted, match="operator ann may not call"):
             await upload(TransferStub(channel), name, path, 0)
+
+
+class Stream:
+    """An upload whose chunks are sent one by one, and which is held open between them."""
+
+    def __init__(self, stub: TransferStub) -> None:
+        self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.call = stub.write(self._messages())
+
+    async def _messages(self):
+        while (message := await self._chunks.get()) is not None:
+            yield message
+
+    def send(self, payload: bytes, offset: int, upload: str = "") -> None:
+        self._chunks.put_nowait(Chunk.of(payload, offset, upload).encode())
+
+    def end(self) -> None:
+        self._chunks.put_nowait(None)
+
+
+async def test_one_stream_at_a_time_has_an_upload_open(bench, spec, fault, initial):
+    """The one behind could write on after the update is folded, into the next that arrives in its place."""
+    site = bench.site("a", step=2.0, fault=fault.NEVER_UPLOADS)
+    run = await bench.enqueue(spec(cohort={"min_sites": 1}))
+    await bench.until(lambda: site.granted)
+    name = f"{run.id}.1.1.train.a"
+    path = site.folder / f"{name}.safetensors"
+    whole, first, second = path.read_bytes(), Stream(site.transfer), Stream(site.transfer)
+    first.send(whole, 0, name)
+    await bench.until(lambda: bench.running.store.update_path(assignment_of(bench, name)).exists())
+    second.send(whole[:60], 0, name)
+    with pytest.raises(grpc.aio.AioRpcError, match="goes on at byte"):
+        await asyncio.wait_for(second.call, 10)
+    first.end()
+    with pytest.raises(grpc.aio.AioRpcError, match="taken this upload over"):
+        await asyncio.wait_for(first.call, 10)
+    held = await site.transfer.query_write(transfer_pb2.QueryWriteRequest(upload=name))
+    assert await upload(site.transfer, name, path, held.committed_bytes)
+    assert (await bench.ended(run)).state == "finished"
+    np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
+
+
+async def test_a_stream_whose_assignment_has_ended_writes_into_no_other_update(bench, spec, fault):
+    good, late = bench.site("good"), bench.site("late", fault=fault.NEVER_UPLOADS)
+    cohort = {"min_sites": 2, "quorum": 1}
+    run = await bench.enqueue(spec(rounds=2, cohort=cohort, evaluation={"initial": False}))
+    await bench.until(lambda: late.granted)
+    name = f"{run.id}.1.1.train.late"
+    stream = Stream(late.transfer)
+    stream.send((late.folder / f"{name}.safetensors").read_bytes()[:60], 0, name)
+    await bench.until(lambda: bench.running.store.update_path(assignment_of(bench, name)).exists())
+    await bench.until(lambda: good.receipts)
+    good.fault = late.fault = fault.SILENT
+    late.send(failure=pb.Failure(assignment_id=name, reason="out of memory"))
+    await bench.until(lambda: bench.outcomes(run, 2))
+    before = spare_contents(bench)
+    assert len(before) == 1
+    stream.end()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await asyncio.wait_for(stream.call, 10)
+    assert spare_contents(bench) == before
+
+
+async def test_an_upload_that_lies_in_a_larger_spare_without_its_mark_begins_again(bench, spec, fault):
+    site = bench.site("a", fault=fault.NEVER_UPLOADS)
+    run = await bench.enqueue(spec(cohort={"min_sites": 1}))
+    await bench.until(lambda: site.granted)
+    name = f"{run.id}.1.1.train.a"
+    bench.running.store.update_path(assignment_of(bench, name)).write_bytes(bytes(10_000))
+    held = await site.transfer.query_write(transfer_pb2.QueryWriteRequest(upload=name))
+    assert held.committed_bytes == 0
+    assert await upload(site.transfer, name, site.folder / f"{name}.safetensors", 0)
+    assert (await bench.ended(run)).state == "finished"
+
+
+def assignment_of(bench, name):
+    return bench.running.store.assignment(name)
+
+
+def spare_contents(bench) -> dict[str, bytes]:
+    folder = bench.running.store.spool.with_name("spares")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -65,14 +65,16 @@ class TransferServiceServicer(object):
         """Receives an update; answers when the whole is held, valid and counted.
         Chunks must be in order and without gaps, from the offset that
         UploadGrant or QueryWrite named. A newer Write takes an upload over from an
-        older one; writing again what has counted is answered with its Receipt.
+        older one, once that has ended; writing again what has counted is answered
+        with its Receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def QueryWrite(self, request, context):
-        """Tells how much of an upload the coordinator already holds durably.
+        """Tells how much of an upload the coordinator already holds, and will after a
+        restart.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,26 +22,28 @@ from fedloom_server.store import Store
 
 WAIT_S = 5.0  # how often a site that waits for its download is noted as alive
 SETTLE_S = 1.0  # a few chunks are written in much less
+TAKEN_OVER = "another stream has taken this upload over"
 AHEAD_CHUNKS = 2  # for each site that reads: dozens may do so at once
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class _Writer:
-    """The stream that writes an upload."""
+    """The stream that writes an upload: one at a time, until its update counts or the stream has ended."""
 
     def __init__(self) -> None:
         self.patience: asyncio.Timeout | None = None
         """While it waits for chunks."""
-        self.written = asyncio.Event()
-        """Set once all that came is on disk."""
+        self.is_unwanted = False
+        """Another stream is to go on with the upload."""
+        self.ended = asyncio.Event()
 
     async def end(self) -> None:
-        """End it: what came is written, as far as that takes no long time."""
-        if self.patience is not None:
+        """Have it wait for no more chunks; returns when what came is on disk, and counts if it was all."""
+        if self.patience is not None and not self.is_unwanted:
             self.patience.reschedule(asyncio.get_running_loop().time())
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.written.wait(), SETTLE_S)
+        self.is_unwanted = True
+        await self.ended.wait()
 
 
 class TransferEdge:
@@ -54,7 +56,6 @@ class TransferEdge:
         self._store = store
         self._assignments = assignments
         self._downloads = asyncio.Semaphore(concurrent_downloads)
-        # A new stream takes an upload over from one that broke.
         self._writers: dict[str, _Writer] = {}
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -101,10 +102,12 @@ class TransferEdge:
     async def _query_write(self, request: pb.QueryWriteRequest, context: Context) -> pb.QueryWriteResponse:
         """Tell how much of an upload is held."""
         assignment = self._assignments.uploading(self._access.peer(context).name, request.upload)
+        if (writer := self._writers.get(assignment.id)) is not None:
+            with suppress(TimeoutError):  # the site has given it up, even where the line has not told us so
+                await asyncio.wait_for(writer.end(), SETTLE_S)
+        assignment = self._assignments.uploading(assignment.site, assignment.id)
         if assignment.state is AssignmentState.DONE:
             return pb.QueryWriteResponse(committed_bytes=assignment.update_bytes, complete=True)
-        if (writer := self._writers.get(assignment.id)) is not None:
-            await writer.end()  # the site has given it up, even where the line has not told us so
         return pb.QueryWriteResponse(committed_bytes=self._assignments.held_bytes(assignment))
 
     async def _write(self, messages: AsyncIterator[bytes], context: Context) -> pb.Receipt:
@@ -112,48 +115,77 @@ class TransferEdge:
         first = await _first_chunk(messages)
         assignment = self._assignments.uploading(self._access.peer(context).name, first.upload)
         if assignment.state is not AssignmentState.DONE:
-            digest = assignment.update_digest
-            try:
-                await self._receive(assignment, first, messages)
-            except AttemptFailed as error:
-                self._assignments.troubled(assignment, str(error))
-                raise
-            await self._check(assignment)
-            self._assignments.delivered(assignment, digest)
+            self._require_next(assignment, first)  # before it takes over from a stream that may be going well
+            async with self._sole_writer(assignment.id) as writer:
+                assignment = self._assignments.uploading(assignment.site, assignment.id)
+                if assignment.state is not AssignmentState.DONE:
+                    await self._take_in(assignment, first, messages, writer)
         return pb.Receipt(
             upload=assignment.id, digest=assignment.update_digest, size_bytes=assignment.update_bytes
         )
 
-    async def _receive(self, assignment: Assignment, first: Chunk, messages: AsyncIterator[bytes]) -> None:
+    @asynccontextmanager
+    async def _sole_writer(self, upload: str) -> AsyncIterator[_Writer]:
+        """Take an upload over once the stream before has let go of its file.
+
+        A file that counts is folded, and then overwritten by other sites' updates: two streams that have it
+        open could spoil those.
+        """
+        while (other := self._writers.get(upload)) is not None:
+            await other.end()
+        mine = self._writers[upload] = _Writer()
+        try:
+            yield mine
+        finally:
+            del self._writers[upload]
+            mine.ended.set()
+
+    async def _take_in(
+        self, assignment: Assignment, first: Chunk, messages: AsyncIterator[bytes], writer: _Writer
+    ) -> None:
+        """Receive an update, check it and let it count."""
+        digest = assignment.update_digest
+        try:
+            await self._receive(assignment, first, messages, writer)
+        except AttemptFailed as error:
+            self._assignments.troubled(assignment, str(error))
+            raise
+        await self._check(assignment)
+        self._assignments.delivered(assignment, digest)
+
+    async def _receive(
+        self, assignment: Assignment, first: Chunk, messages: AsyncIterator[bytes], writer: _Writer
+    ) -> None:
         """Put the update together in the spool."""
-        held_bytes = self._assignments.held_bytes(assignment)
-        if first.offset != held_bytes:  # before it takes over from a stream that may be going well
-            raise BadChunk(f"the upload goes on at byte {held_bytes}, a chunk at byte {first.offset} came")
-        mine = self._writers[assignment.id] = _Writer()
+        held_bytes = self._require_next(assignment, first)
         path = self._store.place_for(assignment)
         partial = PartialFile(path, assignment.update_bytes, assignment.update_digest)
         assignment.bytes_up = max(assignment.bytes_up, held_bytes)  # what came before a restart is no news
         try:
-            await self._add(partial, assignment, first, mine)
-            async with asyncio.timeout(PATIENCE_S) as patience:
-                mine.patience = patience
+            await self._add(partial, assignment, first, writer)
+            async with asyncio.timeout(PATIENCE_S) as writer.patience:
                 async for message in messages:
-                    await self._add(partial, assignment, Chunk.decode(message), mine)
-                    patience.reschedule(asyncio.get_running_loop().time() + PATIENCE_S)
-            mine.patience = None
+                    await self._add(partial, assignment, Chunk.decode(message), writer)
+                    writer.patience.reschedule(asyncio.get_running_loop().time() + PATIENCE_S)
+            writer.patience = None
             await partial.finish()
         except TimeoutError:
-            raise BadChunk(f"no chunk came in {PATIENCE_S:g} s") from None
+            reason = TAKEN_OVER if writer.is_unwanted else f"no chunk came in {PATIENCE_S:g} s"
+            raise BadChunk(reason) from None
         finally:
-            mine.patience = None
+            writer.patience = None
             await partial.close()
-            mine.written.set()
-            if self._writers.get(assignment.id) is mine:
-                del self._writers[assignment.id]
+
+    def _require_next(self, assignment: Assignment, first: Chunk) -> int:
+        """Bytes that are held of an upload: there the first chunk of a stream must begin."""
+        held_bytes = self._assignments.held_bytes(assignment)
+        if first.offset != held_bytes:
+            raise BadChunk(f"the upload goes on at byte {held_bytes}, a chunk at byte {first.offset} came")
+        return held_bytes
 
     async def _add(self, partial: PartialFile, assignment: Assignment, chunk: Chunk, writer: _Writer) -> None:
-        if self._writers.get(assignment.id) is not writer:
-            raise BadChunk("another stream has taken this upload over")
+        if writer.is_unwanted:
+            raise BadChunk(TAKEN_OVER)
         self._assignments.uploading(assignment.site, assignment.id)  # still wanted?
         await partial.add(chunk)
         self._assignments.received(assignment, len(chunk.payload))
