@@ -10,7 +10,7 @@ from fedloom_common.channels import open_channel
 from fedloom_common.chunks import Chunk
 from fedloom_common.errors import NotFound, NotPermitted, ProtocolError, WrongState
 from fedloom_common.identity import Peer, Role
-from fedloom_common.transfer import TransferStub, upload
+from fedloom_common.transfer import TransferStub, download, upload
 from fedloom_server.app import coordinator
 
 
@@ -82,6 +82,25 @@ async def test_downloads_beyond_the_cap_wait_their_turn_and_a_cancelled_one_leav
             await call.read()
             call.cancel()
         assert await asyncio.wait_for(stub.read(request).read(), 5)
+
+
+async def test_a_site_that_reads_nothing_of_what_it_asks_for_keeps_no_other_from_reading(
+    config, tmp_path, bench_of
+):
+    async with coordinator(config.model_copy(update={"concurrent_downloads": 3})) as running:
+        path = tmp_path / "large"
+        path.write_bytes(bytes(16 << 20))
+        stored = running.store.files.put(path)
+        bench = bench_of(running)
+        hostile, honest = bench.site("hostile"), bench.site("honest")
+        await bench.until(lambda: all(running.sites.link(name) for name in bench.sites))
+        calls = [hostile.transfer.read(transfer_pb2.ReadRequest(digest=stored.digest)) for _ in range(6)]
+        await calls[-1].initial_metadata()
+        async with asyncio.timeout(10):
+            await download(honest.transfer, stored.digest, stored.size_bytes, tmp_path / "got")
+        assert (tmp_path / "got").stat().st_size == stored.size_bytes
+        for call in calls:
+            call.cancel()
 
 
 async def test_read_beyond_the_end_is_refused(bench, finished):

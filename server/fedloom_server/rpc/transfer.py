@@ -20,6 +20,7 @@ from fedloom_server.records import Assignment, AssignmentState
 from fedloom_server.rpc.access import Access
 from fedloom_server.store import Store
 
+READS_OF_A_SITE = 2  # it reads one model at a time; a line that broke unseen may hold another
 WAIT_S = 5.0  # how often a site that waits for its download is noted as alive
 SETTLE_S = 1.0  # a few chunks are written in much less
 TAKEN_OVER = "another stream has taken this upload over"
@@ -56,6 +57,7 @@ class TransferEdge:
         self._store = store
         self._assignments = assignments
         self._downloads = asyncio.Semaphore(concurrent_downloads)
+        self._reading: dict[Peer, list[asyncio.Timeout]] = {}
         self._writers: dict[str, _Writer] = {}
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -68,8 +70,27 @@ class TransferEdge:
         if path.stat().st_size <= CHUNK_BYTES:
             await self._send(path, request.offset, peer, context)
             return
-        async with self._turn(peer):
-            await self._send(path, request.offset, peer, context)
+        try:
+            async with self._place_of(peer), self._turn(peer):
+                await self._send(path, request.offset, peer, context)
+        except TimeoutError:
+            raise BadChunk("a newer download of the same site has taken this one's place") from None
+
+    @asynccontextmanager
+    async def _place_of(self, peer: Peer) -> AsyncIterator[None]:
+        """One of a site's few downloads: a further one ends the oldest, whose line is most likely broken."""
+        async with asyncio.timeout(None) as life:
+            mine = self._reading.setdefault(peer, [])
+            if peer.role is Role.SITE and len(mine) == READS_OF_A_SITE:
+                mine.pop(0).reschedule(asyncio.get_running_loop().time())
+            mine.append(life)
+            try:
+                yield
+            finally:
+                if life in mine:
+                    mine.remove(life)
+                if not mine:
+                    self._reading.pop(peer, None)
 
     @asynccontextmanager
     async def _turn(self, peer: Peer) -> AsyncIterator[None]:
