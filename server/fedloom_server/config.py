@@ -31,9 +31,11 @@ class CoordinatorConfig(Strict):
     """Bytes of an update that may be on their way: a break loses them, a long fast line needs its
     rate times the round trip, such as 4194304."""
     staged_updates: int = Field(default=8, ge=1)
-    """Updates that may lie on disk, arriving or not yet folded; further sites wait their turn. They are folded
-    four at a time, or half as many as may lie here. Beside them lie their sum in float64, a new one while it is
-    written, and up to four old updates to be overwritten; a deterministic round may take a few more."""
+    """Updates that may lie on disk, arriving or not yet folded; further sites wait their turn.
+
+    Four are folded at a time, or half as many as may lie here. Beside them lie their sum in float64, a new
+    one while it is written, and up to four old files to overwrite; a deterministic round may need a few more.
+    """
     keep_models: int = Field(default=5, ge=1)
     """Global models kept of each run; the newest ones."""
     drain_s: float = Field(default=10, gt=0)
