@@ -74,13 +74,17 @@ class Outbox:
         """The entry of an assignment."""
         return self._entries.get(assignment_id)
 
-    def update_path(self, assignment_id: str) -> Path:
-        """Where the update is to be written, in a folder of its own; an old one may lie beside it."""
-        folder = self._folder / safe_name(assignment_id)
-        folder.mkdir(exist_ok=True)
+    def place_for(self, assignment_id: str) -> Path:
+        """Where the update is to be written, in a new folder; an old one to overwrite may lie beside it."""
+        path = self.update_path(assignment_id)
+        path.parent.mkdir(exist_ok=True)
         if self._spare.exists():
-            self._spare.replace(folder / SPARE_UPDATE)
-        return folder / UPDATE
+            self._spare.replace(path.with_name(SPARE_UPDATE))
+        return path
+
+    def update_path(self, assignment_id: str) -> Path:
+        """Where the update lies."""
+        return self._folder / safe_name(assignment_id) / UPDATE
 
     async def add(self, assignment: Assignment, outcome: Outcome) -> Outcome:
         """Make a training durable whose update file is written; gives its outcome with the file's digest.
@@ -89,6 +93,7 @@ class Outbox:
             StorageFull: the disk is full.
         """
         path = self.update_path(assignment.id)
+        path.with_name(SPARE_UPDATE).unlink(missing_ok=True)  # if nothing overwrote it
         digest = await asyncio.to_thread(digest_of_file, path)
         outcome = replace(outcome, update_digest=digest, update_bytes=path.stat().st_size)
         entry = Finished(

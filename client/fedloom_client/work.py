@@ -103,7 +103,7 @@ class Performer:
 
     def _place(self, assignment: Assignment, spec: RunSpec, model: Path) -> Path:
         """Where training is to write its model, on a disk with room for all that comes of it."""
-        path = self._outbox.update_path(assignment.id)
+        path = self._outbox.place_for(assignment.id)
         wanted_bytes = assignment.model.size_bytes - size_bytes(path.with_name(SPARE_UPDATE))
         if spec.transport.up == AS_IS:
             require_space(path.parent, wanted_bytes, "the update")

@@ -6,7 +6,7 @@ How much of a file is held is its size; of one that overwrites another, a small 
 import asyncio
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedloom_common.chunks import CHUNK_BYTES, Chunk
@@ -137,8 +137,8 @@ class PartialFile:
         batch, self._behind = self._behind, []
         self._begin(self._write, batch)
 
-    def _begin(self, *work: object) -> asyncio.Future[None]:
-        self._writing = asyncio.get_running_loop().run_in_executor(None, *work)  # type: ignore[arg-type]
+    def _begin(self, work: Callable[..., None], *arguments: object) -> asyncio.Future[None]:
+        self._writing = asyncio.get_running_loop().run_in_executor(None, work, *arguments)
         return self._writing
 
     async def _written(self) -> None:

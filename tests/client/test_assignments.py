@@ -51,6 +51,8 @@ async def test_a_delivered_update_stays_until_its_run_goes_on_or_ends(world: Any
     world.coordinator.assign(world.assignment("r2-train", round=2))
     await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-train", "r2-train"])
     await until(lambda: in_outbox(world) == ["r2-train"])
+    (entry,) = (world.state / "outbox").iterdir()
+    assert sorted(path.name for path in entry.iterdir()) == ["outcome.json", "update.safetensors"]
     world.coordinator.send(run_ended=pb.RunEnded(run_id="run-1"))
     await until(lambda: in_outbox(world) == [])
 

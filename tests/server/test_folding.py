@@ -98,11 +98,7 @@ async def test_updates_that_were_folded_count_after_a_restart(config, spec, benc
         await bench.until(lambda: len(fold_of(bench, run)) == 3)
         trained = [len(site.trained) for site in bench.sites.values()]
     async with coordinator(small) as running:
-        bench.running = running
-        for site in list(bench.sites.values()):
-            await bench.detach(site.name)
-            site.fault = fault.NONE
-            bench.attach(site)
+        await all_come_back(bench, running, fault)
         run = await bench.ended(run)
         assert run.state == "finished"
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 4, rtol=1e-6)
@@ -127,11 +123,7 @@ async def test_what_a_power_cut_has_spoilt_is_asked_for_again(config, spec, benc
             file.seek(-4, os.SEEK_END)
             file.write(b"\0\0\0\0")
     async with coordinator(small) as running:
-        bench.running = running
-        for site in list(bench.sites.values()):
-            await bench.detach(site.name)
-            site.fault = fault.NONE
-            bench.attach(site)
+        await all_come_back(bench, running, fault)
         run = await bench.ended(run)
         assert run.state == "finished"
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 4, rtol=1e-6)
@@ -209,6 +201,15 @@ async def test_a_fold_that_the_database_has_no_room_for_counts_no_update_twice(
         running.runs.resume(run.id)
         assert (await bench.ended(run)).state == "finished"
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 5, rtol=1e-6)
+
+
+async def all_come_back(bench, running, fault) -> None:
+    """Every site attaches to a coordinator that was started again, and has no fault any more."""
+    bench.running = running
+    for site in list(bench.sites.values()):
+        await bench.detach(site.name)
+        site.fault = fault.NONE
+        bench.attach(site)
 
 
 def fold_of(bench, run) -> list[str]:
