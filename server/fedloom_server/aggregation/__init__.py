@@ -12,6 +12,17 @@ from typing import Protocol
 from fedloom_common.codecs.spec import AS_IS, AnyStage
 from fedloom_common.runspec import Aggregation
 from fedloom_server.aggregation.mean import WeightedMean
+from fedloom_server.aggregation.staleness import staleness_factor
+
+__all__ = ["Aggregator", "BaseModel", "Update", "aggregator_for", "staleness_factor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A global model that a site started from."""
+
+    path: Path
+    digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +33,10 @@ class Update:
     path: Path
     examples: int
     """nₖ: training examples that the site used."""
+    base: BaseModel | None = None
+    """The older global model that the site started from; None if it is the one that is aggregated on."""
+    factor: float = 1.0
+    """sₖ: what the change counts, such as :func:`staleness_factor`."""
 
 
 class Aggregator(Protocol):
@@ -39,8 +54,8 @@ class Aggregator(Protocol):
     ) -> None:
         """Write the next global model to ``out``, whole or not at all.
 
-        ``base`` is the model that the sites started from. The same updates in the same order give the
-        same bytes, however many of them were folded before.
+        ``base`` is the present model, which the sites started from unless an update names its own. The
+        same updates in the same order give the same bytes, however many of them were folded before.
 
         Memory: a few pieces, whatever the size of the model and the number of updates.
 

@@ -31,16 +31,22 @@ Values = NDArray[np.float64]
 
 
 class WeightedMean:
-    """Σ nₖ/n θₖ  over the updates, in float64, rounded once to the model's types.
+    """θ + Σ nₖ/n sₖ (θₖ − θ_bₖ)  over the updates, in float64, rounded once to the model's types.
+
+    θ is the present model, θ_bₖ the one that site k started from, and sₖ what its change counts. Of a
+    fresh update both models are the same and sₖ is 1, and of such updates alone that is  Σ nₖ/n θₖ,
+    and so computed.
 
     Some updates may be folded before the others are there, into a *sum*: a file of Σ nₖ θₖ in float64
-    with n in its metadata; of encoded updates it is the sum of their changes. Values are added in the
+    with n in its metadata; of encoded updates it is the sum of their changes, and of stale ones that of
+    θ + sₖ (θₖ − θ_bₖ), so that a sum belongs to the model that it is taken for. Values are added in the
     order of the updates, so that the mean has the same bytes in however many steps it is taken. Tensors
     that are not floats are the base model's.
 
-    Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1.
+    Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1; with stale updates Nguyen et al. 2022,
+    arXiv:2106.06639, algorithm 1, weighted by examples.
     Memory: about 5 MiB for each of a few threads, whatever the size of the model; encoded updates need
-    up to 1 MiB more each.
+    up to 1 MiB more each, stale ones up to 3 MiB.
     """
 
     def __init__(self, stages: Sequence[AnyStage] = AS_IS, base_digest: str = "") -> None:
