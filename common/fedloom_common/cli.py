@@ -17,6 +17,7 @@ from fedloom_common.errors import FederationError, NeverRetry
 GROUP = "fedloom.commands"
 # Help must not import the commands to describe them.
 SUMMARIES = {
+    "audit": "Read, export and check the audit log.",
     "client": "The daemon at a data-holding site.",
     "coordinator": "The service that runs the federation.",
     "provision": "Make the certificates and configs of a federation.",

@@ -13,7 +13,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fedloom.v1 import runs_pb2, runs_pb2_grpc, session_pb2, session_pb2_grpc, transfer_pb2
+from fedloom.v1 import (
+    audit_pb2,
+    audit_pb2_grpc,
+    runs_pb2,
+    runs_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+    transfer_pb2,
+)
 from fedloom_common.channels import SERVER_OPTIONS, window
 from fedloom_common.errors import BadSpec, WrongState
 from fedloom_common.identity import require_loopback, server_credentials
@@ -23,6 +31,7 @@ from fedloom_server.config import CoordinatorConfig
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.rounds import Federation
 from fedloom_server.rpc.access import Access, Guard
+from fedloom_server.rpc.audit import AuditEdge
 from fedloom_server.rpc.federation import FederationEdge
 from fedloom_server.rpc.runs import RunEdge
 from fedloom_server.rpc.transfer import TransferEdge
@@ -37,6 +46,7 @@ SERVICES = tuple(
         (session_pb2, "FederationService"),
         (transfer_pb2, "TransferService"),
         (runs_pb2, "RunService"),
+        (audit_pb2, "AuditService"),
     )
 )
 
@@ -144,6 +154,7 @@ def _server(config: CoordinatorConfig, federation: Federation, runs: Runs) -> gr
     transfers = TransferEdge(access, store, assignments, concurrent_downloads=config.concurrent_downloads)
     server.add_generic_rpc_handlers((transfers.handlers(),))
     runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, federation.watching), server)
+    audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditEdge(store.audit_log), server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return server
 

@@ -160,6 +160,24 @@ class Assignment(Base):
         return self.state is AssignmentState.DONE and self.work is Work.TRAIN and not self.is_folded
 
 
+class AuditRow(Base):
+    """One entry of the audit log's hash chain; never changed, never removed."""
+
+    __tablename__ = "audit"
+
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """From 1, without gaps."""
+    at: Mapped[str]
+    """When it was written, as ISO 8601 in UTC: text, as its hash covers every character."""
+    actor: Mapped[str] = mapped_column(Text)
+    action: Mapped[str] = mapped_column(Text)
+    subject: Mapped[str] = mapped_column(Text)
+    details: Mapped[str] = mapped_column(Text)
+    """JSON as it was hashed."""
+    previous: Mapped[str]
+    hash: Mapped[str]
+
+
 def assignment_id(run_id: str, round_number: int, attempt: int, work: Work, site: str) -> str:
     """The name of an assignment: the same for every sending, and a plain file name."""
     return f"{run_id}.{round_number}.{attempt}.{work}.{site}"

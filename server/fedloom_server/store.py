@@ -20,6 +20,7 @@ from fedloom_common.errors import NotFound, StorageFull, WrongState
 from fedloom_common.files import sync_file, sync_folder
 from fedloom_common.partial import overwrite
 from fedloom_common.spares import Spares
+from fedloom_server.audit import AuditLog
 from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run, RunState, Work
 
 UPDATE_SUFFIX = ".safetensors"
@@ -97,6 +98,7 @@ class Store:
         self._engine = engine
         self._prepare_tables()
         self._sessions = sessionmaker(engine, expire_on_commit=False)
+        self.audit_log = AuditLog(self._sessions)
 
     def close(self) -> None:
         """Let the database go."""

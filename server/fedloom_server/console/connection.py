@@ -13,6 +13,7 @@ from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 import grpc
 import typer
 
+from fedloom.v1.audit_pb2_grpc import AuditServiceStub
 from fedloom.v1.runs_pb2 import GetRequest, GetResponse
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom_common.channels import open_channel
@@ -39,6 +40,7 @@ class Coordinator:
     address: str
     runs: RunServiceStub
     transfers: TransferStub
+    audit: AuditServiceStub
 
     def errors(self) -> AbstractContextManager[None]:
         """See ``coordinator_errors``."""
@@ -99,6 +101,7 @@ class Operator:
                 address=settings.coordinator,
                 runs=RunServiceStub(channel),
                 transfers=TransferStub(channel),
+                audit=AuditServiceStub(channel),
             )
 
     def _settings(self) -> OperatorConfig:

@@ -36,6 +36,7 @@ ADMITTED: Mapping[str, frozenset[Role]] = {
     "/fedloom.v1.RunService/Watch": READERS,
     "/fedloom.v1.RunService/Export": READERS,
     "/fedloom.v1.RunService/ListSites": READERS,
+    "/fedloom.v1.AuditService/List": READERS,
     "/grpc.health.v1.Health/Check": ALL,
     "/grpc.health.v1.Health/Watch": ALL,
     "/grpc.health.v1.Health/List": ALL,

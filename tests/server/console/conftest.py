@@ -13,12 +13,12 @@ from blake3 import blake3
 from crc32c import crc32c as crc32c_of
 from typer.testing import CliRunner, Result
 
+from fedloom.v1 import audit_pb2, audit_pb2_grpc, runs_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 from fedloom.v1 import runs_pb2 as pb
-from fedloom.v1 import runs_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 from fedloom.v1.session_pb2 import Blob
 from fedloom_common.errors import FederationError
 from fedloom_common.rpc import status_of
-from fedloom_server.console import runs, sites
+from fedloom_server.console import audit, runs, sites
 
 CHUNK = 1000
 
@@ -47,6 +47,7 @@ class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.Transf
         """Whether Watch stays open after its last event, until the caller leaves."""
         self.content: dict[str, bytes] = {}
         self.files: list[Blob] = []
+        self.audit: list[audit_pb2.AuditEntry] = []
         self.break_reads_at: list[int] = []
         """Each breaks one Read at that byte of the file."""
 
@@ -124,6 +125,23 @@ class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.Transf
         return answer
 
 
+class FakeAudit(audit_pb2_grpc.AuditServiceServicer):
+    """The fake coordinator's audit log, three entries a page."""
+
+    def __init__(self, fake: FakeCoordinator) -> None:
+        self._fake = fake
+
+    def List(
+        self, request: audit_pb2.ListAuditRequest, context: grpc.ServicerContext
+    ) -> audit_pb2.ListAuditResponse:
+        entries = [entry for entry in self._fake.audit if entry.seq > request.after]
+        newest = self._fake.audit[-1] if self._fake.audit else audit_pb2.AuditEntry(hash="0" * 64)
+        answer = audit_pb2.ListAuditResponse(
+            entries=entries[: min(3, request.most)], head_seq=newest.seq, head_hash=newest.hash
+        )
+        return self._fake._answer(request, context, answer)
+
+
 @dataclass
 class Console:
     """The commands, called as a shell calls them."""
@@ -132,7 +150,7 @@ class Console:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, command: str, *arguments: str, status: int = 0, text: str | None = None) -> Result:
-        app: typer.Typer = sites.app if command == "sites" else runs.app
+        app: typer.Typer = {"sites": sites.app, "audit": audit.app}.get(command, runs.app)
         where = ("--coordinator", self.address, "--insecure", "alice") if self.address else ()
         options = () if arguments[0] == "schema" else where
         environment = {"FEDLOOM_OPERATOR_CONFIG": None, "COLUMNS": "200", **self.environment}
@@ -156,6 +174,7 @@ def serve() -> Iterator[Serve]:
         server = grpc.server(ThreadPoolExecutor(8))
         runs_pb2_grpc.add_RunServiceServicer_to_server(fake, server)
         transfer_pb2_grpc.add_TransferServiceServicer_to_server(fake, server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(FakeAudit(fake), server)
         port = (
             server.add_secure_port("127.0.0.1:0", credentials)
             if credentials
