@@ -20,7 +20,7 @@ from fedloom_client.residuals import Residuals
 from fedloom_client.training.orders import SPARE_UPDATE, Order, WorkerProgress, WorkerResult
 from fedloom_common.codecs.spec import AS_IS
 from fedloom_common.errors import FederationError
-from fedloom_common.runspec import RunSpec, read_run_spec
+from fedloom_common.runspec import AdamW, Local, RunSpec, read_run_spec
 
 DEADLINE_GRACE_S = 10.0  # the coordinator's Cancel comes first; this ends work whose coordinator is gone
 
@@ -105,6 +105,7 @@ class Performer:
         """Where training is to write its model, on a disk with room for all that comes of it."""
         path = self._outbox.place_for(assignment.id)
         wanted_bytes = assignment.model.size_bytes - size_bytes(path.with_name(SPARE_UPDATE))
+        wanted_bytes += _checkpoint_bytes(spec.local, assignment.model.size_bytes)
         if spec.transport.up == AS_IS:
             require_space(path.parent, wanted_bytes, "the update")
             return path
@@ -174,6 +175,14 @@ class Performer:
         return (
             f"no space left in state_dir {root} ({free_bytes} bytes are free): free some, or move it\n{error}"
         )
+
+
+def _checkpoint_bytes(local: Local, model_bytes: int) -> int:
+    """What local checkpoints take on disk at most: the last one, and the next while it is written."""
+    if local.checkpoint_every is None:
+        return 0
+    moments = 2 if isinstance(local.optimizer, AdamW) else int(local.optimizer.momentum > 0)
+    return 2 * (1 + moments) * model_bytes
 
 
 def _failure(assignment: Assignment, reason: str) -> Failure:

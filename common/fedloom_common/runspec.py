@@ -134,6 +134,9 @@ class Local(Strict):
     """Inner optimizer."""
     keep_optimizer_state: bool = True
     """Whether the optimizer's state stays at the site from round to round, or is reset in each."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints on the site's disk, from which a killed rank or daemon goes on; without them
+    it takes the round's steps again. A checkpoint takes the model's size, and the optimizer's state's."""
     schedule: Schedule = Schedule()
     """Learning rate over the run."""
     clip_norm: float | None = Field(default=1.0, gt=0)

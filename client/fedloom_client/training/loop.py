@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fedloom_client.training.checkpoints import Checkpoint
 from fedloom_client.training.data import Blocks
 from fedloom_client.training.group import Group
 from fedloom_client.training.optimizers import rate_factor
@@ -41,14 +42,19 @@ class Rank:
         return torch.from_numpy(blocks[numbers].astype(np.int64)).to(self.group.device, non_blocking=True)
 
 
-def train(
-    rank: Rank,
-    plan: RoundPlan,
-    blocks: Blocks,
-    stream: ExampleStream,
-    optimizer: torch.optim.Optimizer,
-    local: Local,
-) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What a rank takes a round's steps with."""
+
+    plan: RoundPlan
+    stream: ExampleStream
+    optimizer: torch.optim.Optimizer
+    checkpoint: Checkpoint
+    earlier: list[float]
+    """Losses of the round's first steps, if a checkpoint told of them."""
+
+
+def train(rank: Rank, local: Local, blocks: Blocks, course: Course) -> float:
     """Take the round's steps; the mean loss over them and all ranks.
 
     One step over W ranks is one step of a single process on the same examples: DDP averages the
@@ -57,11 +63,13 @@ def train(
     Raises:
         Cancelled, TrainingFailed: as ``Pulse.after``; the model and the optimizer are then unusable.
     """
+    plan, stream, optimizer, done = course.plan, course.stream, course.optimizer, len(course.earlier)
     losses = torch.zeros(plan.steps, dtype=torch.float64, device=rank.group.device)
-    pulse = Pulse(rank.group, losses, rank.stop_wanted, "the round")
-    progress = TrainProgress(rank.report, plan.steps, plan.step_examples * rank.task.targets(blocks.shape[1]))
+    pulse = Pulse(rank.group, losses, rank.stop_wanted, "the round", course.earlier)
+    step_tokens = plan.step_examples * rank.task.targets(blocks.shape[1])
+    progress = TrainProgress(rank.report, plan.steps, step_tokens, done=done)
     rank.model.train()
-    for step in range(plan.steps):
+    for step in range(done, plan.steps):
         set_rate(optimizer, local, plan.first_step + step, plan.total_steps)
         for part in range(plan.accumulation):
             examples = rank.batch(blocks, stream.take(plan.position(step, part), plan.micro_examples))
@@ -74,8 +82,11 @@ def train(
             nn.utils.clip_grad_norm_(rank.model.parameters(), local.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if pulse.after(step):
+        is_checkpoint = step + 1 < plan.steps and course.checkpoint.is_due(step + 1)
+        if pulse.after(step, is_due=is_checkpoint):
             progress.after(pulse.sums)
+        if is_checkpoint:  # of finite losses only: the look has checked them
+            course.checkpoint.save(pulse.sums)
     return sum(pulse.sums) / plan.steps
 
 

@@ -40,7 +40,8 @@ class LocalModel:
         module = _build(assets, _main_dtype(self.manifest))
         _match_dtypes(module, self.manifest)
         self.module = module.to(device)
-        self._tensors = _file_tensors(self.module, self.manifest)
+        self.tensors = _file_tensors(self.module, self.manifest)
+        """The values by their names in the global model's file."""
 
     def load(self, global_model: Path) -> None:
         """Take over the values of a global model, in place.
@@ -55,11 +56,23 @@ class LocalModel:
         self.manifest.require_same_tensors(manifest)
         with global_model.open("rb", buffering=0) as file, torch.no_grad():
             for info in manifest.tensors:
-                _fill(self._tensors[info.name], file.fileno(), info)
+                _fill(self.tensors[info.name], file.fileno(), info)
+
+    def fill(self, name: str, values: torch.Tensor) -> None:
+        """Take over the values of one tensor.
+
+        Raises:
+            KeyError, BadTensor: the model has none of that name, or of another shape.
+        """
+        tensor = self.tensors[name]
+        if tensor.shape != values.shape:
+            raise BadTensor(f"tensor {name} has shape {list(values.shape)}, wanted {list(tensor.shape)}")
+        with torch.no_grad():
+            tensor.copy_(values)
 
     def write(self, path: Path) -> None:
         """Write the values as an update: the global model's tensors, in its order."""
-        write_tensors(path, self._tensors, durable=False, over=path.with_name(SPARE_UPDATE))
+        write_tensors(path, self.tensors, durable=False, over=path.with_name(SPARE_UPDATE))
 
 
 def _build(assets: Path, dtype: torch.dtype) -> nn.Module:

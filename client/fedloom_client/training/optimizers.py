@@ -1,6 +1,7 @@
 """Inner optimizers, the learning rate over the run, and the optimizer's state between rounds."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.runspec import SGD, AdamW, Schedule
-from fedloom_common.tensors import Manifest, read_tensors, write_tensors
+from fedloom_common.tensors import read_tensors, write_tensors
 
 
 def new_optimizer(spec: AdamW | SGD, module: nn.Module) -> torch.optim.Optimizer:
@@ -36,6 +37,33 @@ def rate_factor(schedule: Schedule, step: int, total_steps: int) -> float:
     return schedule.final_ratio + (1 - schedule.final_ratio) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
+def state_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, torch.Tensor]:
+    """The optimizer's state by names that hold for a file; plain SGD has none."""
+    states = optimizer.state_dict()["state"]
+    return {
+        f"{name}:{key}": value
+        for number, name in enumerate(_trained_names(module))
+        for key, value in states.get(number, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Give an optimizer the state that ``state_tensors`` told.
+
+    Raises:
+        KeyError: a tensor is of a parameter that the model does not have.
+    """
+    numbers = {name: number for number, name in enumerate(_trained_names(module))}
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for label, tensor in tensors:
+        name, _, key = label.rpartition(":")
+        states.setdefault(numbers[name], {})[key] = tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 class KeptState:
     """The optimizer's state after each finished round, as safetensors files in the run's folder.
 
@@ -47,12 +75,7 @@ class KeptState:
 
     def save(self, optimizer: torch.optim.Optimizer, module: nn.Module, after_round: int) -> None:
         """Write the state that a finished round left, and drop all but the one before."""
-        tensors = {
-            f"{name}:{key}": value
-            for name, state in _states(optimizer, module)
-            for key, value in state.items()
-            if isinstance(value, torch.Tensor)
-        }
+        tensors = state_tensors(optimizer, module)
         if tensors:  # plain SGD has none
             write_tensors(self._file(after_round), tensors)
         keep = sorted(round_ for round_ in self._rounds() if round_ <= after_round)[-2:]
@@ -70,20 +93,11 @@ class KeptState:
             return
         file = self._file(max(rounds))
         try:
-            Manifest.read(file)
-            self._restore(optimizer, module, file)
+            load_state(optimizer, module, read_tensors(file))
         except (BadTensor, KeyError) as error:
             raise TrainingFailed(
                 f"the kept optimizer state {file} cannot be used ({error}): delete it to begin a new one"
             ) from error
-
-    def _restore(self, optimizer: torch.optim.Optimizer, module: nn.Module, file: Path) -> None:
-        numbers = {name: number for number, name in enumerate(_trained_names(module))}
-        states: dict[int, dict[str, torch.Tensor]] = {}
-        for label, tensor in read_tensors(file):
-            name, _, key = label.rpartition(":")
-            states.setdefault(numbers[name], {})[key] = tensor
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def _rounds(self) -> list[int]:
         return [
@@ -96,8 +110,3 @@ class KeptState:
 
 def _trained_names(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-
-
-def _states(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[tuple[str, dict[str, object]]]:
-    states = optimizer.state_dict()["state"]
-    return [(name, states.get(number, {})) for number, name in enumerate(_trained_names(module))]

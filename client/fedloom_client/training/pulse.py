@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,24 +23,32 @@ class Pulse:
     """
 
     def __init__(
-        self, group: Group, values: torch.Tensor, stop_wanted: Callable[[], bool], what: str
+        self,
+        group: Group,
+        values: torch.Tensor,
+        stop_wanted: Callable[[], bool],
+        what: str,
+        earlier: Sequence[float] = (),
     ) -> None:
+        """``earlier`` are the sums of the first steps, if those were taken before."""
         self._group, self._values, self._stop_wanted, self._what = group, values, stop_wanted, what
-        self._seen, self._interval = 0, 1
+        self._seen, self._interval = len(earlier), 1
         self._step_s = 0.0
         self._looked = time.monotonic()
-        self.sums: list[float] = []
+        self.sums = list(earlier)
         """Over the ranks, of the steps seen so far."""
 
-    def after(self, step: int) -> bool:
+    def after(self, step: int, *, is_due: bool = False) -> bool:
         """Call after every step, from 0; whether a look was due, and ``sums`` has grown.
+
+        ``is_due`` asks for a look now, on every rank alike.
 
         Raises:
             Cancelled: the daemon no longer wants the work.
             TrainingFailed: a value is not finite.
         """
         done = step + 1
-        if done < self._seen + self._interval and done < len(self._values):
+        if not is_due and done < self._seen + self._interval and done < len(self._values):
             return False
         mine = [float(self._stop_wanted()), self._step_s] if self._group.rank == 0 else [0.0, 0.0]
         agreed = torch.cat([self._values[self._seen : done], self._values.new_tensor(mine)])
@@ -68,10 +76,12 @@ class Pulse:
 class TrainProgress:
     """Reports of a training about once a second: the loss since the last one, and the throughput."""
 
-    def __init__(self, report: Callable[[WorkerProgress], None], steps: int, step_tokens: int) -> None:
+    def __init__(
+        self, report: Callable[[WorkerProgress], None], steps: int, step_tokens: int, *, done: int = 0
+    ) -> None:
         self._report, self._steps, self._step_tokens = report, steps, step_tokens
-        self._reported, self._time = 0, time.monotonic()
-        report(WorkerProgress(phase="train", done=0, total=steps))
+        self._reported, self._time = done, time.monotonic()
+        report(WorkerProgress(phase="train", done=done, total=steps))
 
     def after(self, losses: list[float]) -> None:
         """Tell of the losses of all steps so far, if it is time or the last step is done."""

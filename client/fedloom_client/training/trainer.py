@@ -13,6 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fedloom_client.training import loop
+from fedloom_client.training.checkpoints import Checkpoint
 from fedloom_client.training.data import Blocks, PackedData
 from fedloom_client.training.group import Group
 from fedloom_client.training.loop import Rank
@@ -54,7 +55,8 @@ class Trainer:
             stop_wanted=stop_wanted,
         )
         self._stream: ExampleStream | None = None
-        self._kept = KeptState(Path(job.directory))
+        self._directory = Path(job.directory)
+        self._kept = KeptState(self._directory)
         self._optimizer: torch.optim.Optimizer | None = None
         self._optimizer_round = 0
         self._warm_for = warm_key(job)
@@ -85,9 +87,17 @@ class Trainer:
                 len(blocks), seed=self._spec.seed, rank=group.rank, world=group.world
             )
         optimizer = self._take_optimizer(order.round)
-        torch.manual_seed(_seed(self._spec.seed, order.round, group.rank))
-        loss = loop.train(self._rank, plan, blocks, self._stream, optimizer, local)
+        checkpoint = Checkpoint(self._directory, order.id, local.checkpoint_every, group, self._seeder(order))
+        course = loop.Course(
+            plan=plan,
+            stream=self._stream,
+            optimizer=optimizer,
+            checkpoint=checkpoint,
+            earlier=checkpoint.begin(self._model, optimizer),
+        )
+        loss = loop.train(self._rank, local, blocks, course)
         group.first_does(lambda: self._save(order, optimizer))
+        checkpoint.remove()
         if local.keep_optimizer_state:
             self._optimizer, self._optimizer_round = optimizer, order.round
         examples = plan.steps * plan.step_examples
@@ -123,6 +133,15 @@ class Trainer:
         if self._spec.local.keep_optimizer_state:
             self._kept.load(optimizer, self._model.module, round_)
         return optimizer
+
+    def _seeder(self, order: Order) -> Callable[[int], None]:
+        """Seeds this rank for a step of an order."""
+
+        def seed(step: int) -> None:
+            later = (step,) if step else ()
+            torch.manual_seed(_seed(self._spec.seed, order.round, self._group.rank, *later))
+
+        return seed
 
     def _save(self, order: Order, optimizer: torch.optim.Optimizer) -> str:
         try:
@@ -177,6 +196,6 @@ def _precision(local: Local, device: torch.device) -> torch.dtype | None:
 
 
 def _seed(*parts: int) -> int:
-    """A generator seed that differs for every run seed, round and rank."""
+    """A generator seed that differs for every run seed, round, rank and step."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

@@ -63,8 +63,8 @@ def rank_of(directory: Path, rank: int) -> psutil.Process:
     return process
 
 
-async def until_training(task: asyncio.Task[Any], progress: list[WorkerProgress]) -> None:
-    while not (progress and progress[-1].phase == "train" and progress[-1].done):
+async def until_training(task: asyncio.Task[Any], progress: list[WorkerProgress], steps: int = 1) -> None:
+    while not (progress and progress[-1].phase == "train" and progress[-1].done >= steps):
         assert not task.done(), task.result()
         await asyncio.sleep(0.02)
 
@@ -188,20 +188,24 @@ async def test_progress_comes_about_once_a_second_with_loss_and_throughput(
     assert [report.done for report in seen] == sorted({report.done for report in seen})
 
 
+@pytest.mark.parametrize("checkpoint_every", [None, 10], ids=["from-the-start", "from-a-checkpoint"])
 async def test_a_killed_rank_is_restarted_and_the_order_gives_the_undisturbed_result(
-    alone: Any, texts: DataSource, make_order: MakeOrder, tmp_path: Path
+    alone: Any, texts: DataSource, make_order: MakeOrder, tmp_path: Path, checkpoint_every: int | None
 ) -> None:
     progress: list[WorkerProgress] = []
     directory = tmp_path / "group"
     group = WorkerGroup(workers=two_ranks(), source=texts, directory=directory)
     local = {"steps": 200, "batch_examples": 8, "optimizer": {"lr": 1e-5}}
-    order = make_order(local=local)
+    order = make_order(local=local | {"checkpoint_every": checkpoint_every})
     task = asyncio.create_task(group.perform(order, progress.append))
-    await until_training(task, progress)
+    await until_training(task, progress, steps=checkpoint_every or 1)
     rank_of(directory, 1).kill()
     result = await task
     await group.stop()
-    assert [item.phase for item in progress].count("start") == 2
+    phases = [item.phase for item in progress]
+    assert phases.count("start") == 2
+    went_on_at = next(item for item in reversed(progress[phases.index("train") :]) if item.loss is None)
+    assert (went_on_at.done > 0) is (checkpoint_every is not None)
     assert result.examples == 200 * 8
     alone.perform(make_order(local=local, update_path=str(tmp_path / "undisturbed")))
     same_tensors(order.update_path, tmp_path / "undisturbed", 1e-5)
