@@ -75,6 +75,10 @@ class Assignments:
         """Assignments that are under way, or finished and not delivered."""
         return [*self._queue, *self._outbox]
 
+    def kept_runs(self) -> list[str]:
+        """Runs of which anything is kept: one may have ended while there was no session to tell it over."""
+        return sorted({*self._outbox.runs(), *self._group.kept_runs()})
+
     def attached(self) -> None:
         """A session is open: the coordinator now sends again what it still wants."""
         self._draining = False

@@ -131,6 +131,7 @@ class Daemon:
             data_sets=sizes,
             held_digests=self._cache.held_digests(),
             open_assignments=self._assignments.open_ids(),
+            kept_runs=self._assignments.kept_runs(),
         )
 
     def _connect(self) -> grpc.aio.Channel:

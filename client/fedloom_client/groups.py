@@ -68,6 +68,10 @@ class WarmGroup:
             if not may_resume:
                 await asyncio.to_thread(_clear, self._runs / safe_name(run_id))
 
+    def kept_runs(self) -> list[str]:
+        """Names of the folders that runs have here: their ids, as far as these are plain names."""
+        return [path.name for path in self._runs.iterdir()]
+
     async def stop(self) -> None:
         """End the processes."""
         async with self._lock:

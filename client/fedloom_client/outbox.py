@@ -150,6 +150,10 @@ class Outbox:
             if entry.run_id == assignment.run_id and (entry.round, entry.attempt) < newest
         ]
 
+    def runs(self) -> set[str]:
+        """Ids of the runs that have entries."""
+        return {entry.run_id for entry in self._entries.values()}
+
     def of_run(self, run_id: str) -> list[str]:
         """Ids of a run's entries."""
         return [name for name, entry in self._entries.items() if entry.run_id == run_id]

@@ -21,6 +21,7 @@ def hello(
     data_sets: dict[str, int],
     held_digests: Iterable[str],
     open_assignments: Iterable[str],
+    kept_runs: Iterable[str],
 ) -> pb.SiteMessage:
     """The first message of a session; ``data_sets`` maps names to sizes in bytes."""
     return pb.SiteMessage(
@@ -32,6 +33,7 @@ def hello(
             data_sets=[pb.DataSet(name=name, size_bytes=size) for name, size in data_sets.items()],
             held_digests=held_digests,
             open_assignments=open_assignments,
+            kept_runs=kept_runs,
         )
     )
 

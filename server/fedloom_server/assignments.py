@@ -128,8 +128,9 @@ class Assignments:
         for assignment in batch:
             self._turns.release(assignment.id)
 
-    def attached(self, site: str, open_ids: Iterable[str] = ()) -> None:
+    def attached(self, site: str, open_ids: Iterable[str] = (), kept_runs: Iterable[str] = ()) -> None:
         """Send a site its open assignments again: it may have missed them, or that others have ended."""
+        self._tell_ended_runs(site, kept_runs)
         for assignment_id in open_ids:
             self._entry(site, assignment_id)
         for entry in self._of(site):
@@ -249,6 +250,15 @@ class Assignments:
         if entry := self._open.get(assignment.id):
             entry.trouble = reason
         logger.warning("upload interrupted", extra=_facts(assignment) | {"reason": reason})
+
+    def _tell_ended_runs(self, site: str, kept_runs: Iterable[str]) -> None:
+        """Let a site clear away what it keeps of runs that ended, or went from our records, without it."""
+        link = self._sites.link(site)
+        states = {run.id: run.state for run in self._store.runs()} if link else {}
+        for run_id in kept_runs:
+            state = states.get(run_id)
+            if link and (state is None or state.is_end):
+                link.run_ended(run_id, may_resume=state in (RunState.FAILED, RunState.STOPPED))
 
     def _begin(
         self,

@@ -153,6 +153,17 @@ async def test_a_finished_training_survives_a_restart_and_is_sent_without_traini
     assert len(world.group.orders) == 1
 
 
+async def test_a_run_whose_end_was_not_heard_is_named_at_attach_and_cleared_away(world: Any) -> None:
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-train"])
+    world.coordinator.break_session()
+    assert list((await world.attached(2)).kept_runs) == ["run-1"]
+    world.coordinator.send(run_ended=pb.RunEnded(run_id="run-1"))
+    await outbox_is_empty(world)
+
+
 async def test_what_was_not_finished_is_cleared_away_at_the_start(world: Any) -> None:
     unfinished = world.state / "outbox" / "r1-train"
     unfinished.mkdir(parents=True)

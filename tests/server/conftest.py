@@ -76,6 +76,7 @@ class FakeSite:
         self.granted = False
         self.repeated = 0
         self.open_assignments: list[str] = []
+        self.kept_runs: list[str] = []
         self.assigned = asyncio.Event()
         self.cancelled: dict[str, str] = {}
         self.ended_runs: list[str] = []
@@ -96,6 +97,7 @@ class FakeSite:
                 software="fake",
                 data_sets=[pb.DataSet(name="text", size_bytes=1_000_000)],
                 open_assignments=self.open_assignments,
+                kept_runs=self.kept_runs,
             )
             self._outbox = asyncio.Queue()
             self.send(hello=hello)

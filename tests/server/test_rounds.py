@@ -279,6 +279,19 @@ async def test_an_assignment_that_has_ended_is_cancelled_at_attach(bench, spec):
     await bench.until(lambda: f"{run.id}.7.1.train.a" in site.cancelled)
 
 
+async def test_a_site_hears_at_attach_of_the_runs_that_ended_without_it(bench, spec):
+    bench.site("a")
+    ended = await bench.ended(await bench.enqueue(spec()))
+    await bench.detach("a")
+    under_way = await bench.enqueue(spec())
+    site = bench.sites["a"]
+    site.ended_runs.clear()
+    site.kept_runs = [ended.id, under_way.id, "unheard-of", ended.id[:3]]
+    bench.attach(site)
+    await bench.until(lambda: under_way.id in site.ended_runs)
+    assert site.ended_runs == [ended.id, "unheard-of", ended.id[:3], under_way.id]
+
+
 async def test_a_restarted_coordinator_goes_on_in_the_same_round(config, bench_of, spec, initial, fault):
     async with coordinator(config) as running:
         bench = bench_of(running)

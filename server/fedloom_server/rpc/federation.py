@@ -31,6 +31,7 @@ NUMBERS = 64
 DEVICES = 256
 DATA_SETS = 1000
 OPEN_ASSIGNMENTS = 1000
+KEPT_RUNS = 1000
 
 _PLAIN = re.compile(r"[^A-Za-z0-9_.-]")
 """What a metric's name may not have: it stands in logs and tables."""
@@ -134,7 +135,9 @@ class FederationEdge(FederationServiceServicer):
         try:
             with self._sites.attached(site, _description(hello), link) as entry:
                 link.welcome(site, self._heartbeat_s)
-                self._assignments.attached(site, hello.open_assignments[:OPEN_ASSIGNMENTS])
+                self._assignments.attached(
+                    site, hello.open_assignments[:OPEN_ASSIGNMENTS], hello.kept_runs[:KEPT_RUNS]
+                )
                 reading = asyncio.create_task(self._read(entry, request_iterator, link, context))
                 try:
                     async for message in link.messages():
