@@ -14,7 +14,8 @@ FederationError
     ├── TooFewUpdates      fewer sites reported than the quorum asks for
     ├── Unreachable        the peer does not answer
     ├── TooManyCalls       the peer has too many calls under way
-    └── StorageFull        no space left for what must be stored
+    ├── StorageFull        no space left for what must be stored
+    └── StorageUnavailable the database or the storage of models does not answer
 """
 
 
@@ -98,3 +99,9 @@ class StorageFull(AttemptFailed):
     """No space is left for what must be stored."""
 
     status = "RESOURCE_EXHAUSTED"
+
+
+class StorageUnavailable(AttemptFailed):
+    """The database, or the storage of models, does not answer."""
+
+    status = "UNAVAILABLE"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 
@@ -64,11 +64,13 @@ def mistake(cls: type[BaseModel], item: Any, source: str | None) -> str:
     if item["type"] == "missing":
         return f"  {path}: required, but not given{origin}"
     if item["type"] == "extra_forbidden":
-        model = _model_at(cls, item["loc"][:-1])
+        kind = _kind_at(cls, item["loc"][:-1])
+        model = kind if is_model(kind) else cls
         return f"  {path}: " + unknown_setting(model, str(item["loc"][-1]), "") + f" (came{origin})"
     wanted = item["msg"].removeprefix("Value error, ")
     came = repr(item["input"])
-    if isinstance(item["input"], dict) or len(came) > 80:
+    is_secret = _kind_at(cls, item["loc"]) is SecretStr
+    if isinstance(item["input"], dict) or len(came) > 80 or is_secret:
         return f"  {path}: {wanted}{origin and f' (came{origin})'}"
     return f"  {path}: {wanted} (came: {came}{origin})"
 
@@ -80,14 +82,14 @@ def unknown_setting(cls: type[BaseModel], key: str, lead: str) -> str:
     return f"{lead}no setting {key!r}; {known}"
 
 
-def _model_at(cls: type[BaseModel], loc: Iterable[int | str]) -> type[BaseModel]:
+def _kind_at(cls: type[BaseModel], loc: Iterable[int | str]) -> Any:
     kind: Any = cls
     for part in loc:
         if is_model(kind) and part in kind.model_fields:
             kind = plain_type(kind.model_fields[str(part)].annotation)
         elif typing.get_args(kind):
             kind = plain_type(typing.get_args(kind)[1 if typing.get_origin(kind) is dict else 0])
-    return kind if is_model(kind) else cls
+    return kind
 
 
 def _kind_name(kind: Any) -> str:

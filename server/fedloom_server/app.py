@@ -1,12 +1,11 @@
 """The coordinator as a whole: what it is made of, how it starts and how it ends."""
 
 import asyncio
-import fcntl
 import logging
 import resource
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -23,12 +22,14 @@ from fedloom.v1 import (
     transfer_pb2,
 )
 from fedloom_common.channels import SERVER_OPTIONS, window
-from fedloom_common.errors import BadSpec, WrongState
+from fedloom_common.errors import BadSpec
 from fedloom_common.identity import require_loopback, server_credentials
 from fedloom_common.memory import keep_freed_memory
 from fedloom_server.assignments import Assignments
 from fedloom_server.config import CoordinatorConfig
+from fedloom_server.database import open_database
 from fedloom_server.models import MODEL_FILE
+from fedloom_server.ownership import owned_folder
 from fedloom_server.rounds import Federation
 from fedloom_server.rpc.access import Access, Guard
 from fedloom_server.rpc.audit import AuditEdge
@@ -87,11 +88,11 @@ async def serve_until_signalled(config: CoordinatorConfig) -> None:
 @asynccontextmanager
 async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
     """A coordinator that serves inside the block."""
-    config.state_dir.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     _open_more_files()
-    with _locked(config):
-        store, sites, watching = Store(config.state_dir), Sites(), Watching()
+    with owned_folder(config.state_dir):
+        database = open_database(config.database_url, config.state_dir)
+        store, sites, watching = Store(config.state_dir, database), Sites(), Watching()
         assignments = Assignments(
             store,
             sites,
@@ -178,15 +179,3 @@ def _open_more_files() -> None:
     """Raise the limit of open files as far as the system lets us: averaging opens every update of a round."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-@contextmanager
-def _locked(config: CoordinatorConfig) -> Iterator[None]:
-    with (config.state_dir / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise WrongState(
-                f"another coordinator uses {config.state_dir}; give each a state_dir of its own"
-            ) from error
-        yield

@@ -182,7 +182,7 @@ class Assignments:
             self._reject(entry, f"it has announced {entry.announcements} different updates")
             return
         if assignment.update_digest:
-            discard(self._store.update_path(assignment))  # trained again, with other bytes
+            discard(self._store.spool.update_path(assignment))  # trained again, with other bytes
         assignment.examples, assignment.tokens = result.examples, result.tokens
         assignment.metrics, assignment.phase_seconds = dict(result.metrics), dict(result.phase_seconds)
         assignment.update_digest, assignment.update_bytes = result.update_digest, result.update_bytes
@@ -339,7 +339,7 @@ class Assignments:
         if assignment.has_spooled_update:
             self._turns.stage(assignment.id)
         else:  # now, as a stream that still writes it must not have it open when others overwrite it
-            discard(self._store.update_path(assignment))
+            discard(self._store.spool.update_path(assignment))
         self._forget(entry)
         if not entry.ended.done():
             entry.ended.set_result(None)
@@ -378,7 +378,7 @@ class Assignments:
 
     def held_bytes(self, assignment: Assignment) -> int:
         """Bytes of an update that are on disk; none of a larger file, whose mark a power cut has taken."""
-        held = held_bytes(self._store.update_path(assignment))
+        held = held_bytes(self._store.spool.update_path(assignment))
         return held if held <= assignment.update_bytes else 0
 
     def _data_bytes(self, entry: _Open) -> int:

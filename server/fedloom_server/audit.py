@@ -13,9 +13,10 @@ from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import event, inspect, select, text
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
 from fedloom_server.auditchain import Entry, Head, hash_of
+from fedloom_server.database import Database
 from fedloom_server.records import AuditRow, Run, RunState
 
 COORDINATOR = "coordinator"
@@ -53,19 +54,18 @@ class AuditLog:
     Every change of a run's state is an entry too, written in the transaction that makes the change.
     """
 
-    def __init__(self, sessions: sessionmaker[Session]) -> None:
-        self._sessions = sessions
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._windows: dict[tuple[str, str], _Window] = {}
         self._lock = threading.Lock()
-        event.listen(sessions, "before_flush", _audit_runs)
+        event.listen(database.sessions, "before_flush", _audit_runs)
 
     def audit(self, actor: object, action: str, subject: str = "", **details: Any) -> None:
         """Add an entry; it is durable when this returns.
 
         ``actor`` is a Peer, or COORDINATOR for what it does by itself; ``action`` is like "run.stop".
         """
-        with self._sessions.begin() as session:
-            _append(session, [(str(actor), action, subject, details)])
+        self._database.do(lambda session: _append(session, [(str(actor), action, subject, details)]))
 
     def audit_often(self, actor: object, action: str, subject: str = "", **details: Any) -> None:
         """Add an entry of a kind that a peer can cause at will: it is counted, not written, if they are many.
@@ -99,13 +99,11 @@ class AuditLog:
     def entries(self, after: int = 0, most: int = PAGE_ENTRIES) -> list[Entry]:
         """Entries in order, from the one after ``after`` on."""
         query = select(AuditRow).where(AuditRow.seq > after).order_by(AuditRow.seq).limit(most)
-        with self._sessions() as session:
-            return [entry_of(row) for row in session.scalars(query)]
+        return self._database.do(lambda session: [entry_of(row) for row in session.scalars(query)])
 
     def head(self) -> Head:
         """The end of the chain."""
-        with self._sessions() as session:
-            return _head(session)
+        return self._database.do(_head)
 
 
 def entry_of(row: AuditRow) -> Entry:

@@ -49,6 +49,33 @@ def health(context: typer.Context, config: ConfigFile = None) -> None:
     asyncio.run(_check_health(settings))
 
 
+@app.command(context_settings=FLAGS)
+def migrate(
+    context: typer.Context,
+    config: ConfigFile = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit with 0 only if nothing is to be done.")
+    ] = False,
+) -> None:
+    """Bring the database to this release's tables, which `start` does by itself; no coordinator may run."""
+    settings = load_settings(CoordinatorConfig, config, env_prefix=ENV_PREFIX, flags=context.args)
+    set_up_logging(settings.log_format, settings.log_level)
+    from fedloom_server.database import open_database  # here, so that help needs no SQL
+    from fedloom_server.ownership import owned_folder
+    from fedloom_server.schema import latest_revision, require_latest, upgrade
+
+    database = open_database(settings.database_url, settings.state_dir)
+    try:
+        if check:
+            require_latest(database)
+        else:
+            with owned_folder(settings.state_dir):
+                upgrade(database)
+    finally:
+        database.close()
+    typer.echo(f"the database has this release's tables, revision {latest_revision()}")
+
+
 async def _check_health(config: CoordinatorConfig) -> None:
     """Ask the standard health service at the coordinator's own address, with its own certificate."""
     from grpc_health.v1 import health_pb2, health_pb2_grpc

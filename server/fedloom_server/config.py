@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from fedloom_common.channels import WINDOW_BYTES
 from fedloom_common.identity import TlsFiles
@@ -20,7 +20,9 @@ class CoordinatorConfig(Strict):
     insecure: bool = False
     """Instead of ``tls``, for tests on one machine: no encryption, identities believed; loopback only."""
     state_dir: ConfigPath
-    """Folder for the database, models and updates; made if missing."""
+    """Folder for models, updates and, without ``database``, SQLite's file; made if missing."""
+    database: SecretStr | None = None
+    """postgresql://USER:PASSWORD@HOST:PORT/NAME, a database of its own, instead of SQLite's file."""
     heartbeat_s: float = Field(default=10, gt=0)
     """Seconds between a site's signs of life; three missed ones end its session."""
     concurrent_uploads: int = Field(default=8, ge=1)
@@ -44,6 +46,11 @@ class CoordinatorConfig(Strict):
     """How log lines look on standard error."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe lines that are logged."""
+
+    @property
+    def database_url(self) -> str | None:
+        """Where the database is; it may hold a password."""
+        return None if self.database is None else self.database.get_secret_value()
 
     @model_validator(mode="after")
     def _one_kind_of_security(self) -> Self:

@@ -31,8 +31,9 @@ from fedloom_common.codecs.values import PIECE_VALUES, Values
 from fedloom_common.errors import BadTensor, WrongState
 from fedloom_common.floats import decode
 from fedloom_common.tensors import ITEM_BYTES, TensorInfo
+from fedloom_server.files import StoredFile
 from fedloom_server.records import Round, Run
-from fedloom_server.store import Store, StoredFile
+from fedloom_server.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def delta_to(store: Store, run: Run, model_digest: str) -> Delta | None:
 
 def _feedback(store: Store, record: Round) -> Feedback:
     """The run's residual, with what the round before has prepared in its place."""
-    folder = store.residual_folder(record.run_id)
+    folder = store.spool.residual_folder(record.run_id)
     if record.number > 1:
         try:
             Feedback(folder, str(record.number - 1)).commit()

@@ -45,7 +45,7 @@ class Folding:
         spoilt = await asyncio.to_thread(self._spoilt)
         for assignment in spoilt:
             logger.warning("an update was lost and is asked for again", extra={"assignment": assignment.id})
-            discard(self._store.update_path(assignment))
+            discard(self._store.spool.update_path(assignment))
             assignment.state, assignment.update_digest, assignment.is_folded = AssignmentState.OPEN, "", False
         if spoilt:
             self._store.save(self._record, *spoilt)
@@ -100,12 +100,15 @@ class Folding:
 
     async def _fold(self, group: list[Assignment]) -> None:
         """Replace updates and the sum so far by a new sum; a row names it before anything is removed."""
-        base, out = self._store.files.path(self._record.base_digest), self._store.spool / f"{group[0].id}.sum"
+        base, out = (
+            self._store.files.path(self._record.base_digest),
+            self._store.spool.folder / f"{group[0].id}.sum",
+        )
         updates, earlier = _updates(self._store, group), self._earlier()
         digest = await asyncio.to_thread(self._make_sum, base, updates, out, earlier)
         self._save_fold(group, digest)
         for update in updates:
-            self._store.spares.keep(update.path)
+            self._store.spool.spares.keep(update.path)
         if earlier is not None:
             earlier.unlink()
         self._assignments.release(group)
@@ -127,11 +130,11 @@ class Folding:
     def _make_sum(self, base: Path, updates: Sequence[Update], out: Path, earlier: Path | None) -> str:
         self._rule.fold(base, updates, out, earlier=earlier)
         digest = digest_of_file(out)
-        out.replace(self._store.sum_path(digest))
+        out.replace(self._store.spool.sum_path(digest))
         return digest
 
     def _earlier(self) -> Path | None:
-        return self._store.sum_path(self._record.sum_digest) if self._record.sum_digest else None
+        return self._store.spool.sum_path(self._record.sum_digest) if self._record.sum_digest else None
 
     def _spoilt(self) -> list[Assignment]:
         """Assignments whose update counted but is no longer what it was."""
@@ -148,11 +151,11 @@ class Folding:
     def _is_there(self, assignment: Assignment, sum_is_good: bool) -> bool:
         if assignment.is_folded:
             return sum_is_good
-        return _is_intact(self._store.update_path(assignment), assignment.update_digest)
+        return _is_intact(self._store.spool.update_path(assignment), assignment.update_digest)
 
 
 def _updates(store: Store, assignments: Sequence[Assignment]) -> list[Update]:
-    return [Update(site=a.site, path=store.update_path(a), examples=a.examples) for a in assignments]
+    return [Update(site=a.site, path=store.spool.update_path(a), examples=a.examples) for a in assignments]
 
 
 def _is_intact(path: Path, digest: str) -> bool:

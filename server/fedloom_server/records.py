@@ -7,10 +7,11 @@ The rows are the domain's own objects; rules and edges pass them around. Only
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKeyConstraint, MetaData, Text
+from sqlalchemy import JSON, BigInteger, Double, Enum, ForeignKeyConstraint, MetaData
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from fedloom_common.runspec import RunSpec
+from fedloom_server.columns import Characters, Numbers
 
 
 class RunState(StrEnum):
@@ -62,8 +63,11 @@ class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
 
     metadata = MetaData()
     type_annotation_map = {  # noqa: RUF012 (SQLAlchemy reads it from the class)
+        str: Characters(),
+        StrEnum: Enum(StrEnum, native_enum=False, length=16),  # new members need no migration
+        float: Double(),
         dict[str, Any]: JSON,
-        dict[str, float]: JSON,
+        dict[str, float]: Numbers(),
         list[str]: JSON,
         list[dict[str, Any]]: JSON,
     }
@@ -76,7 +80,7 @@ class Run(Base):
 
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
-    spec_json: Mapped[str] = mapped_column(Text)
+    spec_json: Mapped[str]
     state: Mapped[RunState]
     submitted_at_s: Mapped[float]
     assets: Mapped[list[dict[str, Any]]]
@@ -84,7 +88,7 @@ class Run(Base):
     model_digest: Mapped[str]
     """The latest global model."""
     model_bytes: Mapped[int] = mapped_column(BigInteger)
-    reason: Mapped[str] = mapped_column(Text, default="")
+    reason: Mapped[str] = mapped_column(default="")
     started_at_s: Mapped[float] = mapped_column(default=0.0)
     ended_at_s: Mapped[float] = mapped_column(default=0.0)
     paused_s: Mapped[float] = mapped_column(default=0.0)
@@ -113,7 +117,7 @@ class Round(Base):
     first_attempt: Mapped[int] = mapped_column(default=1)
     """Where counting began when an operator last resumed the run."""
     cohort: Mapped[list[str]] = mapped_column(default_factory=list)
-    reason: Mapped[str] = mapped_column(Text, default="")
+    reason: Mapped[str] = mapped_column(default="")
     model_digest: Mapped[str] = mapped_column(default="")
     """The model after the round."""
     sum_digest: Mapped[str] = mapped_column(default="")
@@ -142,7 +146,7 @@ class Assignment(Base):
     """The model that the site starts from."""
     model_bytes: Mapped[int] = mapped_column(BigInteger)
     state: Mapped[AssignmentState] = mapped_column(default=AssignmentState.OPEN)
-    reason: Mapped[str] = mapped_column(Text, default="")
+    reason: Mapped[str] = mapped_column(default="")
     examples: Mapped[int] = mapped_column(BigInteger, default=0)
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     update_digest: Mapped[str] = mapped_column(default="")
@@ -169,10 +173,10 @@ class AuditRow(Base):
     """From 1, without gaps."""
     at: Mapped[str]
     """When it was written, as ISO 8601 in UTC: text, as its hash covers every character."""
-    actor: Mapped[str] = mapped_column(Text)
-    action: Mapped[str] = mapped_column(Text)
-    subject: Mapped[str] = mapped_column(Text)
-    details: Mapped[str] = mapped_column(Text)
+    actor: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str]
+    details: Mapped[str]
     """JSON as it was hashed."""
     previous: Mapped[str]
     hash: Mapped[str]

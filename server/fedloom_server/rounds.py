@@ -133,7 +133,9 @@ async def _aggregate(
     run: Run, record: Round, done: Sequence[Assignment], federation: Federation, folding: Folding
 ) -> None:
     """The next global model, durable under its digest, named by round and run."""
-    published = await folding.aggregate(done, federation.store.spool / f"{run.id}.{record.number}.model")
+    published = await folding.aggregate(
+        done, federation.store.spool.folder / f"{run.id}.{record.number}.model"
+    )
     record.metrics = {f"train_{name}": value for name, value in _combined(done).items()}
     model, delta = published.model, published.delta
     record.model_digest, record.model_bytes, record.reason = model.digest, model.size_bytes, ""

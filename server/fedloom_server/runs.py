@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ class Runs:
             BadSpec: the spec or the model it names is wrong; nothing is queued.
         """
         spec = parse_run_spec(spec_text)
-        folder = Path(tempfile.mkdtemp(dir=self._store.workshop))
+        folder = self._store.spool.new_workshop()
         try:
             await prepare_model(spec, folder)
             return await self.enqueue(spec, folder)
@@ -152,9 +151,9 @@ class Runs:
         rounds = [] if state is RunState.FINISHED else self._store.close_rounds(run)
         self._store.save(run, *rounds, *still_open)
         self._store.clear_spool()
-        self._store.spares.clear()
+        self._store.spool.spares.clear()
         if state is RunState.FINISHED:
-            shutil.rmtree(self._store.residual_folder(run.id), ignore_errors=True)
+            shutil.rmtree(self._store.spool.residual_folder(run.id), ignore_errors=True)
         for site in self._federation.sites.all():
             if site.link is not None:
                 site.link.run_ended(run.id, may_resume=state is not RunState.FINISHED)

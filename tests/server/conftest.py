@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from enum import Enum, auto
 from pathlib import Path
 
 import grpc
 import numpy as np
+import postgresql
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -342,6 +343,22 @@ class Bench:
             for a in self.running.store.assignments(run.id, number)
             if a.work == "train"
         }
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgresql.Server]:
+    """A real PostgreSQL server; started once, for those who use it."""
+    with postgresql.server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str | None:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return None
+    url: str = request.getfixturevalue("postgres").new_database()
+    return url
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ class Way:
 
     def residual(self):
         """What the newest round has left out."""
-        folder = self.store.residual_folder("run")
+        folder = self.store.spool.residual_folder("run")
         pending, kept = folder / "pending.safetensors", folder / "residual.safetensors"
         return load_file(pending if pending.exists() else kept)
 
@@ -65,7 +65,7 @@ class Way:
         if run.rounds_done >= number:
             return None
         model = self.model()
-        mean = self.store.spool / f"run.{number}.model"
+        mean = self.store.spool.folder / f"run.{number}.model"
         save_file({name: tensor + step[name] for name, tensor in model.items()}, mean, {"format": "pt"})
         record = Round(
             run_id="run", number=number, state=RoundState.AGGREGATING,
@@ -160,7 +160,7 @@ def test_an_exact_codec_gives_the_mean_itself_and_leaves_nothing_out(tmp_path, s
     record = way.round(1, step(1))
     assert 0 < record.delta_bytes < record.model_bytes
     torch.testing.assert_close(way.model()["w"], initial()["w"] + step(1)["w"], rtol=0, atol=0)
-    assert not way.store.residual_folder("run").exists()
+    assert not way.store.spool.residual_folder("run").exists()
 
 
 def test_of_a_model_that_comes_back_the_newest_change_is_told(tmp_path, spec):
@@ -237,7 +237,7 @@ def test_a_residual_that_is_gone_is_told_and_not_replaced_by_an_older_one(tmp_pa
     way = Way(tmp_path, spec, "int4", initial(size=900))
     for number in (1, 2):
         way.round(number, step(number, 900))
-    (way.store.residual_folder("run") / "pending.safetensors").unlink()
+    (way.store.spool.residual_folder("run") / "pending.safetensors").unlink()
     mean = way.model()["w"] + step(3, 900)["w"]
     way.round(3, step(3, 900))
     assert "residual of the round before is gone" in caplog.text
@@ -263,7 +263,7 @@ async def test_sites_are_told_the_change_and_where_it_belongs(bench, spec):
         assert delta.file.size_bytes < by_model[model].model.size_bytes / 3
         assert bench.running.store.files.path(delta.file.digest).stat().st_size == delta.file.size_bytes
     np.testing.assert_allclose(bench.model(run)["w"], LARGE["w"] + 1.0, atol=0.01)
-    assert not bench.running.store.residual_folder(run.id).exists()
+    assert not bench.running.store.spool.residual_folder(run.id).exists()
 
 
 async def test_a_stopped_run_keeps_what_was_left_out_for_its_resumption(bench, spec):
@@ -271,7 +271,7 @@ async def test_a_stopped_run_keeps_what_was_left_out_for_its_resumption(bench, s
     run = await bench.enqueue(spec(rounds=10_000, transport={"down": "int4"}))
     await bench.until(lambda: bench.running.store.run(run.id).rounds_done >= 2)
     await bench.running.runs.stop(run.id, "enough")
-    assert list(bench.running.store.residual_folder(run.id).iterdir())
+    assert list(bench.running.store.spool.residual_folder(run.id).iterdir())
 
 
 async def test_a_change_is_kept_as_long_as_its_model(config, bench_of, spec):
@@ -323,7 +323,7 @@ async def test_a_codec_that_gives_two_tensors_one_name_is_refused_at_submission(
     with pytest.raises(BadSpec, match=wanted):
         await bench.enqueue(spec(transport={way: "int8"}), twice)
     assert bench.running.store.runs() == []
-    assert list((bench.running.store.spool.parent / "files").iterdir()) == []
+    assert list((bench.running.store.spool.folder.parent / "files").iterdir()) == []
 
 
 async def test_a_site_that_missed_its_receipt_is_told_that_its_update_counts(bench, spec):

@@ -13,7 +13,7 @@ from fedloom_server.turns import UploadTurns
 
 
 def spooled(bench) -> list[str]:
-    return sorted(path.suffix for path in bench.running.store.spool.iterdir())
+    return sorted(path.suffix for path in bench.running.store.spool.folder.iterdir())
 
 
 @pytest.mark.parametrize("staged", [1, 2, 8])
@@ -118,7 +118,7 @@ async def test_what_a_power_cut_has_spoilt_is_asked_for_again(config, spec, benc
         await bench.until(lambda: list(bench.outcomes(run).values()).count(("done", "")) == 2)
         if what == "sum":
             await bench.until(lambda: len(fold_of(bench, run)) == 2)
-    for path in running.store.spool.iterdir():
+    for path in running.store.spool.folder.iterdir():
         with path.open("r+b") as file:
             file.seek(-4, os.SEEK_END)
             file.write(b"\0\0\0\0")
@@ -192,7 +192,7 @@ async def test_a_fold_that_the_database_has_no_room_for_counts_no_update_twice(
             patched.setattr(Store, "save", save)
             patched.setattr("fedloom_server.aggregation.mean.WeightedMean.aggregate", full)
             run = await bench.enqueue(spec(cohort={"min_sites": 3}, evaluation={"initial": False}))
-            await bench.until(lambda: list(running.store.spool.glob("*.sum")))
+            await bench.until(lambda: list(running.store.spool.folder.glob("*.sum")))
             await bench.until(lambda: list(bench.outcomes(run).values()).count(("done", "")) == 2)
             await bench.detach("slow")
             slow.fault = fault.NONE

@@ -77,7 +77,7 @@ async def test_a_round_goes_on_without_a_site_that_fails(bench, spec, initial, f
     assert outcomes["bad"][0] == state
     assert reason in outcomes["bad"][1]
     assert not bad.receipts
-    assert not list(bench.running.store.spool.iterdir())
+    assert not list(bench.running.store.spool.folder.iterdir())
 
 
 async def test_too_few_updates_fail_the_run_and_keep_the_model(bench, spec, initial, fault):
@@ -236,7 +236,7 @@ async def test_a_stopped_run_keeps_its_last_model(bench, spec, fault):
     assert all(record.ended_at_s for record in bench.running.store.rounds(run.id))
     assert bench.model(run)["layer.bias"].shape == (4,)
     await bench.until(lambda: run.id in site.ended_runs)
-    assert not list(bench.running.store.spool.iterdir())
+    assert not list(bench.running.store.spool.folder.iterdir())
 
 
 async def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(bench, spec, fault):
@@ -317,9 +317,9 @@ async def test_a_state_of_another_release_is_not_touched(config):
     async with coordinator(config):
         pass
     with sqlite3.connect(config.state_dir / "coordinator.db") as database:
-        database.execute("PRAGMA user_version = 99")
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
     database.close()
-    with pytest.raises(WrongState, match="tables of version 99"):
+    with pytest.raises(WrongState, match="tables of revision 9999"):
         async with coordinator(config):
             pass
 

@@ -147,7 +147,7 @@ async def test_one_stream_at_a_time_has_an_upload_open(bench, spec, fault, initi
     path = site.folder / f"{name}.safetensors"
     whole, first, second = path.read_bytes(), Stream(site.transfer), Stream(site.transfer)
     first.send(whole, 0, name)
-    await bench.until(lambda: bench.running.store.update_path(assignment_of(bench, name)).exists())
+    await bench.until(lambda: bench.running.store.spool.update_path(assignment_of(bench, name)).exists())
     second.send(whole[:60], 0, name)
     with pytest.raises(grpc.aio.AioRpcError, match="goes on at byte"):
         await asyncio.wait_for(second.call, 10)
@@ -168,7 +168,7 @@ async def test_a_stream_whose_assignment_has_ended_writes_into_no_other_update(b
     name = f"{run.id}.1.1.train.late"
     stream = Stream(late.transfer)
     stream.send((late.folder / f"{name}.safetensors").read_bytes()[:60], 0, name)
-    await bench.until(lambda: bench.running.store.update_path(assignment_of(bench, name)).exists())
+    await bench.until(lambda: bench.running.store.spool.update_path(assignment_of(bench, name)).exists())
     await bench.until(lambda: good.receipts)
     good.fault = late.fault = fault.SILENT
     late.send(failure=pb.Failure(assignment_id=name, reason="out of memory"))
@@ -186,7 +186,7 @@ async def test_an_upload_that_lies_in_a_larger_spare_without_its_mark_begins_aga
     run = await bench.enqueue(spec(cohort={"min_sites": 1}))
     await bench.until(lambda: site.granted)
     name = f"{run.id}.1.1.train.a"
-    bench.running.store.update_path(assignment_of(bench, name)).write_bytes(bytes(10_000))
+    bench.running.store.spool.update_path(assignment_of(bench, name)).write_bytes(bytes(10_000))
     held = await site.transfer.query_write(transfer_pb2.QueryWriteRequest(upload=name))
     assert held.committed_bytes == 0
     assert await upload(site.transfer, name, site.folder / f"{name}.safetensors", 0)
@@ -198,5 +198,5 @@ def assignment_of(bench, name):
 
 
 def spare_contents(bench) -> dict[str, bytes]:
-    folder = bench.running.store.spool.with_name("spares")
+    folder = bench.running.store.spool.folder.with_name("spares")
     return {path.name: path.read_bytes() for path in folder.iterdir()}

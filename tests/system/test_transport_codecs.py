@@ -233,7 +233,7 @@ async def test_over_restarts_of_both_ends_nothing_of_any_change_is_lost_or_told_
                 await asyncio.sleep(0.02)
         run = running.store.run(run.id)
         told = load_file(running.store.files.path(run.model_digest))["w"]
-        kept = left_out(running.store.residual_folder(run.id))
+        kept = left_out(running.store.spool.residual_folder(run.id))
         sites = [left_out(world.folder / name / "runs" / run.id / "residual") for name in SITES]
     assert np.abs(kept).max() > 1e-5
     assert np.abs(sites).max() > 1e-5

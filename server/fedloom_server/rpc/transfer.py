@@ -179,7 +179,7 @@ class TransferEdge:
     ) -> None:
         """Put the update together in the spool."""
         held_bytes = self._require_next(assignment, first)
-        path = self._store.place_for(assignment)
+        path = self._store.spool.place_for(assignment)
         partial = PartialFile(path, assignment.update_bytes, assignment.update_digest)
         assignment.bytes_up = max(assignment.bytes_up, held_bytes)  # what came before a restart is no news
         try:
@@ -213,7 +213,7 @@ class TransferEdge:
 
     async def _check(self, assignment: Assignment) -> None:
         """Check the update against the model."""
-        path, digest = self._store.update_path(assignment), assignment.model_digest
+        path, digest = self._store.spool.update_path(assignment), assignment.model_digest
         up = self._store.run(assignment.run_id).spec.transport.up
         try:
             await asyncio.to_thread(validate_update, path, self._store.files.path(digest), up, digest)
