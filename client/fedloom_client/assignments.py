@@ -1,4 +1,7 @@
-"""What this site has been asked to do: in order, once each, and answered again when asked again."""
+"""What this site has been asked to do: in order, once each, and answered again when asked again.
+
+Of one run one assignment is done at a time: its rounds share an optimizer, a worker group and a residual.
+"""
 
 import asyncio
 import logging
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom_client.deliveries import Deliveries
-from fedloom_client.groups import WarmGroup
+from fedloom_client.groups import WarmGroups
 from fedloom_client.mailbox import Mailbox
 from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress
 from fedloom_client.outbox import Outbox
@@ -35,7 +38,7 @@ class _Answered:
 
 
 class Assignments:
-    """The queue of work, of which one piece is done at a time."""
+    """The queue of work."""
 
     def __init__(
         self,
@@ -44,15 +47,19 @@ class Assignments:
         mailbox: Mailbox,
         outbox: Outbox,
         deliveries: Deliveries,
-        group: WarmGroup,
+        groups: WarmGroups,
+        at_once: int = 1,
     ) -> None:
+        """``at_once`` is how many assignments, of as many runs, may be done at the same time."""
         self._performer = performer
         self._mailbox = mailbox
         self._outbox = outbox
         self._deliveries = deliveries
-        self._group = group
+        self._groups = groups
+        self._at_once = at_once
         self._queue: OrderedDict[str, _Waiting] = OrderedDict()
         self._answers: OrderedDict[str, _Answered] = OrderedDict()
+        self._runs_under_way: set[str] = set()
         self._unconfirmed: set[str] = set()
         self._draining = False
         self._changed = asyncio.Event()
@@ -62,11 +69,13 @@ class Assignments:
     async def run(self) -> None:
         """Do the work as it comes, until cancelled."""
         try:
-            while True:
-                await self._changed.wait()
-                self._changed.clear()
-                while self._queue and not self._draining:
-                    await self._do(next(iter(self._queue.values())))
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    await self._changed.wait()
+                    self._changed.clear()
+                    while (waiting := self._next()) is not None:
+                        self._begin(waiting)
+                        tasks.create_task(self._do(waiting))
         finally:
             self._stop_expiry()
             await asyncio.gather(*self._chores, return_exceptions=True)
@@ -136,16 +145,27 @@ class Assignments:
         for name in (*waiting, *self._outbox.of_run(run_id)):
             self._forget(name, "the run has ended")
         self._outbox.end_run(run_id)
-        self._start(self._group.end_run(run_id, may_resume=may_resume))
+        self._start(self._groups.end_run(run_id, may_resume=may_resume))
 
-    async def _do(self, waiting: _Waiting) -> None:
+    def _next(self) -> _Waiting | None:
+        """The first in the queue that may begin now."""
+        if self._draining or len(self._runs_under_way) >= self._at_once:
+            return None
+        free = (item for item in self._queue.values() if item.assignment.run_id not in self._runs_under_way)
+        return next((item for item in free if item.task is None), None)
+
+    def _begin(self, waiting: _Waiting) -> None:
         assignment = waiting.assignment
         facts = {"assignment": assignment.id, "run": assignment.run_id, "round": assignment.round}
         logger.info("work begins", extra=facts | {"work": assignment.work})
-        task = asyncio.create_task(
+        self._runs_under_way.add(assignment.run_id)
+        waiting.task = asyncio.create_task(
             self._performer.answer(assignment, waiting.deadline_at_s, self._mailbox.note)
         )
-        waiting.task = task
+
+    async def _do(self, waiting: _Waiting) -> None:
+        assignment, task = waiting.assignment, waiting.task
+        assert task is not None, "it has begun"
         try:
             await asyncio.wait({task})
         finally:
@@ -153,6 +173,8 @@ class Assignments:
             await asyncio.wait({task})
             if self._queue.get(assignment.id) is waiting:
                 del self._queue[assignment.id]
+            self._runs_under_way.discard(assignment.run_id)
+            self._changed.set()
         if waiting.is_unwanted:
             self._drop(assignment.id)
         else:

@@ -5,7 +5,9 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +27,7 @@ ASSET_SUFFIXES = (
 )  # what configs and tokenizers are made of: nothing that runs
 ASSETS_LIMIT = 64
 ASSETS_LIMIT_BYTES = 256 << 20  # the largest tokenizers have a tenth of it
-ASSET_FOLDERS_KEPT = 4
+ASSET_FOLDERS_KEPT = 3  # besides those in use
 DISK_RESERVE_BYTES = 16 << 20  # logs and status files still fit after a download
 
 OnBytes = Callable[[int], None]
@@ -45,12 +47,16 @@ class Source(Protocol):
 class Cache:
     """The files of ``state_dir/models`` and ``state_dir/assets``."""
 
-    def __init__(self, state: StateDir, source: Source, *, models_kept: int) -> None:
+    def __init__(self, state: StateDir, source: Source, *, models_kept: int, users: int = 1) -> None:
+        """``users`` is how many assignments need files at the same time."""
         self._models = state.models
         self._assets = state.assets
         self._source = source
         self._models_kept = models_kept
+        self._assets_kept = ASSET_FOLDERS_KEPT + users
         self._intact: set[str] = set()
+        self._needed: Counter[str] = Counter()
+        self._fetching = asyncio.Lock()  # one after the other: together they would share the same line
 
     def tidy(self) -> None:
         """Remove what an earlier daemon left of assets; a model that came in part goes on from there."""
@@ -77,15 +83,25 @@ class Cache:
             StorageFull: the disk has not enough room; nothing of the model stays.
         """
         path = self._place(blob.digest)
-        if not await self._holds(blob, path):
-            if not (delta and await self._rebuild(blob, delta, stages, on_progress)):
-                self._make_room(self._models_kept - 1, arriving=_partial(path))
-                require_space(self._models, blob.size_bytes - size_bytes(_partial(path)), "the model")
-                await self._fetch(blob, path, lambda done: on_progress(done, blob.size_bytes))
-            self._intact.add(blob.digest)
-        path.touch()
-        self._make_room(self._models_kept)
+        async with self._fetching:
+            if not await self._holds(blob, path):
+                if not (delta and await self._rebuild(blob, delta, stages, on_progress)):
+                    self._make_room(self._models_kept - 1, arriving=_partial(path))
+                    require_space(self._models, blob.size_bytes - size_bytes(_partial(path)), "the model")
+                    await self._fetch(blob, path, lambda done: on_progress(done, blob.size_bytes))
+                self._intact.add(blob.digest)
+            path.touch()
+            self._make_room(self._models_kept)
         return path
+
+    @contextmanager
+    def keeping(self, digest: str) -> Iterator[None]:
+        """Drop a model for no other one inside the block."""
+        self._needed[digest] += 1
+        try:
+            yield
+        finally:
+            self._needed[digest] -= 1
 
     async def _holds(self, blob: Blob, path: Path) -> bool:
         """Whether the model is here; those of an earlier daemon are checked once."""
@@ -108,11 +124,12 @@ class Cache:
         check_assets(blobs)
         listing = json.dumps(sorted((blob.name, blob.digest) for blob in blobs))
         folder = self._assets / hashlib.sha256(listing.encode()).hexdigest()
-        if not await self._holds_folder(blobs, folder):
-            await self._fetch_folder(blobs, folder)
-            self._intact.add(folder.name)
+        async with self._fetching:
+            if not await self._holds_folder(blobs, folder):
+                await self._fetch_folder(blobs, folder)
+                self._intact.add(folder.name)
         folder.touch()
-        for old in sorted(self._assets.iterdir(), key=_age)[ASSET_FOLDERS_KEPT:]:
+        for old in sorted(self._assets.iterdir(), key=_age)[self._assets_kept :]:
             shutil.rmtree(old)
         return folder
 
@@ -179,6 +196,8 @@ class Cache:
             if partial != arriving:
                 discard(partial)
         for path in self._newest_first()[kept:]:
+            if self._needed[digest_of_name(path.stem)]:
+                continue
             logger.debug("an old model is dropped", extra={"digest": digest_of_name(path.stem)})
             if arriving is not None and not arriving.exists():
                 overwrite(path, arriving)

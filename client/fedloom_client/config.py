@@ -73,6 +73,9 @@ class SiteConfig(Strict):
     """Instead of ``tls``, for tests on one machine: a site name sent in clear; loopback addresses only."""
     state_dir: ConfigPath
     """Folder for models, packed data and updates that wait for delivery; made if missing."""
+    concurrent_assignments: int = Field(default=1, ge=1, le=64)
+    """Assignments of different runs that may be done at the same time, each by a worker group of its own on
+    the same devices; further ones wait their turn."""
     cache_models: int = Field(default=3, ge=1)
     """Global models kept in ``state_dir``; the newest ones."""
     upload_bytes_per_s: float | None = Field(default=None, ge=1000)

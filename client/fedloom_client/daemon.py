@@ -16,7 +16,7 @@ from fedloom_client.cache import Cache
 from fedloom_client.config import SiteConfig
 from fedloom_client.deliveries import Deliveries
 from fedloom_client.downloads import Downloads
-from fedloom_client.groups import Group, WarmGroup
+from fedloom_client.groups import Group, WarmGroups
 from fedloom_client.hardware import Device, data_set_bytes, find_devices, main_memory_bytes
 from fedloom_client.mailbox import Mailbox
 from fedloom_client.outbox import Outbox
@@ -47,11 +47,14 @@ class Daemon:
         self._status = Status(self._state.status)
         self._devices: tuple[Device, ...] = ()
         self._mailbox = Mailbox()
+        at_once = config.concurrent_assignments
         residuals = Residuals(self._state)
         self._outbox = Outbox(self._state.outbox, residuals)
         downloads = Downloads(self._connect, Pace(config.download_bytes_per_s))
-        self._cache = Cache(self._state, downloads, models_kept=config.cache_models)
-        self._group = WarmGroup(self._state, make_group or self._worker_group, idle_s=config.workers.idle_s)
+        self._cache = Cache(self._state, downloads, models_kept=config.cache_models, users=at_once)
+        self._groups = WarmGroups(
+            self._state, make_group or self._worker_group, idle_s=config.workers.idle_s, most=at_once
+        )
         self._deliveries = Deliveries(
             self._connect,
             outbox=self._outbox,
@@ -60,11 +63,14 @@ class Daemon:
             pace=Pace(config.upload_bytes_per_s),
         )
         self._assignments = Assignments(
-            Performer(config, cache=self._cache, outbox=self._outbox, residuals=residuals, group=self._group),
+            Performer(
+                config, cache=self._cache, outbox=self._outbox, residuals=residuals, groups=self._groups
+            ),
             mailbox=self._mailbox,
             outbox=self._outbox,
             deliveries=self._deliveries,
-            group=self._group,
+            groups=self._groups,
+            at_once=at_once,
         )
 
     async def run(self) -> None:
@@ -118,7 +124,7 @@ class Daemon:
         finally:
             self._status.detached("it was stopped")
             await self._deliveries.stop()
-            await self._group.stop()
+            await self._groups.stop()
 
     async def _introduce(self) -> pb.SiteMessage:
         if not self._devices:

@@ -1,16 +1,17 @@
-"""The warm worker group: one run's at a time, let go when it has been idle."""
+"""The warm worker groups: one a run, let go when idle or when other runs need their place."""
 
 import asyncio
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from fedloom_client.statedir import StateDir, safe_name
 from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult
 
-RUN_FOLDERS_KEPT = 4  # of runs whose end this site never heard
+RUN_FOLDERS_KEPT = 3  # besides those in use, of runs whose end this site never heard
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +24,34 @@ class Group(Protocol):
     async def stop(self) -> None: ...
 
 
-class WarmGroup:
-    """Keeps the group of the run that was worked on last."""
+@dataclass(eq=False)
+class _Warm:
+    group: Group
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    idle: asyncio.Task[None] | None = None
+    """Lets the group go after some time without work."""
 
-    def __init__(self, state: StateDir, make: Callable[[str, Path], Group], *, idle_s: float) -> None:
-        """``make`` gives the group for a data set's name and the run's folder."""
+    def rest(self) -> None:
+        """Take back that the group is to be let go."""
+        if self.idle is not None:
+            self.idle.cancel()
+        self.idle = None
+
+
+class WarmGroups:
+    """Keeps the groups of the runs that were worked on last."""
+
+    def __init__(
+        self, state: StateDir, make: Callable[[str, Path], Group], *, idle_s: float, most: int = 1
+    ) -> None:
+        """``make`` gives the group for a data set's name and the run's folder; ``most`` work at once."""
         self._idle_s = idle_s
         self._runs = state.runs
         self._make = make
-        self._run_id: str | None = None
-        self._group: Group | None = None
-        self._lock = asyncio.Lock()
-        self._idle: asyncio.Task[None] | None = None
+        self._most = most
+        self._warm: dict[str, _Warm] = {}
+        """By run, the one that was worked on longest ago first."""
+        self._changing = asyncio.Lock()
 
     async def perform(
         self, order: Order, data_set: str, on_progress: Callable[[WorkerProgress], None]
@@ -44,27 +61,20 @@ class WarmGroup:
         Raises:
             TrainingFailed: the group could not finish.
         """
-        async with self._lock:
-            self._rest(None)
-            try:
-                if self._group is None or self._run_id != order.run_id:
-                    await self._let_go()
-                    self._group, self._run_id = (
-                        self._make(data_set, self._folder_of(order.run_id)),
-                        order.run_id,
-                    )
-                return await self._group.perform(order, on_progress)
-            finally:
-                self._rest(self._idle_s)
+        warm = await self._take(order.run_id, data_set)
+        try:
+            return await warm.group.perform(order, on_progress)
+        finally:
+            warm.idle = asyncio.create_task(self._stop_after(order.run_id, warm))
+            warm.turn.release()
 
     async def end_run(self, run_id: str, *, may_resume: bool) -> None:
         """Let a run's group go, and what it kept, such as the optimizer's state, but not its logs.
 
         A run that may be resumed keeps its files: its next round goes on with the same optimizer.
         """
-        async with self._lock:
-            if self._run_id == run_id:
-                await self._let_go()
+        async with self._changing:
+            await self._let_go(run_id)
             if not may_resume:
                 await asyncio.to_thread(_clear, self._runs / safe_name(run_id))
 
@@ -74,34 +84,51 @@ class WarmGroup:
 
     async def stop(self) -> None:
         """End the processes."""
-        async with self._lock:
-            self._rest(None)
-            await self._let_go()
+        async with self._changing:
+            await asyncio.gather(*(self._let_go(run_id) for run_id in list(self._warm)))
 
-    async def _let_go(self) -> None:
-        group, self._group, self._run_id = self._group, None, None
-        if group is not None:
-            await group.stop()
+    async def _take(self, run_id: str, data_set: str) -> _Warm:
+        """The run's group, for the caller alone; one that nobody works with makes room for it."""
+        async with self._changing:
+            warm = self._warm.pop(run_id, None)
+            if warm is None:
+                await self._make_room()
+                warm = _Warm(self._make(data_set, self._folder_of(run_id)))
+            self._warm[run_id] = warm
+            await warm.turn.acquire()
+            warm.rest()
+            return warm
 
-    def _rest(self, idle_s: float | None) -> None:
-        """Let the group go after some time without work; None takes that back."""
-        if self._idle is not None:
-            self._idle.cancel()
-        self._idle = None if idle_s is None else asyncio.create_task(self._stop_after(idle_s))
+    async def _make_room(self) -> None:
+        idle = [run_id for run_id, warm in self._warm.items() if not warm.turn.locked()]
+        for run_id in idle[: max(0, len(self._warm) + 1 - self._most)]:
+            await self._let_go(run_id)
 
-    async def _stop_after(self, idle_s: float) -> None:
-        await asyncio.sleep(idle_s)
-        async with self._lock:
-            logger.info("the idle worker group is let go", extra={"run": self._run_id, "idle_s": idle_s})
-            await self._let_go()
+    async def _let_go(self, run_id: str) -> None:
+        """End a run's group, after what it does now."""
+        if (warm := self._warm.get(run_id)) is not None:
+            async with warm.turn:
+                warm.rest()
+                del self._warm[run_id]
+                await warm.group.stop()
+
+    async def _stop_after(self, run_id: str, warm: _Warm) -> None:
+        await asyncio.sleep(self._idle_s)
+        async with self._changing:
+            if self._warm.get(run_id) is warm and not warm.turn.locked():
+                logger.info("the idle worker group is let go", extra={"run": run_id, "idle_s": self._idle_s})
+                del self._warm[run_id]
+                await warm.group.stop()
 
     def _folder_of(self, run_id: str) -> Path:
         folder = self._runs / safe_name(run_id)
         folder.mkdir(exist_ok=True)
         folder.touch()
         folders = sorted(self._runs.iterdir(), key=lambda path: -path.stat().st_mtime_ns)
-        for old in folders[RUN_FOLDERS_KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+        in_use = {safe_name(name) for name in self._warm}
+        for old in folders[RUN_FOLDERS_KEPT + 1 :]:
+            if old.name not in in_use:
+                shutil.rmtree(old, ignore_errors=True)
         return folder
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedloom_client.cache import Cache, OnProgress, model_type, require_space, size_bytes
 from fedloom_client.config import SiteConfig
-from fedloom_client.groups import WarmGroup
+from fedloom_client.groups import WarmGroups
 from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress, Refusal
 from fedloom_client.outbox import Outbox
 from fedloom_client.policy import refusal_of_model, refusal_of_run
@@ -30,16 +30,16 @@ Report = Callable[[Progress], None]
 
 
 class Performer:
-    """Turns assignments into answers, one at a time."""
+    """Turns assignments into answers."""
 
     def __init__(
-        self, config: SiteConfig, *, cache: Cache, outbox: Outbox, residuals: Residuals, group: WarmGroup
+        self, config: SiteConfig, *, cache: Cache, outbox: Outbox, residuals: Residuals, groups: WarmGroups
     ) -> None:
         self._config = config
         self._cache = cache
         self._outbox = outbox
         self._residuals = residuals
-        self._group = group
+        self._groups = groups
 
     async def answer(self, assignment: Assignment, deadline_at_s: float | None, report: Report) -> Answer:
         """Do an assignment; whatever goes wrong becomes its answer.
@@ -50,7 +50,8 @@ class Performer:
         end_s = None if deadline_at_s is None else deadline_at_s + DEADLINE_GRACE_S
         try:
             async with asyncio.timeout_at(end_s):
-                answer = await self._do(assignment, report)
+                with self._cache.keeping(assignment.model.digest):
+                    answer = await self._do(assignment, report)
         except TimeoutError as error:
             late = f"not done by the deadline of {assignment.deadline_s:g} s"
             answer = _failure(assignment, str(error) or late)
@@ -136,7 +137,7 @@ class Performer:
             update_path="" if trained is None else str(trained),
         )
         report(Progress(assignment_id=assignment.id, phase="start"))
-        return await self._group.perform(order, spec.data, _report_work(assignment, report))
+        return await self._groups.perform(order, spec.data, _report_work(assignment, report))
 
     async def _keep(
         self, assignment: Assignment, spec: RunSpec, model: Path, trained: Path, outcome: Outcome

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +124,34 @@ async def test_assignments_are_done_one_at_a_time_in_order(world: Any) -> None:
     world.group.gate.set()
     await world.coordinator.until_heard("outcome", 2)
     assert [order.id for order in world.group.orders] == ["one", "two"]
+
+
+async def test_a_site_that_says_so_works_for_two_runs_at_once_but_for_each_on_one_thing(world: Any) -> None:
+    world.group.gate.clear()
+    world.daemon(concurrent_assignments=2)
+    await world.attached()
+    for name, run_id in (("a1", "a"), ("a2", "a"), ("b1", "b"), ("c1", "c")):
+        world.coordinator.assign(world.assignment(name, run_id=run_id))
+    await until(lambda: len(world.group.orders) >= 2)
+    await asyncio.sleep(0.2)
+    assert [order.id for order in world.group.orders] == ["a1", "b1"]
+    world.group.gate.set()
+    await world.coordinator.until(lambda: len(world.coordinator.receipts) == 4)
+    assert sorted(world.coordinator.receipts) == ["a1", "a2", "b1", "c1"]
+
+
+async def test_a_model_that_training_needs_is_not_dropped_for_another_runs(world: Any) -> None:
+    world.group.gate.clear()
+    world.daemon(concurrent_assignments=2, cache_models=1)
+    await world.attached()
+    other = world.coordinator.add_file("model.safetensors", b"omega" * 1000)
+    world.coordinator.assign(world.assignment("a1", run_id="a"))
+    await until(lambda: len(world.group.orders) == 1)
+    world.coordinator.assign(world.assignment("b1", run_id="b", model=other))
+    await until(lambda: len(world.group.orders) == 2)
+    assert all(Path(order.model_path).exists() for order in world.group.orders)
+    world.group.gate.set()
+    await world.coordinator.until(lambda: len(world.coordinator.receipts) == 2)
 
 
 @pytest.mark.parametrize(

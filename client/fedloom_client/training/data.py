@@ -1,11 +1,14 @@
 """Packed training and held-out examples: made once from the site's texts, then mapped into memory."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +22,11 @@ from fedloom_common.errors import TrainingFailed
 from fedloom_common.files import write_text
 
 BATCH_CHARACTERS = 1 << 20  # enough texts in one call for a tokenizer's threads
+
+PACKED_KEPT = 3  # of one data set: runs with different tokenizers take turns at a site
+LOCK_POLL_S = 0.2  # so that a cancel is heard while another run's group packs
+
+_PARTIAL = ".partial-"
 
 Blocks = NDArray[Any]
 """Examples: [number, context_tokens], uint16 or int32."""
@@ -60,14 +68,14 @@ def pack(
     """
     key = hashlib.sha256(f"{documents.fingerprint()} {_digest(assets)} {context_tokens}".encode()).hexdigest()
     packed = folder / key[:32]
-    if packed.is_dir():
-        return packed
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():  # other texts or another tokenizer; ranks that map them keep their pages
-        shutil.rmtree(old)
-    partial = Path(tempfile.mkdtemp(dir=folder))
-    _build(documents, _tokenizer(assets), context_tokens, partial, on_progress)
-    partial.rename(packed)
+    with _alone_in(folder, lambda: on_progress(0, documents.total)):
+        if not packed.is_dir():
+            _drop_old(folder)
+            partial = Path(tempfile.mkdtemp(dir=folder, prefix=_PARTIAL))
+            _build(documents, _tokenizer(assets), context_tokens, partial, on_progress)
+            partial.rename(packed)
+        packed.touch()
     return packed
 
 
@@ -84,6 +92,29 @@ def refuse_remote_code(assets: Path) -> None:
                 f"the model's {name} has an auto_map, which asks to run code that came with the model: sites "
                 "never do; use a model type that transformers itself has"
             )
+
+
+@contextmanager
+def _alone_in(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Keep out the worker groups of other runs that train on the same data set; a kill lets them in."""
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                on_wait()
+                time.sleep(LOCK_POLL_S)
+        yield
+
+
+def _drop_old(folder: Path) -> None:
+    """Remove what a kill left, and all but the last of other texts, tokenizers and context lengths."""
+    folders = [path for path in folder.iterdir() if path.is_dir()]
+    folders.sort(key=lambda path: (path.name.startswith(_PARTIAL), -path.stat().st_mtime_ns))
+    for number, old in enumerate(folders, start=1):
+        if number >= PACKED_KEPT or old.name.startswith(_PARTIAL):
+            shutil.rmtree(old)  # ranks that map it keep their pages
 
 
 class _Writer:

@@ -1,5 +1,6 @@
 """Packing: tokens counted by hand on a tokenizer of single bytes."""
 
+import fcntl
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,33 @@ def test_records_are_held_out_whole(assets: Path, tmp_path: Path) -> None:
     assert train.isdisjoint(held_out)
 
 
+def test_runs_with_different_tokenizers_take_turns_and_only_the_last_few_packings_stay(
+    assets: Path, tmp_path: Path
+) -> None:
+    text, folder = tmp_path / "a.txt", tmp_path / "data"
+    text.write_text("some text " * 20)
+    made = [packed(folder, assets, text, context=context) for context in (8, 9, 8, 10, 11)]
+    assert made[2] == made[0]
+    assert set(folder.iterdir()) == {made[0], made[3], made[4]}
+
+
+def test_packing_waits_for_another_runs_group_and_hears_a_cancel_meanwhile(
+    assets: Path, tmp_path: Path
+) -> None:
+    text, folder = tmp_path / "a.txt", tmp_path / "data"
+    text.write_text("some text " * 20)
+    source = Source(format="text", files=(str(text),), text_field="text", held_out=0.1)
+
+    def stop(_done: int, _total: int) -> None:
+        raise Cancelled
+
+    with (tmp_path / ".data.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Cancelled):
+            pack(Documents(source), assets, 8, folder, stop)
+    assert packed(folder, assets, text).is_dir()
+
+
 def test_packing_is_done_once_and_again_when_the_texts_or_the_tokenizer_change(
     assets: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +99,6 @@ def test_packing_is_done_once_and_again_when_the_texts_or_the_tokenizer_change(
     assert packed(folder, tokenizer, text) == first
     assert (first / "train.bin").stat().st_mtime_ns == made
     assert packed(folder, tokenizer, text, context=16) != first
-    assert not first.exists()
     (tokenizer / "special_tokens_map.json").write_text("{}")
     again = packed(folder, tokenizer, text)
     assert again != first
