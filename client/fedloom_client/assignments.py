@@ -86,7 +86,7 @@ class Assignments:
 
     def kept_runs(self) -> list[str]:
         """Runs of which anything is kept: one may have ended while there was no session to tell it over."""
-        return sorted({*self._outbox.runs(), *self._group.kept_runs()})
+        return sorted({*self._outbox.runs(), *self._groups.kept_runs()})
 
     def attached(self) -> None:
         """A session is open: the coordinator now sends again what it still wants."""
