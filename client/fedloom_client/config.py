@@ -6,6 +6,7 @@ from pydantic import Field
 
 from fedloom_common.channels import WINDOW_BYTES
 from fedloom_common.identity import TlsFiles
+from fedloom_common.requirements import MOST_LABELS, Label
 from fedloom_common.runspec import Name, Strict
 from fedloom_common.settings import ConfigGlob, ConfigPath
 
@@ -85,6 +86,8 @@ class SiteConfig(Strict):
     window_bytes: int = Field(default=WINDOW_BYTES, ge=1 << 16, le=1 << 26)
     """Bytes of a model that may be on their way: a break loses them, a long fast line needs its
     rate times the round trip, such as 4194304."""
+    labels: dict[Label, Label] = Field(default={}, max_length=MOST_LABELS)
+    """What runs may choose this site by, such as ``{ward: icu}``; operators may set others over them."""
     data: dict[Name, DataSource] = Field(min_length=1)
     """Data sets of this site."""
     workers: Workers = Workers()

@@ -135,6 +135,7 @@ class Daemon:
             devices=self._devices,
             memory_bytes=main_memory_bytes(),
             data_sets=sizes,
+            labels=self._config.labels,
             held_digests=self._cache.held_digests(),
             open_assignments=self._assignments.open_ids(),
             kept_runs=self._assignments.kept_runs(),

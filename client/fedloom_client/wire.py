@@ -1,7 +1,7 @@
 """The daemon's messages as protobuf, and back; what the coordinator sends is checked here."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 
 from fedloom.v1 import session_pb2 as pb
@@ -19,6 +19,7 @@ def hello(
     devices: Iterable[Device],
     memory_bytes: int,
     data_sets: dict[str, int],
+    labels: Mapping[str, str],
     held_digests: Iterable[str],
     open_assignments: Iterable[str],
     kept_runs: Iterable[str],
@@ -31,6 +32,7 @@ def hello(
             devices=[pb.Device(kind=d.kind, name=d.name, memory_bytes=d.memory_bytes) for d in devices],
             memory_bytes=memory_bytes,
             data_sets=[pb.DataSet(name=name, size_bytes=size) for name, size in data_sets.items()],
+            labels=labels,
             held_digests=held_digests,
             open_assignments=open_assignments,
             kept_runs=kept_runs,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedloom_common.codecs.spec import AS_IS, Codecs
 from fedloom_common.errors import BadSpec
+from fedloom_common.requirements import Require
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 
@@ -54,10 +55,15 @@ class CausalLM(Strict):
 class Cohort(Strict):
     """Which sites take part in a round, and how many must."""
 
+    require: Require = Require()
+    """What a site must have to take part, such as ``{gpu_memory_gb: 40, label: icu}``."""
+    policy: Name = "uniform"
+    """How a round picks from the sites that fit: ``uniform`` (each as likely as the other), ``weighted`` (by
+    examples), ``round_robin`` (who waits longest), ``all``, or a plug-in's name."""
     fraction: float = Field(default=1.0, gt=0, le=1)
-    """Share of the connected sites that a round picks at random."""
+    """Share of the sites that fit that a round picks."""
     min_sites: int = Field(default=1, ge=1)
-    """A round begins when so many sites are connected, and picks no fewer."""
+    """A round begins when so many sites that fit are connected, and picks no fewer."""
     quorum: int | None = Field(default=None, ge=1)
     """Updates needed for a round to count; ``min_sites`` if not given."""
     deadline_s: float | None = Field(default=None, gt=0)
@@ -71,6 +77,14 @@ class Cohort(Strict):
     def needed(self) -> int:
         """Updates needed for a round to count."""
         return self.quorum or self.min_sites
+
+    @model_validator(mode="after")
+    def _all_is_all(self) -> Self:
+        if self.policy == "all" and self.fraction != 1:
+            raise ValueError(
+                f"policy all picks every site, and fraction is {self.fraction:g}: drop one of both"
+            )
+        return self
 
     @model_validator(mode="after")
     def _quorum_can_be_met(self) -> Self:

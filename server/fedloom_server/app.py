@@ -19,22 +19,27 @@ from fedloom.v1 import (
     runs_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
+    sites_pb2,
+    sites_pb2_grpc,
     transfer_pb2,
 )
 from fedloom_common.channels import SERVER_OPTIONS, window
 from fedloom_common.errors import BadSpec
 from fedloom_common.identity import require_loopback, server_credentials
 from fedloom_common.memory import keep_freed_memory
+from fedloom_server.admission import Admission
 from fedloom_server.assignments import Assignments
 from fedloom_server.config import CoordinatorConfig
 from fedloom_server.database import open_database
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.ownership import owned_folder
+from fedloom_server.roster import Roster
 from fedloom_server.rounds import Federation
 from fedloom_server.rpc.access import Access, Guard
 from fedloom_server.rpc.audit import AuditEdge
 from fedloom_server.rpc.federation import FederationEdge
 from fedloom_server.rpc.runs import RunEdge
+from fedloom_server.rpc.sites import SiteEdge
 from fedloom_server.rpc.transfer import TransferEdge
 from fedloom_server.runs import Runs
 from fedloom_server.sites import Sites
@@ -48,6 +53,7 @@ SERVICES = tuple(
         (transfer_pb2, "TransferService"),
         (runs_pb2, "RunService"),
         (audit_pb2, "AuditService"),
+        (sites_pb2, "SiteService"),
     )
 )
 
@@ -92,7 +98,9 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
     _open_more_files()
     with owned_folder(config.state_dir):
         database = open_database(config.database_url, config.state_dir)
-        store, sites, watching = Store(config.state_dir, database), Sites(), Watching()
+        store, watching = Store(config.state_dir, database), Watching()
+        roster = Roster(store)
+        sites = Sites(roster)
         assignments = Assignments(
             store,
             sites,
@@ -108,7 +116,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
             keep_models=config.keep_models,
         )
         runs = Runs(federation)
-        server = _server(config, federation, runs)
+        server = _server(config, federation, runs, Admission(roster, sites, assignments))
         healthy = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         port = _listen(server, config)
@@ -129,6 +137,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
                 if site.link is not None:
                     site.link.close("the coordinator shuts down")
             await server.stop(config.drain_s)
+            roster.flush()
             store.close()
 
 
@@ -142,10 +151,12 @@ async def _work(runs: Runs) -> None:
             await asyncio.sleep(BROKEN_QUEUE_S)
 
 
-def _server(config: CoordinatorConfig, federation: Federation, runs: Runs) -> grpc.aio.Server:
+def _server(
+    config: CoordinatorConfig, federation: Federation, runs: Runs, admission: Admission
+) -> grpc.aio.Server:
     """The services behind their guard."""
     store, sites, assignments = federation.store, federation.sites, federation.assignments
-    access = Access(insecure=config.insecure)
+    access = Access(insecure=config.insecure, refusal=sites.refusal)
     options = [*SERVER_OPTIONS, window(config.window_bytes)]
     server = grpc.aio.server(interceptors=[Guard(access)], options=options)
     session_pb2_grpc.add_FederationServiceServicer_to_server(
@@ -156,6 +167,7 @@ def _server(config: CoordinatorConfig, federation: Federation, runs: Runs) -> gr
     server.add_generic_rpc_handlers((transfers.handlers(),))
     runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, federation.watching), server)
     audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditEdge(store.audit_log), server)
+    sites_pb2_grpc.add_SiteServiceServicer_to_server(SiteEdge(admission, store), server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return server
 

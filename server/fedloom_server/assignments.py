@@ -128,7 +128,7 @@ class Assignments:
         for assignment in batch:
             self._turns.release(assignment.id)
 
-    def attached(self, site: str, open_ids: Iterable[str] = (), kept_runs: Iterable[str] = ()) -> None:
+    def attached(self, site: str, open_ids: Iterable[str] = (), kept_runs: Sequence[str] = ()) -> None:
         """Send a site its open assignments again: it may have missed them, or that others have ended."""
         self._tell_ended_runs(site, kept_runs)
         for assignment_id in open_ids:
@@ -251,10 +251,15 @@ class Assignments:
             entry.trouble = reason
         logger.warning("upload interrupted", extra=_facts(assignment) | {"reason": reason})
 
-    def _tell_ended_runs(self, site: str, kept_runs: Iterable[str]) -> None:
+    def withdraw(self, site: str, reason: str) -> None:
+        """End what a site has been given: it may do no more."""
+        for entry in self._of(site):
+            self._end(entry, AssignmentState.CANCELLED, reason)
+
+    def _tell_ended_runs(self, site: str, kept_runs: Sequence[str]) -> None:
         """Let a site clear away what it keeps of runs that ended, or went from our records, without it."""
         link = self._sites.link(site)
-        states = {run.id: run.state for run in self._store.runs()} if link else {}
+        states = {run.id: run.state for run in self._store.runs()} if link and kept_runs else {}
         for run_id in kept_runs:
             state = states.get(run_id)
             if link and (state is None or state.is_end):
@@ -273,7 +278,10 @@ class Assignments:
             ended=asyncio.get_running_loop().create_future(), batch=batch, on_end=on_end,
         )  # fmt: skip
         self._open[assignment.id] = entry
-        self._send(entry)
+        if (refusal := self._sites.refusal(assignment.site)) is not None:
+            self._end(entry, AssignmentState.CANCELLED, refusal)
+        else:
+            self._send(entry)
         return entry
 
     def _send(self, entry: _Open) -> None:

@@ -58,6 +58,16 @@ class AssignmentState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class SiteState(StrEnum):
+    """What an operator lets a site do."""
+
+    ACTIVE = "active"
+    DRAINING = "draining"
+    """It finishes what it has and gets nothing new."""
+    BLOCKED = "blocked"
+    """It may not attach."""
+
+
 class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
     """Base of all rows."""
 
@@ -68,6 +78,7 @@ class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
         float: Double(),
         dict[str, Any]: JSON,
         dict[str, float]: Numbers(),
+        dict[str, str]: JSON,
         list[str]: JSON,
         list[dict[str, Any]]: JSON,
     }
@@ -180,6 +191,27 @@ class AuditRow(Base):
     """JSON as it was hashed."""
     previous: Mapped[str]
     hash: Mapped[str]
+
+
+class SiteRecord(Base):
+    """A site that has attached, or of which an operator has spoken."""
+
+    __tablename__ = "sites"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    state: Mapped[SiteState] = mapped_column(default=SiteState.ACTIVE)
+    reason: Mapped[str] = mapped_column(default="")
+    """Why it is draining or blocked, in the operator's words."""
+    own_labels: Mapped[dict[str, str]] = mapped_column(default_factory=dict)
+    """As the site told them when it last attached."""
+    operator_labels: Mapped[dict[str, str]] = mapped_column(default_factory=dict)
+    """They stand before the site's own; an empty value takes a label away."""
+    description: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
+    """What it last said of itself: ``eligibility.Description``."""
+    first_heard_s: Mapped[float] = mapped_column(default=0.0)
+    """Seconds since 1970; 0 before it has attached."""
+    last_heard_s: Mapped[float] = mapped_column(default=0.0)
+    """Seconds since 1970, written when a session begins or ends."""
 
 
 def assignment_id(run_id: str, round_number: int, attempt: int, work: Work, site: str) -> str:

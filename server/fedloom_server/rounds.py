@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from fedloom_common.errors import TooFewUpdates
 from fedloom_server.assignments import Assignments, Terms
 from fedloom_server.codecs import most_update_bytes
+from fedloom_server.cohorts import draw_cohort, wanted
 from fedloom_server.downlink import delta_to
 from fedloom_server.evaluation import SiteMetrics, combine
 from fedloom_server.folding import Folding
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
-from fedloom_server.selection import select
 from fedloom_server.sites import Sites
 from fedloom_server.stopping import RoundResult, stop_reason
 from fedloom_server.store import Store
@@ -82,11 +82,10 @@ async def _train(run: Run, record: Round, federation: Federation, folding: Foldi
     cohort = run.spec.cohort
     while True:
         if not record.cohort:
-            connected = await _connected(run, federation)
-            chosen = select(
-                connected, cohort=cohort, seed=run.spec.seed, round=record.number, attempt=record.attempt
+            fitting = await _fitting(run, federation)
+            record.cohort = list(
+                await draw_cohort(run, record, fitting, store=federation.store, sites=federation.sites)
             )
-            record.cohort = list(chosen)
         batch = _assignments(run, record, Work.TRAIN, record.cohort, federation)
         _advance(run, record, record.state, federation)
         terms = _terms(run, record.base_digest, federation, needed=cohort.needed)
@@ -111,22 +110,20 @@ async def _train(run: Run, record: Round, federation: Federation, folding: Foldi
         await asyncio.sleep(ATTEMPT_PAUSE_S)
 
 
-async def _connected(run: Run, federation: Federation) -> list[str]:
-    """Connected sites that have the run's data, as soon as they are enough."""
+async def _fitting(run: Run, federation: Federation) -> list[str]:
+    """Connected sites that fit the run, as soon as they are enough."""
     spec = run.spec
 
-    def tell(connected: int) -> None:
-        run.reason = (
-            f"waits for sites with data {spec.data!r}: {connected} of {spec.cohort.min_sites} connected"
-        )
+    def tell(lacking: str) -> None:
+        run.reason = f"waits for sites: {lacking}"
         logger.info("waiting for sites", extra={"run": run.id, "reason": run.reason})
         _save_run(run, federation)
 
-    connected = await federation.sites.wait_for(spec.cohort.min_sites, spec.data, tell)
+    fitting = await federation.sites.wait_for(spec.cohort.min_sites, wanted(spec), tell)
     if run.reason:
         run.reason = ""
         _save_run(run, federation)
-    return connected
+    return fitting
 
 
 async def _aggregate(
@@ -144,13 +141,13 @@ async def _aggregate(
 
 
 async def _evaluate(run: Run, record: Round, federation: Federation) -> None:
-    """Metrics of the round's model, by every connected site that has the run's data."""
+    """Metrics of the round's model, by every connected site that fits the run."""
     batch = federation.store.assignments(run.id, record.number)
     batch = [assignment for assignment in batch if assignment.work is Work.EVALUATE]
     if not batch:
         if record.number == 0:
-            await _connected(run, federation)  # nobody may be there yet when a run begins
-        sites = federation.sites.offering(run.spec.data)
+            await _fitting(run, federation)  # nobody may be there yet when a run begins
+        sites = federation.sites.fitting(wanted(run.spec))
         batch = _assignments(run, record, Work.EVALUATE, sites, federation)
     terms = _terms(run, record.model_digest, federation, needed=0)
     _advance(run, record, record.state, federation)

@@ -13,6 +13,7 @@ from fedloom_server.codecs import require_codable
 from fedloom_server.models import MODEL_FILE, prepare_model
 from fedloom_server.records import AssignmentState, Run, RunState
 from fedloom_server.rounds import Federation, run_rounds
+from fedloom_server.selection import find_policy
 from fedloom_server.store import new_run_id
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Runs:
             BadSpec: the spec or the model it names is wrong; nothing is queued.
         """
         spec = parse_run_spec(spec_text)
+        find_policy(spec.cohort.policy)  # before a model is made in vain
         folder = self._store.spool.new_workshop()
         try:
             await prepare_model(spec, folder)
@@ -47,8 +49,9 @@ class Runs:
         """Queue a run whose initial model, a folder of files, is made; the files move into the store.
 
         Raises:
-            BadSpec: the run's codecs cannot encode the model.
+            BadSpec: the run's codecs cannot encode the model, or there is no such selection policy.
         """
+        find_policy(spec.cohort.policy)
         require_codable(spec.transport, folder / MODEL_FILE)
         files = await asyncio.to_thread(self._take_in, folder)
         model = next(file for file in files if file["name"] == MODEL_FILE)

@@ -4,16 +4,28 @@ import secrets
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import Select, select
+from sqlalchemy import BigInteger, Select, case, cast, delete, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from fedloom_common.errors import NotFound, WrongState
 from fedloom_server.audit import AuditLog
 from fedloom_server.database import Database, open_database
 from fedloom_server.files import Files
-from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run, RunState, Work
+from fedloom_server.records import (
+    Assignment,
+    AssignmentState,
+    Base,
+    Round,
+    RoundState,
+    Run,
+    RunState,
+    SiteRecord,
+    Work,
+)
 from fedloom_server.schema import upgrade
 from fedloom_server.spool import Spool
+
+MOST_ATTEMPTS = 1 << 20  # of a round, when rounds and attempts are put in one order
 
 Row = TypeVar("Row", bound=Base)
 
@@ -84,6 +96,33 @@ class Store:
     def assignment(self, assignment_id: str) -> Assignment | None:
         """One assignment; None if there is none of that id."""
         return self.database.do(lambda session: session.get(Assignment, assignment_id))
+
+    def training_history(self, run_id: str, before: tuple[int, int]) -> list[tuple[str, int, int]]:
+        """Of each site that a run has asked to train before a round's attempt: when last, and its examples.
+
+        "When" is a number that grows with round and attempt; the examples are the most that ever counted.
+        """
+        when = cast(Assignment.round, BigInteger) * MOST_ATTEMPTS + Assignment.attempt
+        examples = case((Assignment.state == AssignmentState.DONE, Assignment.examples), else_=0)
+        query = (
+            select(Assignment.site, func.max(when), func.max(examples))
+            .where(Assignment.run_id == run_id, Assignment.work == Work.TRAIN)
+            .where(tuple_(Assignment.round, Assignment.attempt) < before)
+            .group_by(Assignment.site)
+        )
+        return self.database.do(lambda session: [tuple(row) for row in session.execute(query)])
+
+    def open_assignments(self) -> list[Assignment]:
+        """Assignments of every run that have not ended."""
+        return self._all(select(Assignment).where(Assignment.state == AssignmentState.OPEN))
+
+    def sites(self) -> list[SiteRecord]:
+        """Every site that is known."""
+        return self._all(select(SiteRecord))
+
+    def remove_site(self, name: str) -> None:
+        """Forget a site; what it did stays with its runs."""
+        self.database.do(lambda session: session.execute(delete(SiteRecord).where(SiteRecord.name == name)))
 
     def close_rounds(self, run: Run) -> list[Round]:
         """The unfinished round of a run that ends early, closed: training is lost, later steps can go on."""

@@ -13,9 +13,10 @@ from fedloom_client.training.orders import WorkerProgress
 
 
 async def test_hello_says_what_the_site_has(world: Any) -> None:
-    world.daemon()
+    world.daemon(labels={"ward": "icu"})
     hello = await world.attached()
     assert hello.protocol_version == 1
+    assert dict(hello.labels) == {"ward": "icu"}
     assert [device.kind for device in hello.devices] == ["cpu"]
     assert hello.memory_bytes > 1 << 28
     assert {data.name: data.size_bytes for data in hello.data_sets} == {"plays": len("to be or not to be")}

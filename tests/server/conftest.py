@@ -78,6 +78,7 @@ class FakeSite:
         self.repeated = 0
         self.open_assignments: list[str] = []
         self.kept_runs: list[str] = []
+        self.labels: dict[str, str] = {}
         self.assigned = asyncio.Event()
         self.cancelled: dict[str, str] = {}
         self.ended_runs: list[str] = []
@@ -99,6 +100,7 @@ class FakeSite:
                 data_sets=[pb.DataSet(name="text", size_bytes=1_000_000)],
                 open_assignments=self.open_assignments,
                 kept_runs=self.kept_runs,
+                labels=self.labels,
             )
             self._outbox = asyncio.Queue()
             self.send(hello=hello)

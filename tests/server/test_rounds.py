@@ -167,7 +167,7 @@ async def test_a_late_site_is_left_behind_at_the_deadline(bench, spec, initial, 
 async def test_a_run_waits_for_enough_sites_and_says_so(bench, spec):
     run = await bench.enqueue(spec(cohort={"min_sites": 2}))
     bench.site("a")
-    await bench.until(lambda: "1 of 2 connected" in bench.running.store.run(run.id).reason)
+    await bench.until(lambda: "1 of 2 fit, 1 connected" in bench.running.store.run(run.id).reason)
     bench.site("b")
     assert (await bench.ended(run)).state == "finished"
 
@@ -175,7 +175,9 @@ async def test_a_run_waits_for_enough_sites_and_says_so(bench, spec):
 async def test_a_site_without_the_data_is_not_asked(bench, spec):
     a = bench.site("a")
     run = await bench.enqueue(spec(data="elsewhere"))
-    await bench.until(lambda: "0 of 1 connected" in bench.running.store.run(run.id).reason)
+    await bench.until(
+        lambda: "0 of 1 fit, 1 connected: 1 lacks data 'elsewhere'" in bench.running.store.run(run.id).reason
+    )
     assert not a.assigned.is_set()
 
 

@@ -25,6 +25,13 @@ class RoundState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROUND_STATE_EVALUATING: _ClassVar[RoundState]
     ROUND_STATE_FINISHED: _ClassVar[RoundState]
     ROUND_STATE_FAILED: _ClassVar[RoundState]
+
+class SiteState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SITE_STATE_UNSPECIFIED: _ClassVar[SiteState]
+    SITE_STATE_ACTIVE: _ClassVar[SiteState]
+    SITE_STATE_DRAINING: _ClassVar[SiteState]
+    SITE_STATE_BLOCKED: _ClassVar[SiteState]
 RUN_STATE_UNSPECIFIED: RunState
 RUN_STATE_QUEUED: RunState
 RUN_STATE_RUNNING: RunState
@@ -37,6 +44,10 @@ ROUND_STATE_AGGREGATING: RoundState
 ROUND_STATE_EVALUATING: RoundState
 ROUND_STATE_FINISHED: RoundState
 ROUND_STATE_FAILED: RoundState
+SITE_STATE_UNSPECIFIED: SiteState
+SITE_STATE_ACTIVE: SiteState
+SITE_STATE_DRAINING: SiteState
+SITE_STATE_BLOCKED: SiteState
 
 class Run(_message.Message):
     __slots__ = ("id", "name", "state", "reason", "rounds_done", "rounds_total", "submitted_at_s", "started_at_s", "ended_at_s", "model", "spec_json")
@@ -238,13 +249,39 @@ class ListSitesResponse(_message.Message):
     def __init__(self, sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ...) -> None: ...
 
 class Site(_message.Message):
-    __slots__ = ("name", "connected", "last_heard_at_s", "hello")
+    __slots__ = ("name", "connected", "last_heard_at_s", "hello", "state", "reason", "first_heard_at_s", "labels", "operator_labels", "open_assignments")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class OperatorLabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     LAST_HEARD_AT_S_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    FIRST_HEARD_AT_S_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    OPERATOR_LABELS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     connected: bool
     last_heard_at_s: float
     hello: _session_pb2.Hello
-    def __init__(self, name: _Optional[str] = ..., connected: bool = ..., last_heard_at_s: _Optional[float] = ..., hello: _Optional[_Union[_session_pb2.Hello, _Mapping]] = ...) -> None: ...
+    state: SiteState
+    reason: str
+    first_heard_at_s: float
+    labels: _containers.ScalarMap[str, str]
+    operator_labels: _containers.ScalarMap[str, str]
+    open_assignments: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., connected: bool = ..., last_heard_at_s: _Optional[float] = ..., hello: _Optional[_Union[_session_pb2.Hello, _Mapping]] = ..., state: _Optional[_Union[SiteState, str]] = ..., reason: _Optional[str] = ..., first_heard_at_s: _Optional[float] = ..., labels: _Optional[_Mapping[str, str]] = ..., operator_labels: _Optional[_Mapping[str, str]] = ..., open_assignments: _Optional[_Iterable[str]] = ...) -> None: ...

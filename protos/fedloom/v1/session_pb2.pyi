@@ -68,7 +68,14 @@ class CoordinatorMessage(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., upload_grant: _Optional[_Union[UploadGrant, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., run_ended: _Optional[_Union[RunEnded, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "software", "devices", "memory_bytes", "data_sets", "held_digests", "open_assignments", "kept_runs")
+    __slots__ = ("protocol_version", "software", "devices", "memory_bytes", "data_sets", "held_digests", "open_assignments", "kept_runs", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +84,7 @@ class Hello(_message.Message):
     HELD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     OPEN_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     KEPT_RUNS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software: str
     devices: _containers.RepeatedCompositeFieldContainer[Device]
@@ -85,7 +93,8 @@ class Hello(_message.Message):
     held_digests: _containers.RepeatedScalarFieldContainer[str]
     open_assignments: _containers.RepeatedScalarFieldContainer[str]
     kept_runs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol_version: _Optional[int] = ..., software: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., memory_bytes: _Optional[int] = ..., data_sets: _Optional[_Iterable[_Union[DataSet, _Mapping]]] = ..., held_digests: _Optional[_Iterable[str]] = ..., open_assignments: _Optional[_Iterable[str]] = ..., kept_runs: _Optional[_Iterable[str]] = ...) -> None: ...
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, protocol_version: _Optional[int] = ..., software: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., memory_bytes: _Optional[int] = ..., data_sets: _Optional[_Iterable[_Union[DataSet, _Mapping]]] = ..., held_digests: _Optional[_Iterable[str]] = ..., open_assignments: _Optional[_Iterable[str]] = ..., kept_runs: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("kind", "name", "memory_bytes")

@@ -61,6 +61,8 @@ state_dir: state
 # text_field), or dataset (a directory that the datasets library saved).
 {data}
 # What this site permits, and how it trains; remove the # to change a value.
+# labels:
+#   ward: icu
 # policy:
 #   max_model_bytes: 4000000000
 #   max_steps_per_round: 1000

@@ -37,6 +37,13 @@ ADMITTED: Mapping[str, frozenset[Role]] = {
     "/fedloom.v1.RunService/Export": READERS,
     "/fedloom.v1.RunService/ListSites": READERS,
     "/fedloom.v1.AuditService/List": READERS,
+    "/fedloom.v1.SiteService/Get": READERS,
+    "/fedloom.v1.SiteService/Drain": OPERATORS,
+    "/fedloom.v1.SiteService/Undrain": OPERATORS,
+    "/fedloom.v1.SiteService/Block": OPERATORS,
+    "/fedloom.v1.SiteService/Unblock": OPERATORS,
+    "/fedloom.v1.SiteService/Forget": OPERATORS,
+    "/fedloom.v1.SiteService/Label": OPERATORS,
     "/grpc.health.v1.Health/Check": ALL,
     "/grpc.health.v1.Health/Watch": ALL,
     "/grpc.health.v1.Health/List": ALL,
@@ -51,8 +58,10 @@ logger = logging.getLogger(__name__)
 class Access:
     """Tells who calls."""
 
-    def __init__(self, *, insecure: bool) -> None:
+    def __init__(self, *, insecure: bool, refusal: Callable[[str], str | None]) -> None:
+        """``refusal`` says why a site, by name, may not call at all; None if it may."""
         self._insecure = insecure
+        self._refusal = refusal
 
     def peer(self, context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
         """The caller, by certificate; where certificates are switched off, by what it says.
@@ -68,11 +77,13 @@ class Access:
         """The caller, if the table admits it to a method.
 
         Raises:
-            NotPermitted: it does not.
+            NotPermitted: it does not, or the caller is a site that is blocked.
         """
         peer = self.peer(context)
         if peer.role not in ADMITTED.get(method, frozenset()):
             raise NotPermitted(f"{peer.role} {peer.name} may not call {method}")
+        if peer.role is Role.SITE and (refusal := self._refusal(peer.name)) is not None:
+            raise NotPermitted(refusal)
         return peer
 
 

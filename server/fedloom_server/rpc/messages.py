@@ -1,12 +1,12 @@
 """The coordinator's records as messages of the contract."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedloom.v1 import runs_pb2, session_pb2
 from fedloom_server.downlink import Delta
 from fedloom_server.records import Assignment, Round, Run, Work
-from fedloom_server.sites import Site
+from fedloom_server.roster import Site
 from fedloom_server.watching import Change, RoundChange, SiteProgress
 
 DELTA_FILE = "delta.safetensors"
@@ -112,9 +112,9 @@ def _progress_message(change: SiteProgress) -> runs_pb2.SiteProgress:
     )
 
 
-def site_message(site: Site) -> runs_pb2.Site:
-    """A site as it described itself."""
-    described = site.description
+def site_message(site: Site, open_assignments: Iterable[str]) -> runs_pb2.Site:
+    """A site as it described itself, and what operators decided."""
+    described, record = site.description, site.record
     hello = session_pb2.Hello(
         software=described.software,
         memory_bytes=described.memory_bytes,
@@ -125,7 +125,17 @@ def site_message(site: Site) -> runs_pb2.Site:
         data_sets=[
             session_pb2.DataSet(name=name, size_bytes=size) for name, size in described.data_sets.items()
         ],
+        labels=record.own_labels,
     )
     return runs_pb2.Site(
-        name=site.name, connected=site.link is not None, last_heard_at_s=site.last_heard_s, hello=hello
+        name=site.name,
+        connected=site.link is not None,
+        last_heard_at_s=record.last_heard_s,
+        hello=hello,
+        state=f"SITE_STATE_{record.state.name}",
+        reason=record.reason,
+        first_heard_at_s=record.first_heard_s,
+        labels=site.labels,
+        operator_labels=record.operator_labels,
+        open_assignments=open_assignments,
     )

@@ -86,7 +86,12 @@ class RunEdge(RunServiceServicer):
 
     async def ListSites(self, request: pb.ListSitesRequest, context: Context) -> pb.ListSitesResponse:  # noqa: N802
         """Sites by name."""
-        return pb.ListSitesResponse(sites=[site_message(site) for site in self._sites.all()])
+        open_work = self._store.open_assignments()
+        by_site: dict[str, list[str]] = {}
+        for assignment in open_work:
+            by_site.setdefault(assignment.site, []).append(assignment.id)
+        sites = [site_message(site, by_site.get(site.name, ())) for site in self._sites.all()]
+        return pb.ListSitesResponse(sites=sites)
 
     def _rounds(self, run: Run) -> list[pb.Round]:
         assignments = self._store.assignments(run.id)

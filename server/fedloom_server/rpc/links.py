@@ -1,0 +1,92 @@
+"""What the coordinator says to one site, as messages in order."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from fedloom.v1 import session_pb2 as pb
+from fedloom_common.errors import NotPermitted
+from fedloom_server.downlink import Delta
+from fedloom_server.records import Assignment, Run
+from fedloom_server.rpc.hellos import PROTOCOL_VERSION
+from fedloom_server.rpc.messages import blob, delta_message, work_message
+
+OUTBOX_MESSAGES = 1000  # a site that reads nothing while so many wait is gone
+REFUSAL_S = 5.0  # a refused site that does not read why is cut off
+
+
+class SiteLink:
+    """Messages to one site, in order."""
+
+    def __init__(self, model_name: str, give_up: Callable[[], object]) -> None:
+        """``give_up`` ends the session at once, whatever has yet to be sent."""
+        self._model_name = model_name
+        self.give_up = give_up
+        self.is_refused = False
+        self._outbox: asyncio.Queue[pb.CoordinatorMessage | NotPermitted | None] = asyncio.Queue()
+
+    def assign(self, assignment: Assignment, run: Run, delta: Delta | None) -> None:
+        """Send an assignment, with a smaller way to its model if there is one."""
+        spec = run.spec
+        model = pb.Blob(
+            name=self._model_name, digest=assignment.model_digest, size_bytes=assignment.model_bytes
+        )
+        message = pb.Assignment(
+            id=assignment.id, work=work_message(assignment.work), run_id=run.id, round=assignment.round,
+            attempt=assignment.attempt, model=model, assets=[blob(asset) for asset in run.assets],
+            spec_json=run.spec_json, deadline_s=spec.cohort.deadline_s or 0, stall_s=spec.cohort.stall_s,
+            delta=None if delta is None else delta_message(delta),
+        )  # fmt: skip
+        self._put(pb.CoordinatorMessage(assignment=message))
+
+    def grant(self, assignment_id: str, offset: int) -> None:
+        """Give leave to upload from an offset; an upload has its assignment's id."""
+        grant = pb.UploadGrant(assignment_id=assignment_id, upload=assignment_id, offset=offset)
+        self._put(pb.CoordinatorMessage(upload_grant=grant))
+
+    def cancel(self, assignment_id: str, reason: str, *, counts: bool = False) -> None:
+        """Say that an assignment is no longer wanted, or that its update has come and counts."""
+        cancel = pb.Cancel(assignment_id=assignment_id, reason=reason, counts=counts)
+        self._put(pb.CoordinatorMessage(cancel=cancel))
+
+    def run_ended(self, run_id: str, *, may_resume: bool) -> None:
+        """Say that a run has ended, for good or until an operator resumes it."""
+        self._put(pb.CoordinatorMessage(run_ended=pb.RunEnded(run_id=run_id, may_resume=may_resume)))
+
+    def close(self, reason: str) -> None:
+        """Tell the site to attach again later, and end the session."""
+        self._put(pb.CoordinatorMessage(drain=pb.Drain(reason=reason)))
+        self.finish()
+
+    def refuse(self, reason: str) -> None:
+        """End the session at once; the site may not attach again before a person has changed something."""
+        self.is_refused = True
+        while not self._outbox.empty():
+            self._outbox.get_nowait()
+        self._outbox.put_nowait(NotPermitted(reason))
+        asyncio.get_running_loop().call_later(REFUSAL_S, self.give_up)
+
+    def welcome(self, site: str, heartbeat_s: float) -> None:
+        """Accept the session."""
+        welcome = pb.Welcome(protocol_version=PROTOCOL_VERSION, site=site, heartbeat_s=heartbeat_s)
+        self._put(pb.CoordinatorMessage(welcome=welcome))
+
+    def finish(self) -> None:
+        """End the session after what has yet to be sent."""
+        self._outbox.put_nowait(None)
+
+    async def messages(self) -> AsyncIterator[pb.CoordinatorMessage]:
+        """What is to be sent, until the link is closed.
+
+        Raises:
+            NotPermitted: the site has been refused.
+        """
+        while (message := await self._outbox.get()) is not None:
+            if isinstance(message, NotPermitted):
+                raise message
+            yield message
+
+    def _put(self, message: pb.CoordinatorMessage) -> None:
+        if self._outbox.qsize() < OUTBOX_MESSAGES:
+            self._outbox.put_nowait(message)
+        else:
+            self.give_up()

@@ -1,0 +1,279 @@
+"""What operators decide about sites, by the contract, against a real coordinator."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from fedloom.v1 import runs_pb2, sites_pb2
+from fedloom.v1 import session_pb2 as pb
+from fedloom.v1.runs_pb2_grpc import RunServiceStub
+from fedloom.v1.sites_pb2_grpc import SiteServiceStub
+from fedloom_common.channels import open_channel
+from fedloom_common.errors import NotPermitted
+from fedloom_common.identity import Peer, Role
+from fedloom_common.transfer import TransferStub, download
+from fedloom_server import roster
+from fedloom_server.app import coordinator
+from fedloom_server.rpc import links
+
+
+class Operator:
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.stub = SiteServiceStub(channel)
+        self.runs = RunServiceStub(channel)
+
+    async def __call__(self, method: str, name: str, **more: object) -> runs_pb2.Site:
+        return await getattr(self.stub, method)(getattr(sites_pb2, f"{method}SiteRequest")(name=name, **more))
+
+    async def refused(self, method: str, name: str, **more: object) -> tuple[grpc.StatusCode, str]:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await self(method, name, **more)
+        return caught.value.code(), caught.value.details()
+
+    async def sites(self) -> dict[str, runs_pb2.Site]:
+        answer = await self.runs.ListSites(runs_pb2.ListSitesRequest())
+        return {site.name: site for site in answer.sites}
+
+
+@pytest.fixture
+async def operator(bench) -> AsyncIterator[Operator]:
+    async with open_channel(f"127.0.0.1:{bench.running.port}", None, Peer(Role.OPERATOR, "ann")) as channel:
+        yield Operator(channel)
+
+
+async def attached(bench, *names):
+    await bench.until(lambda: all(bench.running.sites.link(name) for name in names))
+
+
+async def test_a_draining_site_finishes_what_it_has_and_gets_nothing_new(bench, spec, operator, fault):
+    bench.site("a")
+    slow = bench.site("slow", fault=fault.REPEATS_ITSELF)
+    await attached(bench, "a", "slow")
+    cohort = {"min_sites": 1, "quorum": 1, "stall_s": 1}
+    run = await bench.enqueue(spec(rounds=2, cohort=cohort, evaluation={"initial": False}))
+    await bench.until(lambda: slow.repeated > 0)
+    drained = await operator("Drain", "slow", reason="maintenance")
+    assert (drained.state, drained.reason) == (runs_pb2.SITE_STATE_DRAINING, "maintenance")
+    assert list(drained.open_assignments) == [f"{run.id}.1.1.train.slow"]
+    assert (await bench.ended(run)).state == "finished"
+    assert bench.outcomes(run, 1)["slow"][0] == "lost"  # it was left to finish, and did not
+    assert set(bench.outcomes(run, 2)) == {"a"}
+    assert not (await operator("Get", "slow")).open_assignments
+    assert (await operator("Undrain", "slow")).state == runs_pb2.SITE_STATE_ACTIVE
+
+
+async def test_a_run_that_waits_goes_on_when_a_site_is_undrained(bench, spec, operator):
+    bench.site("a")
+    await attached(bench, "a")
+    await operator("Drain", "a")
+    run = await bench.enqueue(spec())
+    await bench.until(lambda: "0 of 1 fit, 1 connected: 1 draining" in bench.running.store.run(run.id).reason)
+    await operator("Undrain", "a")
+    assert (await bench.ended(run)).state == "finished"
+
+
+async def test_blocking_ends_the_session_and_its_assignments_at_once_and_says_why(
+    bench, spec, operator, fault
+):
+    bench.site("good")
+    bad = bench.site("bad", fault=fault.SILENT)
+    await attached(bench, "good", "bad")
+    run = await bench.enqueue(spec(cohort={"min_sites": 2, "quorum": 1, "stall_s": 100}))
+    await bench.until(lambda: any(work.work == pb.WORK_TRAIN for work in bad.asked))
+    await operator("Block", "bad", reason="its key was stolen")
+    await asyncio.wait_for(bench.tasks["bad"], 5)
+    assert bad.errors == ["site bad is blocked: its key was stolen"]
+    assert (await bench.ended(run)).state == "finished"
+    assert bench.outcomes(run)["bad"] == ("cancelled", "site bad is blocked: its key was stolen")
+
+
+async def test_a_blocked_site_can_neither_attach_nor_read_until_it_is_unblocked(bench, spec, operator):
+    bench.site("a")
+    run = await bench.ended(await bench.enqueue(spec()))
+    await operator("Block", "b", reason="unknown")  # it has never come
+    site = bench.site("b")
+    await asyncio.wait_for(bench.tasks["b"], 5)
+    assert site.errors == ["site b is blocked: unknown"]
+    async with open_channel(f"127.0.0.1:{bench.running.port}", None, Peer(Role.SITE, "b")) as channel:
+        with pytest.raises(NotPermitted, match="site b is blocked: unknown"):
+            await download(TransferStub(channel), run.model_digest, run.model_bytes, bench.folder / "stolen")
+    assert (await operator("Unblock", "b")).state == runs_pb2.SITE_STATE_ACTIVE
+    bench.attach(site)
+    await attached(bench, "b")
+
+
+async def test_a_refused_site_that_does_not_read_why_is_cut_off(monkeypatch):
+    monkeypatch.setattr(links, "REFUSAL_S", 0.1)
+    is_cut_off = asyncio.Event()
+    link = links.SiteLink("model.safetensors", is_cut_off.set)
+    link.run_ended("r", may_resume=True)
+    link.refuse("blocked")
+    with pytest.raises(NotPermitted, match="blocked"):
+        await anext(aiter(link.messages()))  # before all that had yet to be sent
+    await asyncio.wait_for(is_cut_off.wait(), 5)
+
+
+async def test_a_run_taken_up_after_a_restart_does_not_wait_for_a_site_blocked_meanwhile(
+    config, bench_of, spec, fault
+):
+    cohort = {"min_sites": 2, "quorum": 1, "stall_s": 100}
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        bench.site("good", fault=fault.SILENT)
+        bad = bench.site("bad", fault=fault.SILENT)
+        run = await bench.enqueue(spec(cohort=cohort, evaluation={"initial": False}))
+        await bench.until(lambda: bad.assigned.is_set())
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        async with open_channel(f"127.0.0.1:{running.port}", None, Peer(Role.OPERATOR, "ann")) as channel:
+            await Operator(channel)("Block", "bad")
+        bench.site("good")
+        assert (await bench.ended(run)).state == "finished"
+        assert bench.outcomes(run)["bad"] == ("cancelled", "site bad is blocked: blocked by an operator")
+
+
+async def test_what_is_known_and_decided_of_sites_survives_a_restart(config, bench_of):
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        for name in ("a", "b", "c"):
+            bench.site(name)
+        await attached(bench, "a", "b", "c")
+        async with open_channel(f"127.0.0.1:{running.port}", None, Peer(Role.OPERATOR, "ann")) as channel:
+            operator = Operator(channel)
+            await operator("Drain", "b", reason="new disks")
+            await operator("Block", "c")
+            await operator("Label", "a", labels={"ward": "icu"})
+            before = await operator.sites()
+    async with (
+        coordinator(config) as running,
+        open_channel(f"127.0.0.1:{running.port}", None, Peer(Role.OPERATOR, "ann")) as channel,
+    ):
+        after = await Operator(channel).sites()
+        refused = bench_of(running).site("c")
+        await bench.until(lambda: bool(refused.errors))
+    states = {name: (site.state, site.reason) for name, site in after.items()}
+    assert states == {
+        "a": (runs_pb2.SITE_STATE_ACTIVE, ""),
+        "b": (runs_pb2.SITE_STATE_DRAINING, "new disks"),
+        "c": (runs_pb2.SITE_STATE_BLOCKED, "blocked by an operator"),
+    }
+    assert not any(site.connected for site in after.values())
+    assert after["a"].hello == before["a"].hello
+    assert after["a"].hello.data_sets[0].name == "text"
+    assert dict(after["a"].labels) == {"ward": "icu"}
+    for name, site in after.items():
+        assert 0 < site.first_heard_at_s == before[name].first_heard_at_s
+        assert site.last_heard_at_s >= before[name].last_heard_at_s
+
+
+async def test_forgetting_needs_an_absent_site_that_is_not_blocked(bench, spec, operator):
+    bench.site("a")
+    run = await bench.ended(await bench.enqueue(spec()))
+    code, text = await operator.refused("Forget", "a")
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "is connected" in text
+    await bench.detach("a")
+    await bench.until(lambda: bench.running.sites.link("a") is None)
+    await operator("Block", "a")
+    assert "unblock it first" in (await operator.refused("Forget", "a"))[1]
+    await operator("Unblock", "a")
+    await operator("Forget", "a")
+    assert await operator.sites() == {}
+    assert bench.outcomes(run)["a"] == ("done", "")
+
+
+async def test_a_site_that_was_forgotten_while_its_detaching_was_unwritten_stays_forgotten(
+    bench, operator, monkeypatch
+):
+    monkeypatch.setattr(roster, "FLUSH_S", 0.2)
+    bench.site("a")
+    await attached(bench, "a")
+    await bench.detach("a")
+    await bench.until(lambda: bench.running.sites.link("a") is None)
+    await operator("Forget", "a")
+    await asyncio.sleep(0.5)
+    assert bench.running.store.sites() == []
+
+
+@pytest.mark.parametrize("method", ["Get", "Drain", "Undrain", "Unblock", "Forget", "Label"])
+async def test_a_site_that_is_not_known_is_named(operator, method):
+    assert await operator.refused(method, "kiel") == (
+        grpc.StatusCode.NOT_FOUND,
+        "there is no site 'kiel'; `fedloom sites list` names them",
+    )
+
+
+async def test_a_state_is_left_only_by_its_own_door(bench, operator):
+    bench.site("a")
+    await attached(bench, "a")
+    assert "site a is active, not draining" in (await operator.refused("Undrain", "a"))[1]
+    assert "site a is active, not blocked" in (await operator.refused("Unblock", "a"))[1]
+    await operator("Block", "a")
+    assert "blocked already" in (await operator.refused("Drain", "a"))[1]
+    assert (await operator.refused("Block", "No Site"))[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_operators_labels_stand_over_the_sites_own(bench, operator):
+    site = bench.site("a")
+    await attached(bench, "a")
+    await bench.detach("a")
+    site.labels = {"ward": "icu", "disk": "ssd", "bad name!": "x"}
+    bench.attach(site)
+    await bench.until(lambda: bench.running.sites.all()[0].labels == {"ward": "icu", "disk": "ssd"})
+    labelled = await operator("Label", "a", labels={"ward": "er", "disk": ""})
+    assert dict(labelled.labels) == {"ward": "er"}
+    assert dict(labelled.hello.labels) == {"ward": "icu", "disk": "ssd"}
+    assert dict(labelled.operator_labels) == {"ward": "er", "disk": ""}
+    left = await operator("Label", "a", dropped=["ward"])
+    assert dict(left.labels) == {"ward": "icu"}
+    code, text = await operator.refused("Label", "a", labels={"ward": "in the north"})
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "'in the north' is no label's name or value" in text
+
+
+async def test_a_run_asks_only_sites_that_have_its_labels(bench, spec, operator):
+    for name in ("a", "b"):
+        bench.site(name)
+    await attached(bench, "a", "b")
+    run = await bench.enqueue(spec(cohort={"require": {"label": "icu"}}))
+    await bench.until(lambda: "2 lack label icu" in bench.running.store.run(run.id).reason)
+    await operator("Label", "b", labels={"ward": "icu"})
+    run = await bench.ended(run)
+    assert run.state == "finished"
+    assert {work.site for work in bench.running.store.assignments(run.id)} == {"b"}
+
+
+async def test_round_robin_goes_on_where_it_was_after_a_restart(config, bench_of, spec):
+    cohort = {"policy": "round_robin", "fraction": 0.3, "min_sites": 1}
+    names = ["a", "b", "c"]
+    trained = []
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        for name in names:
+            bench.site(name)
+        await attached(bench, *names)
+        run = await bench.enqueue(
+            spec(rounds=5, cohort=cohort, evaluation={"every_rounds": 0, "initial": False})
+        )
+        await bench.until(lambda: running.store.run(run.id).rounds_done >= 2)
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        for name in names:
+            bench.site(name)
+        run = await bench.ended(run)
+        trained = [record.cohort for record in running.store.rounds(run.id)]
+    assert trained == [["a"], ["b"], ["c"], ["a"], ["b"]]
+
+
+async def test_an_unknown_policy_is_refused_before_a_model_is_made(bench):
+    async with open_channel(f"127.0.0.1:{bench.running.port}", None, Peer(Role.OPERATOR, "ann")) as channel:
+        text = (
+            "{name: x, model: {path: /nowhere}, data: text, rounds: 1, local: {steps: 1}, "
+            "cohort: {policy: best}}"
+        )
+        with pytest.raises(
+            grpc.aio.AioRpcError, match="no policy 'best'; the coordinator has all, round_robin"
+        ):
+            await RunServiceStub(channel).Submit(runs_pb2.SubmitRequest(spec=text))
