@@ -135,13 +135,18 @@ def require_loopback(address: str, what: str) -> None:
     Raises:
         NotPermitted: the address is, or may resolve to, one that other hosts reach.
     """
-    match = _LOOPBACK.fullmatch(address)
-    if address.startswith("unix:") or (match and _is_loopback(match["six"] or match["four"])):
+    if address.startswith("unix:") or is_loopback(address):
         return
     raise NotPermitted(
         f"{what} has no encryption and no proof of identity, so it is for loopback addresses only "
         f"(127.0.0.1, [::1], localhost), not {address}; give tls for any other"
     )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a host:port never leaves this host."""
+    match = _LOOPBACK.fullmatch(address)
+    return match is not None and _is_loopback(match["six"] or match["four"])
 
 
 @dataclass(frozen=True)

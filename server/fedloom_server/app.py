@@ -3,9 +3,8 @@
 import asyncio
 import logging
 import resource
-import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 
 import grpc
@@ -31,12 +30,14 @@ from fedloom_server.admission import Admission
 from fedloom_server.assignments import Assignments
 from fedloom_server.config import CoordinatorConfig
 from fedloom_server.database import open_database
+from fedloom_server.meters import Meters
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.ownership import owned_folder
 from fedloom_server.roster import Roster
 from fedloom_server.rounds import Federation
 from fedloom_server.rpc.access import Access, Guard
 from fedloom_server.rpc.audit import AuditEdge
+from fedloom_server.rpc.calls import Calls
 from fedloom_server.rpc.federation import FederationEdge
 from fedloom_server.rpc.runs import RunEdge
 from fedloom_server.rpc.sites import SiteEdge
@@ -45,6 +46,7 @@ from fedloom_server.runs import Runs
 from fedloom_server.sites import Sites
 from fedloom_server.store import Store
 from fedloom_server.watching import Watching
+from fedloom_server.web.port import Service, coordinator_port
 
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -58,6 +60,7 @@ SERVICES = tuple(
 )
 
 BROKEN_QUEUE_S = 10.0
+STOP_S = 1.0  # for calls that end by nobody's will, such as a watcher's, once those that do have ended
 
 logger = logging.getLogger(__name__)
 
@@ -68,77 +71,99 @@ class Coordinator:
 
     port: int
     """Where it listens."""
+    http_port: int | None
+    """Where its pages are."""
     sites: Sites
     runs: Runs
     store: Store
+    calls: Calls
+    """The calls under way."""
     working: asyncio.Task[None]
     """Works off the queue of runs."""
 
 
-async def serve_until_signalled(config: CoordinatorConfig) -> None:
-    """Run the coordinator until SIGTERM or SIGINT, then drain: rounds go on after the next start.
-
-    Raises:
-        BadSpec, WrongState: it cannot listen, or its state is in use by another coordinator.
-    """
-    signalled = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, signalled.set)
-    async with coordinator(config):
-        await signalled.wait()
-        logger.info("draining", extra={"grace_s": config.drain_s})
-    logger.info("coordinator stopped")
-
-
 @asynccontextmanager
 async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
-    """A coordinator that serves inside the block."""
+    """A coordinator that serves inside the block, and drains at its end."""
     keep_freed_memory()
     _open_more_files()
-    with owned_folder(config.state_dir):
-        database = open_database(config.database_url, config.state_dir)
-        store, watching = Store(config.state_dir, database), Watching()
-        roster = Roster(store)
+    with owned_folder(config.state_dir), closing(_store(config)) as store:
+        parts = _Parts.of(config, store)
+        healthy = health.aio.HealthServicer()
+        await healthy.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        service = Service(config=config, federation=parts.federation, calls=parts.calls, health=healthy)
+        async with coordinator_port(service) as http_port:
+            server = _server(config, parts)
+            health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+            port = _listen(server, config)
+            await server.start()
+            working = asyncio.create_task(_work(parts.runs), name="runs")
+            for name in ("", *SERVICES):
+                await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+            facts = {"listen": config.listen, "port": port, "state_dir": config.state_dir}
+            logger.info("coordinator ready", extra=facts)
+            try:
+                yield Coordinator(
+                    port=port, http_port=http_port, sites=parts.federation.sites, runs=parts.runs,
+                    store=store, calls=parts.calls, working=working,
+                )  # fmt: skip
+            finally:
+                await _drain(service, server, working)
+                parts.roster.flush()
+
+
+async def _drain(service: Service, server: grpc.aio.Server, working: "asyncio.Task[None]") -> None:
+    """Take nothing new on, let calls under way end, then stop; every run goes on after the next start."""
+    await service.health.enter_graceful_shutdown()
+    service.calls.drain()
+    for site in service.federation.sites.all():
+        if site.link is not None:
+            site.link.close("the coordinator shuts down")
+    try:  # rounds go on meanwhile: without them an update that arrives would not count
+        async with asyncio.timeout(service.config.drain_s):
+            await service.calls.until_ended()
+    except TimeoutError:
+        logger.warning("calls are cut off", extra={"calls": dict(+service.calls.under_way)})
+    working.cancel()
+    await asyncio.wait([working])
+    await server.stop(STOP_S)
+
+
+def _store(config: CoordinatorConfig) -> Store:
+    return Store(config.state_dir, open_database(config.database_url, config.state_dir))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a coordinator is made of, beside its edges."""
+
+    federation: Federation
+    runs: Runs
+    roster: Roster
+    admission: Admission
+    calls: Calls
+
+    @classmethod
+    def of(cls, config: CoordinatorConfig, store: Store) -> "_Parts":
+        """The parts put together."""
+        roster, watching, meters = Roster(store), Watching(), Meters()
         sites = Sites(roster)
         assignments = Assignments(
             store,
             sites,
             watching,
+            meters,
             concurrent_uploads=config.concurrent_uploads,
             staged_updates=config.staged_updates,
         )
         federation = Federation(
-            store=store,
-            sites=sites,
-            assignments=assignments,
-            watching=watching,
+            store=store, sites=sites, assignments=assignments, watching=watching, meters=meters,
             keep_models=config.keep_models,
+        )  # fmt: skip
+        admission = Admission(roster, sites, assignments)
+        return cls(
+            federation=federation, runs=Runs(federation), roster=roster, admission=admission, calls=Calls()
         )
-        runs = Runs(federation)
-        server = _server(config, federation, runs, Admission(roster, sites, assignments))
-        healthy = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-        port = _listen(server, config)
-        await server.start()
-        working = asyncio.create_task(_work(runs), name="runs")
-        for name in ("", *SERVICES):
-            await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-        logger.info(
-            "coordinator ready", extra={"listen": config.listen, "port": port, "state_dir": config.state_dir}
-        )
-        try:
-            yield Coordinator(port=port, sites=sites, runs=runs, store=store, working=working)
-        finally:
-            await healthy.enter_graceful_shutdown()
-            working.cancel()
-            await asyncio.wait([working])
-            for site in sites.all():
-                if site.link is not None:
-                    site.link.close("the coordinator shuts down")
-            await server.stop(config.drain_s)
-            roster.flush()
-            store.close()
 
 
 async def _work(runs: Runs) -> None:
@@ -151,23 +176,24 @@ async def _work(runs: Runs) -> None:
             await asyncio.sleep(BROKEN_QUEUE_S)
 
 
-def _server(
-    config: CoordinatorConfig, federation: Federation, runs: Runs, admission: Admission
-) -> grpc.aio.Server:
+def _server(config: CoordinatorConfig, parts: "_Parts") -> grpc.aio.Server:
     """The services behind their guard."""
+    federation, runs, calls = parts.federation, parts.runs, parts.calls
     store, sites, assignments = federation.store, federation.sites, federation.assignments
     access = Access(insecure=config.insecure, refusal=sites.refusal)
     options = [*SERVER_OPTIONS, window(config.window_bytes)]
-    server = grpc.aio.server(interceptors=[Guard(access)], options=options)
+    server = grpc.aio.server(interceptors=[Guard(access, calls)], options=options)
     session_pb2_grpc.add_FederationServiceServicer_to_server(
         FederationEdge(access, sites, assignments, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE),
         server,
     )
-    transfers = TransferEdge(access, store, assignments, concurrent_downloads=config.concurrent_downloads)
+    transfers = TransferEdge(
+        access, calls, store, assignments, concurrent_downloads=config.concurrent_downloads
+    )
     server.add_generic_rpc_handlers((transfers.handlers(),))
     runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, federation.watching), server)
     audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditEdge(store.audit_log), server)
-    sites_pb2_grpc.add_SiteServiceServicer_to_server(SiteEdge(admission, store), server)
+    sites_pb2_grpc.add_SiteServiceServicer_to_server(SiteEdge(parts.admission, store), server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return server
 

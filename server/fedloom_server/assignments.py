@@ -15,6 +15,7 @@ from fedloom_common.digests import DIGEST, is_digest
 from fedloom_common.errors import NotFound, NotPermitted, Unreachable, WrongState
 from fedloom_common.partial import discard, held_bytes
 from fedloom_server.downlink import Delta
+from fedloom_server.meters import Meters
 from fedloom_server.records import Assignment, AssignmentState, Run, RunState, Work
 from fedloom_server.sites import Sites
 from fedloom_server.store import Store
@@ -84,14 +85,22 @@ class Assignments:
     """The open assignments of every run, by id."""
 
     def __init__(
-        self, store: Store, sites: Sites, watching: Watching, *, concurrent_uploads: int, staged_updates: int
+        self,
+        store: Store,
+        sites: Sites,
+        watching: Watching,
+        meters: Meters,
+        *,
+        concurrent_uploads: int,
+        staged_updates: int,
     ) -> None:
         self._store = store
         self._sites = sites
         self._watching = watching
+        self._meters = meters
         self._open: dict[str, _Open] = {}
         self.staged_updates = staged_updates
-        self._turns = UploadTurns(
+        self.turns = UploadTurns(
             concurrent_uploads=concurrent_uploads,
             staged_updates=staged_updates,
             on_turn=self._grant,
@@ -113,7 +122,7 @@ class Assignments:
         """
         for assignment in batch:
             if assignment.has_spooled_update:
-                self._turns.stage(assignment.id)
+                self.turns.stage(assignment.id)
         still = [assignment for assignment in batch if assignment.state is AssignmentState.OPEN]
         opened = [self._begin(run, assignment, still, terms, on_end) for assignment in still]
         try:
@@ -126,7 +135,7 @@ class Assignments:
     def release(self, batch: Iterable[Assignment]) -> None:
         """Updates lie no longer on disk, or need no longer be waited for: others may arrive."""
         for assignment in batch:
-            self._turns.release(assignment.id)
+            self.turns.release(assignment.id)
 
     def attached(self, site: str, open_ids: Iterable[str] = (), kept_runs: Sequence[str] = ()) -> None:
         """Send a site its open assignments again: it may have missed them, or that others have ended."""
@@ -139,7 +148,7 @@ class Assignments:
     def detached(self, site: str) -> None:
         """Let other sites upload in place of one that has gone."""
         for entry in self._of(site):
-            self._turns.leave(entry.assignment.id)
+            self.turns.leave(entry.assignment.id)
 
     def progress(self, site: str, progress: SiteProgress) -> None:
         """A site says how far it has come; only what has moved is a sign of life."""
@@ -154,6 +163,7 @@ class Assignments:
 
     def moved(self, site: str, *, down_bytes: int) -> None:
         """Bytes of a model went to a site: a sign of life of whatever it was asked to do."""
+        self._meters.sent(site, down_bytes)
         for entry in self._of(site):
             entry.alive_at_s = _now_s()
         for entry in self._of(site)[:1]:
@@ -161,6 +171,7 @@ class Assignments:
 
     def received(self, assignment: Assignment, up_bytes: int) -> None:
         """Bytes of an update have come."""
+        self._meters.received(assignment.site, up_bytes)
         assignment.bytes_up += up_bytes
         if entry := self._open.get(assignment.id):
             entry.alive_at_s = _now_s()
@@ -175,7 +186,7 @@ class Assignments:
             self._reject(entry, wrong)
             return
         if assignment.update_digest and assignment.update_digest == result.update_digest:
-            self._turns.ask(assignment.id)  # it asks again after a reconnect
+            self.turns.ask(assignment.id)  # it asks again after a reconnect
             return
         entry.announcements += 1
         if entry.announcements > MOST_ANNOUNCEMENTS:
@@ -191,7 +202,7 @@ class Assignments:
             return
         entry.alive_at_s = _now_s()
         self._store.save(assignment)
-        self._turns.ask(assignment.id)
+        self.turns.ask(assignment.id)
 
     def refused(self, site: str, assignment_id: str, reason: str) -> None:
         """A site does not permit an assignment."""
@@ -309,7 +320,7 @@ class Assignments:
         for entry in opened:
             if entry.ended.done():
                 continue
-            if self._turns.is_waiting(entry.assignment.id) and self._sites.link(entry.assignment.site):
+            if self.turns.is_waiting(entry.assignment.id) and self._sites.link(entry.assignment.site):
                 entry.alive_at_s = now_s  # it waits for us
             stall_s = entry.terms.stall_s
             if now_s >= deadline_at_s:
@@ -345,10 +356,11 @@ class Assignments:
             assignment.state, assignment.reason = AssignmentState.OPEN, ""
             raise
         if assignment.has_spooled_update:
-            self._turns.stage(assignment.id)
+            self.turns.stage(assignment.id)
         else:  # now, as a stream that still writes it must not have it open when others overwrite it
             discard(self._store.spool.update_path(assignment))
         self._forget(entry)
+        self._meters.assignment_ended(assignment)
         if not entry.ended.done():
             entry.ended.set_result(None)
         entry.on_end()
@@ -365,7 +377,7 @@ class Assignments:
 
     def _forget(self, entry: _Open) -> None:
         self._open.pop(entry.assignment.id, None)
-        self._turns.leave(entry.assignment.id)
+        self.turns.leave(entry.assignment.id)
 
     def _is_next(self, assignment_id: str) -> bool:
         """Whether the fold waits for an update: the first of the cohort that is still open."""

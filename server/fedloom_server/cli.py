@@ -11,6 +11,7 @@ from fedloom_common.cli import StartByDefault
 from fedloom_common.errors import FederationError
 from fedloom_common.identity import Peer, Role
 from fedloom_common.logs import set_up_logging
+from fedloom_common.nativelines import route_native_lines
 from fedloom_common.rpc import federation_errors
 from fedloom_common.settings import load_settings, settings_help
 from fedloom_server.config import CoordinatorConfig
@@ -36,8 +37,9 @@ app = typer.Typer(
 def start(context: typer.Context, config: ConfigFile = None) -> None:
     """Run rounds until SIGTERM or Ctrl-C; the round under way is kept and goes on after the next start."""
     settings = load_settings(CoordinatorConfig, config, env_prefix=ENV_PREFIX, flags=context.args)
+    route_native_lines()
     set_up_logging(settings.log_format, settings.log_level)
-    from fedloom_server.app import serve_until_signalled  # here, so that help and health need no torch
+    from fedloom_server.process import serve_until_signalled  # here, so that help and health need no torch
 
     asyncio.run(serve_until_signalled(settings))
 

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, model_validator
 
 from fedloom_common.channels import WINDOW_BYTES
+from fedloom_common.httpport import http_encryption
 from fedloom_common.identity import TlsFiles
 from fedloom_common.runspec import Strict
 from fedloom_common.settings import ConfigPath
@@ -19,6 +20,12 @@ class CoordinatorConfig(Strict):
     """The coordinator's certificate, its key and the federation's CA."""
     insecure: bool = False
     """Instead of ``tls``, for tests on one machine: no encryption, identities believed; loopback only."""
+    http: str | None = Field(default=None, pattern=r"^.+:\d+$")
+    """host:port of /healthz, /readyz and /metrics; no such port if not given."""
+    http_tls: bool | None = None
+    """Whether that port shows the coordinator's certificate; wherever it is not on loopback, if not given."""
+    disk_floor_bytes: int = Field(default=1 << 30, ge=0)
+    """Free space in state_dir below which /readyz says that the coordinator is not ready."""
     state_dir: ConfigPath
     """Folder for models, updates and, without ``database``, SQLite's file; made if missing."""
     database: SecretStr | None = None
@@ -53,9 +60,11 @@ class CoordinatorConfig(Strict):
         return None if self.database is None else self.database.get_secret_value()
 
     @model_validator(mode="after")
-    def _one_kind_of_security(self) -> Self:
+    def _security_fits(self) -> Self:
         if (self.tls is None) == (not self.insecure):
             raise ValueError(
                 "give tls (made by `fedloom provision init`), or insecure: true for tests on one machine"
             )
+        if self.http is not None:
+            http_encryption(self.http, self.http_tls, self.tls)
         return self

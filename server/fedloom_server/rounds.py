@@ -19,6 +19,7 @@ from fedloom_server.cohorts import draw_cohort, wanted
 from fedloom_server.downlink import delta_to
 from fedloom_server.evaluation import SiteMetrics, combine
 from fedloom_server.folding import Folding
+from fedloom_server.meters import Meters
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
 from fedloom_server.sites import Sites
 from fedloom_server.stopping import RoundResult, stop_reason
@@ -39,6 +40,7 @@ class Federation:
     sites: Sites
     assignments: Assignments
     watching: Watching
+    meters: Meters
     keep_models: int
 
 
@@ -206,6 +208,8 @@ def _advance(run: Run, record: Round, state: RoundState, federation: Federation)
     """Make a step durable, and tell it."""
     record.state = state
     federation.store.save(run, record)
+    if state in (RoundState.FINISHED, RoundState.FAILED):
+        federation.meters.round_ended(record)
     federation.watching.tell(run.id, run)
     assignments = federation.store.assignments(run.id, record.number)
     federation.watching.tell(run.id, RoundChange(record, assignments))

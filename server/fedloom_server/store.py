@@ -4,7 +4,7 @@ import secrets
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import BigInteger, Select, case, cast, delete, func, select, tuple_
+from sqlalchemy import BigInteger, Select, case, cast, delete, func, literal, select, tuple_
 from sqlalchemy.orm import Session
 
 from fedloom_common.errors import NotFound, WrongState
@@ -77,6 +77,20 @@ class Store:
         """Runs, oldest first; all, or those in the given states."""
         query = select(Run).order_by(Run.submitted_at_s, Run.id)
         return self._all(query.where(Run.state.in_(states)) if states else query)
+
+    def count_runs(self) -> dict[RunState, int]:
+        """How many runs are in each state; those in none are left out."""
+        query = select(Run.state, func.count()).group_by(Run.state)
+        rows = self.database.do(lambda session: session.execute(query).all())
+        return {state: count for state, count in rows}  # noqa: C416 (a row is no pair to mypy)
+
+    def require_answer(self) -> None:
+        """Ask the database something that takes no time.
+
+        Raises:
+            StorageUnavailable: it does not answer.
+        """
+        self.database.do(lambda session: session.execute(select(literal(1))).one())
 
     def rounds(self, run_id: str) -> list[Round]:
         """A run's rounds, first to last."""

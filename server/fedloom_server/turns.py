@@ -51,6 +51,16 @@ class UploadTurns:
             self._waiting.remove(name)
         self._go_on()
 
+    @property
+    def waiting(self) -> int:
+        """How many wait for their turn."""
+        return len(self._waiting)
+
+    @property
+    def staged(self) -> int:
+        """How many updates lie on disk."""
+        return len(self._staged)
+
     def is_waiting(self, name: str) -> bool:
         """Whether one's turn has yet to come."""
         return name in self._waiting

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from fedloom_common.errors import FederationError, NotPermitted, ProtocolError, TooManyCalls
 from fedloom_common.identity import Peer, Role, insecure_peer, peer_of
 from fedloom_common.rpc import status_of
+from fedloom_server.rpc.calls import Calls
 
 OPERATORS = frozenset({Role.OPERATOR})
 READERS = frozenset({Role.OPERATOR, Role.VIEWER})
@@ -116,8 +117,9 @@ class Load:
 class Guard(grpc.aio.ServerInterceptor):
     """Puts the table before, and the mapping of errors behind, every handler."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, calls: Calls) -> None:
         self._access = access
+        self._calls = calls
         self._load = Load()
 
     async def intercept_service(
@@ -138,7 +140,8 @@ class Guard(grpc.aio.ServerInterceptor):
     def _single(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                with self._load.counted(self._access.admit(method, context)):
+                peer = self._access.admit(method, context)
+                with self._calls.counted(method), self._load.counted(peer):
                     return await behaviour(request, context)
             except Exception as error:  # noqa: BLE001 (the process's edge)
                 await _abort(method, error, context)
@@ -148,7 +151,8 @@ class Guard(grpc.aio.ServerInterceptor):
     def _streaming(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                with self._load.counted(self._access.admit(method, context)):
+                peer = self._access.admit(method, context)
+                with self._calls.counted(method), self._load.counted(peer):
                     if inspect.isasyncgenfunction(behaviour):
                         async for response in behaviour(request, context):
                             yield response

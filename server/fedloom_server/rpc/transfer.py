@@ -18,6 +18,7 @@ from fedloom_server.aggregation.validation import validate_update
 from fedloom_server.assignments import Assignments
 from fedloom_server.records import Assignment, AssignmentState
 from fedloom_server.rpc.access import Access
+from fedloom_server.rpc.calls import READ, Calls
 from fedloom_server.store import Store
 
 READS_OF_A_SITE = 2  # it reads one model at a time; a line that broke unseen may hold another
@@ -51,9 +52,16 @@ class TransferEdge:
     """Read, Write and QueryWrite."""
 
     def __init__(
-        self, access: Access, store: Store, assignments: Assignments, *, concurrent_downloads: int
+        self,
+        access: Access,
+        calls: Calls,
+        store: Store,
+        assignments: Assignments,
+        *,
+        concurrent_downloads: int,
     ) -> None:
         self._access = access
+        self._calls = calls
         self._store = store
         self._assignments = assignments
         self._downloads = asyncio.Semaphore(concurrent_downloads)
@@ -97,8 +105,9 @@ class TransferEdge:
         """One of a limited number of downloads; a site that waits for it is alive."""
         waiting = asyncio.ensure_future(self._downloads.acquire())
         try:
-            while not (await asyncio.wait([waiting], timeout=WAIT_S))[0]:
-                self._moved(peer, 0)
+            with self._calls.waiting_in(READ):
+                while not (await asyncio.wait([waiting], timeout=WAIT_S))[0]:
+                    self._moved(peer, 0)
             yield
         finally:
             if not waiting.cancel():  # it was done: the turn was had
