@@ -9,7 +9,7 @@ from platform import python_version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from fedloom_server.records import Assignment, Round
+from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Work
 
 SITES_TOLD = 1000
 OTHER_SITES = "(other)"
@@ -25,6 +25,8 @@ class Meters:
         self._rounds = Counter(
             "fedloom_rounds", "Rounds that have ended, by how.", ["end"], registry=self.registry
         )
+        for end in (RoundState.FINISHED, RoundState.FAILED):
+            self._rounds.labels(str(end))
         self._round_seconds = Histogram(
             "fedloom_round_duration_seconds", "Time from a round's begin to its finish.",
             buckets=ROUND_BUCKETS_S, registry=self.registry,
@@ -33,6 +35,10 @@ class Meters:
             "fedloom_assignments", "Assignments that have ended, by work and how.", ["work", "end"],
             registry=self.registry,
         )  # fmt: skip
+        for work in Work:  # from the start: a series that begins at 1 hides its first increase
+            for state in AssignmentState:
+                if state is not AssignmentState.OPEN:
+                    self._assignments.labels(str(work), str(state))
         self._received = Counter(
             "fedloom_update_received_bytes", "Bytes of updates that came, by site.", ["site"],
             registry=self.registry,

@@ -11,10 +11,10 @@ from fedloom_common.channels import open_channel
 from fedloom_common.chunks import Chunk
 from fedloom_common.errors import Unreachable
 from fedloom_common.identity import Peer, Role
-from fedloom_common.partial import held_bytes
 from fedloom_common.rpc import federation_errors
 from fedloom_common.transfer import TransferStub
 from fedloom_server.app import coordinator
+from fedloom_server.rpc.calls import WRITE
 
 
 class Patient:
@@ -42,11 +42,7 @@ class Patient:
         self.update = self.site._updates[self.name].read_bytes()
         self.go_on = asyncio.Event()
         self.writing = asyncio.create_task(self._write())
-        await self.bench.until(lambda: self.held_bytes() == 60)
-
-    def held_bytes(self):
-        store = self.running.store
-        return held_bytes(store.spool.update_path(store.assignment(self.name)))
+        await self.bench.until(lambda: self.running.calls.under_way[WRITE] == 1)
 
     async def _write(self):
         async with open_channel(f"127.0.0.1:{self.running.port}", None, Peer(Role.SITE, "oslo")) as channel:
