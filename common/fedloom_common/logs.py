@@ -10,7 +10,18 @@ from types import TracebackType
 from typing import Any, Literal, TextIO
 
 # Chatty at INFO about every file and connection they touch.
-QUIET = ("alembic", "asyncio", "datasets", "filelock", "fsspec", "grpc", "httpx", "matplotlib", "urllib3", "uvicorn")
+QUIET = (
+    "alembic",
+    "asyncio",
+    "datasets",
+    "filelock",
+    "fsspec",
+    "grpc",
+    "httpx",
+    "matplotlib",
+    "urllib3",
+    "uvicorn",
+)
 
 _OWN_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 _PACKAGES = ("fedloom_common.", "fedloom_server.", "fedloom_client.")
