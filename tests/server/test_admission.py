@@ -277,3 +277,20 @@ async def test_an_unknown_policy_is_refused_before_a_model_is_made(bench):
             grpc.aio.AioRpcError, match="no policy 'best'; the coordinator has all, round_robin"
         ):
             await RunServiceStub(channel).Submit(runs_pb2.SubmitRequest(spec=text))
+
+
+async def test_every_decision_stands_in_the_audit_log(bench, operator):
+    bench.site("a")
+    await attached(bench, "a")
+    await operator("Drain", "a", reason="new disks")
+    await operator("Undrain", "a")
+    await operator("Label", "a", labels={"ward": "icu"})
+    await operator("Block", "a")
+    await operator("Unblock", "a")
+    await bench.detach("a")
+    await operator("Forget", "a")
+    entries = [entry for entry in bench.running.store.audit_log.entries() if entry.action.startswith("site.")]
+    assert {(entry.actor, entry.subject) for entry in entries} == {("operator ann", "a")}
+    actions = [entry.action.removeprefix("site.") for entry in entries]
+    assert actions == ["drain", "undrain", "label", "block", "unblock", "forget"]
+    assert "new disks" in entries[0].details

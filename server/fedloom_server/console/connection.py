@@ -16,6 +16,7 @@ import typer
 from fedloom.v1.audit_pb2_grpc import AuditServiceStub
 from fedloom.v1.runs_pb2 import GetRequest, GetResponse
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
+from fedloom.v1.sites_pb2_grpc import SiteServiceStub
 from fedloom_common.channels import open_channel
 from fedloom_common.errors import BadSpec, Unreachable
 from fedloom_common.identity import Peer, Role
@@ -41,6 +42,7 @@ class Coordinator:
     runs: RunServiceStub
     transfers: TransferStub
     audit: AuditServiceStub
+    sites: SiteServiceStub
 
     def errors(self) -> AbstractContextManager[None]:
         """See ``coordinator_errors``."""
@@ -102,6 +104,7 @@ class Operator:
                 runs=RunServiceStub(channel),
                 transfers=TransferStub(channel),
                 audit=AuditServiceStub(channel),
+                sites=SiteServiceStub(channel),
             )
 
     def _settings(self) -> OperatorConfig:

@@ -1,34 +1,35 @@
-"""``fedloom sites``: who takes part in the federation."""
+"""``fedloom sites``: who takes part in the federation, and who may."""
 
 import time
-from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from fedloom.v1.runs_pb2 import ListSitesRequest, Site
-from fedloom.v1.session_pb2 import Device, Hello
-from fedloom_server.console.connection import Operator, operator_command
-from fedloom_server.console.formats import (
-    FittingTable,
-    as_data,
-    bytes_text,
-    console_for_output,
-    json_text,
-    plain,
-    seconds_text,
+from fedloom.v1.sites_pb2 import (
+    BlockSiteRequest,
+    DrainSiteRequest,
+    ForgetSiteRequest,
+    GetSiteRequest,
+    LabelSiteRequest,
+    UnblockSiteRequest,
+    UndrainSiteRequest,
 )
+from fedloom_common.errors import BadSpec
+from fedloom_server.console.connection import Operator, operator_command
+from fedloom_server.console.formats import as_data, console_for_output, json_text, plain
+from fedloom_server.console.site_views import site_facts, sites_table, state_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Name = Annotated[str, typer.Argument(metavar="SITE", help="Name of the site.")]
+Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 
 
 @app.callback()
 def _sites() -> None:
-    """Look at the sites of the federation."""
+    """Look at the sites of the federation, and decide who takes part."""
 
 
 @operator_command(app, "list")
@@ -44,35 +45,92 @@ async def list_sites(operator: Operator, as_json: AsJson = False) -> None:
     )
 
 
-def sites_table(sites: Iterable[Site], now_s: float) -> Table:
-    """One line a site: whether it is there, and what it said of itself."""
-    table = FittingTable("site", "session", ">last heard", "devices", ">memory", "data sets", "software")
-    for site in sites:
-        session = Text("connected", style="green") if site.connected else Text("away", style="yellow")
-        heard = (
-            f"{seconds_text(max(0.0, now_s - site.last_heard_at_s))} ago" if site.last_heard_at_s else "never"
-        )
-        data = ", ".join(f"{item.name} ({bytes_text(item.size_bytes)})" for item in site.hello.data_sets)
-        table.add_row(
-            Text(plain(site.name)),
-            session,
-            heard,
-            Text(plain(_devices(site.hello))),
-            bytes_text(site.hello.memory_bytes) if site.hello.memory_bytes else "–",
-            Text(plain(data) or "–"),
-            Text(plain(site.hello.software) or "–"),
-        )
-    return table
+@operator_command(app, "show")
+async def show(operator: Operator, site: Name, as_json: AsJson = False) -> None:
+    """Show all that is known of a site."""
+    async with operator.connect() as coordinator:
+        answer = await coordinator.call(coordinator.sites.Get, GetSiteRequest(name=site))
+    if as_json:
+        typer.echo(json_text(as_data(answer)))
+    else:
+        console_for_output().print(site_facts(answer, time.time()))
 
 
-def _devices(hello: Hello) -> str:
-    counted: dict[str, int] = {}
-    for device in hello.devices:
-        name = _device_name(device)
-        counted[name] = counted.get(name, 0) + 1
-    return ", ".join(f"{count} × {name}" if count > 1 else name for name, count in counted.items()) or "–"
+@operator_command(app, "drain")
+async def drain(operator: Operator, site: Name, reason: Reason = "", as_json: AsJson = False) -> None:
+    """Give a site nothing new; it finishes what it has, and `sites list` says when that is done."""
+    async with operator.connect() as coordinator:
+        request = DrainSiteRequest(name=site, reason=reason)
+        _told(await coordinator.call(coordinator.sites.Drain, request), as_json)
 
 
-def _device_name(device: Device) -> str:
-    memory = f" {bytes_text(device.memory_bytes)}" if device.memory_bytes else ""
-    return f"{device.name or device.kind}{memory}"
+@operator_command(app, "undrain")
+async def undrain(operator: Operator, site: Name, as_json: AsJson = False) -> None:
+    """Give a drained site work again."""
+    async with operator.connect() as coordinator:
+        _told(await coordinator.call(coordinator.sites.Undrain, UndrainSiteRequest(name=site)), as_json)
+
+
+@operator_command(app, "block")
+async def block(operator: Operator, site: Name, reason: Reason = "", as_json: AsJson = False) -> None:
+    """End a site's session and its work at once, and refuse its calls until it is unblocked."""
+    async with operator.connect() as coordinator:
+        request = BlockSiteRequest(name=site, reason=reason)
+        _told(await coordinator.call(coordinator.sites.Block, request), as_json)
+
+
+@operator_command(app, "unblock")
+async def unblock(operator: Operator, site: Name, as_json: AsJson = False) -> None:
+    """Let a blocked site attach again."""
+    async with operator.connect() as coordinator:
+        _told(await coordinator.call(coordinator.sites.Unblock, UnblockSiteRequest(name=site)), as_json)
+
+
+@operator_command(app, "forget")
+async def forget(operator: Operator, site: Name, as_json: AsJson = False) -> None:
+    """Remove what is known of a site that has gone; what it did stays with its runs."""
+    async with operator.connect() as coordinator:
+        await coordinator.call(coordinator.sites.Forget, ForgetSiteRequest(name=site))
+    typer.echo(json_text({"name": site, "forgotten": True}) if as_json else f"{plain(site)} is forgotten")
+
+
+@operator_command(app, "label")
+async def label(
+    operator: Operator,
+    site: Name,
+    changes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME=VALUE...",
+            help="ward=icu sets a label over the site's own, ward= takes the site's own away, ward- leaves "
+            "the label to the site again.",
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Set labels of a site, by which runs choose it."""
+    labels, dropped = _label_changes(changes)
+    async with operator.connect() as coordinator:
+        request = LabelSiteRequest(name=site, labels=labels, dropped=dropped)
+        _told(await coordinator.call(coordinator.sites.Label, request), as_json)
+
+
+def _told(site: Site, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json_text(as_data(site)))
+        return
+    labels = ", ".join(f"{name}={value}" for name, value in sorted(site.labels.items()))
+    typer.echo(plain(f"{site.name}: {state_text(site)}" + (f"; labels {labels}" if labels else "")))
+
+
+def _label_changes(changes: list[str]) -> tuple[dict[str, str], list[str]]:
+    labels, dropped = {}, []
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if equals and name:
+            labels[name] = value
+        elif change.endswith("-") and change != "-":
+            dropped.append(change.removesuffix("-"))
+        else:
+            raise BadSpec(f"{change!r} is no change of a label; wanted NAME=VALUE, NAME= or NAME-")
+    return labels, dropped

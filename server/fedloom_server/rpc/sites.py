@@ -1,4 +1,4 @@
-"""The gRPC edge of operators' calls about sites."""
+"""The gRPC edge of operators' calls about sites; what they decide stands in the audit log."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from fedloom.v1 import sites_pb2 as pb
 from fedloom.v1.sites_pb2_grpc import SiteServiceServicer
 from fedloom_server.admission import Admission
 from fedloom_server.roster import Site
+from fedloom_server.rpc.access import Access
 from fedloom_server.rpc.messages import site_message
 from fedloom_server.store import Store
 
@@ -18,7 +19,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class SiteEdge(SiteServiceServicer):
     """Get, Drain, Undrain, Block, Unblock, Forget and Label."""
 
-    def __init__(self, admission: Admission, store: Store) -> None:
+    def __init__(self, access: Access, admission: Admission, store: Store) -> None:
+        self._access = access
         self._admission = admission
         self._store = store
 
@@ -28,31 +30,38 @@ class SiteEdge(SiteServiceServicer):
 
     async def Drain(self, request: pb.DrainSiteRequest, context: Context) -> runs_pb2.Site:  # noqa: N802
         """Give a site nothing new."""
-        return self._message(self._admission.drain(request.name, request.reason))
+        site = self._admission.drain(request.name, request.reason)
+        return self._decided(context, "site.drain", site, reason=site.record.reason)
 
     async def Undrain(self, request: pb.UndrainSiteRequest, context: Context) -> runs_pb2.Site:  # noqa: N802
         """Give a draining site work again."""
-        return self._message(self._admission.undrain(request.name))
+        return self._decided(context, "site.undrain", self._admission.undrain(request.name))
 
     async def Block(self, request: pb.BlockSiteRequest, context: Context) -> runs_pb2.Site:  # noqa: N802
         """Refuse a site."""
-        return self._message(self._admission.block(request.name, request.reason))
+        site = self._admission.block(request.name, request.reason)
+        return self._decided(context, "site.block", site, reason=site.record.reason)
 
     async def Unblock(self, request: pb.UnblockSiteRequest, context: Context) -> runs_pb2.Site:  # noqa: N802
         """Let a blocked site attach again."""
-        return self._message(self._admission.unblock(request.name))
+        return self._decided(context, "site.unblock", self._admission.unblock(request.name))
 
     async def Forget(  # noqa: N802
         self, request: pb.ForgetSiteRequest, context: Context
     ) -> pb.ForgetSiteResponse:
         """Remove what is known of a site."""
-        self._admission.forget(request.name)
+        self._decided(context, "site.forget", self._admission.forget(request.name))
         return pb.ForgetSiteResponse()
 
     async def Label(self, request: pb.LabelSiteRequest, context: Context) -> runs_pb2.Site:  # noqa: N802
         """Set a site's labels."""
         labels, dropped = dict(request.labels), frozenset(request.dropped)
-        return self._message(self._admission.label(request.name, labels, dropped))
+        site = self._admission.label(request.name, labels, dropped)
+        return self._decided(context, "site.label", site, labels=site.record.operator_labels)
+
+    def _decided(self, context: Context, action: str, site: Site, **details: object) -> runs_pb2.Site:
+        self._store.audit_log.audit(self._access.peer(context), action, site.name, **details)
+        return self._message(site)
 
     def _message(self, site: Site) -> runs_pb2.Site:
         mine = [work.id for work in self._store.open_assignments() if work.site == site.name]

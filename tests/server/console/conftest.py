@@ -11,9 +11,18 @@ import pytest
 import typer
 from blake3 import blake3
 from crc32c import crc32c as crc32c_of
+from google.protobuf.message import Message
 from typer.testing import CliRunner, Result
 
-from fedloom.v1 import audit_pb2, audit_pb2_grpc, runs_pb2_grpc, transfer_pb2, transfer_pb2_grpc
+from fedloom.v1 import (
+    audit_pb2,
+    audit_pb2_grpc,
+    runs_pb2_grpc,
+    sites_pb2,
+    sites_pb2_grpc,
+    transfer_pb2,
+    transfer_pb2_grpc,
+)
 from fedloom.v1 import runs_pb2 as pb
 from fedloom.v1.session_pb2 import Blob
 from fedloom_common.errors import FederationError
@@ -29,6 +38,23 @@ class Break:
 
     code: grpc.StatusCode
     text: str
+
+
+class FakeSiteService(sites_pb2_grpc.SiteServiceServicer):
+    """Answers every call about a site with the first site that a test put into the coordinator."""
+
+    def __init__(self, coordinator: "FakeCoordinator") -> None:
+        self._coordinator = coordinator
+
+    def Get(self, request: Message, context: grpc.ServicerContext) -> pb.Site:
+        return self._coordinator._answer(request, context, self._coordinator.sites[0])
+
+    Drain = Undrain = Block = Unblock = Label = Get
+
+    def Forget(
+        self, request: sites_pb2.ForgetSiteRequest, context: grpc.ServicerContext
+    ) -> sites_pb2.ForgetSiteResponse:
+        return self._coordinator._answer(request, context, sites_pb2.ForgetSiteResponse())
 
 
 class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.TransferServiceServicer):
@@ -173,6 +199,7 @@ def serve() -> Iterator[Serve]:
         fake = FakeCoordinator()
         server = grpc.server(ThreadPoolExecutor(8))
         runs_pb2_grpc.add_RunServiceServicer_to_server(fake, server)
+        sites_pb2_grpc.add_SiteServiceServicer_to_server(FakeSiteService(fake), server)
         transfer_pb2_grpc.add_TransferServiceServicer_to_server(fake, server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(FakeAudit(fake), server)
         port = (
