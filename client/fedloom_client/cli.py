@@ -11,6 +11,7 @@ from fedloom_client.config import SiteConfig
 from fedloom_common.cli import StartByDefault
 from fedloom_common.errors import BadSpec
 from fedloom_common.logs import set_up_logging
+from fedloom_common.nativelines import route_native_lines
 from fedloom_common.settings import load_settings, settings_help
 
 ENV_PREFIX = "FEDLOOM_CLIENT_"
@@ -33,6 +34,7 @@ app = typer.Typer(
 def start(context: typer.Context, config: ConfigFile = None) -> None:
     """Attach to the coordinator, train for it, and stay until SIGTERM or Ctrl-C."""
     settings = _settings(config, context.args)
+    route_native_lines()
     set_up_logging(settings.log_format, settings.log_level)
     from fedloom_client.daemon import Daemon  # here, so that the health check is quick
 

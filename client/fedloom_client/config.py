@@ -1,10 +1,11 @@
 """What one site's own file says: where the coordinator is, what data there is, what is permitted."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedloom_common.channels import WINDOW_BYTES
+from fedloom_common.httpport import http_encryption
 from fedloom_common.identity import TlsFiles
 from fedloom_common.requirements import MOST_LABELS, Label
 from fedloom_common.runspec import Name, Strict
@@ -74,6 +75,12 @@ class SiteConfig(Strict):
     """Instead of ``tls``, for tests on one machine: a site name sent in clear; loopback addresses only."""
     state_dir: ConfigPath
     """Folder for models, packed data and updates that wait for delivery; made if missing."""
+    http: str | None = Field(default=None, pattern=r"^.+:\d+$")
+    """host:port of /healthz, /readyz and /metrics; no such port if not given."""
+    http_tls: bool | None = None
+    """Whether that port shows the site's certificate; wherever it is not on loopback, if not given."""
+    disk_floor_bytes: int = Field(default=1 << 30, ge=0)
+    """Free space in state_dir below which /readyz says that the site is not ready."""
     concurrent_assignments: int = Field(default=1, ge=1, le=64)
     """Assignments of different runs that may be done at the same time, each by a worker group of its own on
     the same devices; further ones wait their turn."""
@@ -98,3 +105,9 @@ class SiteConfig(Strict):
     """How log lines look on standard error."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe lines that are logged."""
+
+    @model_validator(mode="after")
+    def _http_has_its_certificate(self) -> Self:
+        if self.http is not None:
+            http_encryption(self.http, self.http_tls, self.tls)
+        return self

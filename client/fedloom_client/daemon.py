@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import os
-import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -30,9 +30,10 @@ from fedloom_common.channels import open_channel
 from fedloom_common.identity import Peer, Role
 from fedloom_common.memory import keep_freed_memory
 from fedloom_common.pace import Pace
+from fedloom_common.signals import asked_to_end
+from fedloom_common.systemd import feed_watchdog, notify
 
 STOP_S = 8.0  # container engines kill after 10
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 logger = logging.getLogger(__name__)
 
@@ -86,21 +87,36 @@ class Daemon:
             await self._connect().close()  # mistakes in the config end the start, not the first session
             self._outbox.load()
             self._cache.tidy()
-            await self._until_stopped(asyncio.create_task(self._serve()))
+            async with self._http_port():
+                notify("READY=1")
+                await self._until_stopped(asyncio.create_task(self._serve()))
+
+    @asynccontextmanager
+    async def _http_port(self) -> AsyncIterator[None]:
+        if self._config.http is None:
+            yield
+            return
+        from fedloom_client.web import Observed, site_port  # here: most sites have no such port
+
+        observed = Observed(
+            config=self._config, status=self._status, assignments=self._assignments, outbox=self._outbox
+        )
+        async with site_port(self._config.http, observed):
+            yield
 
     async def _until_stopped(self, serving: asyncio.Task[None]) -> None:
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, stop.set)
-        stopping = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopping.cancel()
-            serving.cancel()
-            await asyncio.wait({serving}, timeout=STOP_S)
-            for number in STOP_SIGNALS:
-                loop.remove_signal_handler(number)
+        """Serve until a signal; a step under way may end, and what is finished is kept."""
+        with asked_to_end() as asked:
+            stopping = asyncio.create_task(asked.wait())
+            watchdog = asyncio.create_task(feed_watchdog())
+            try:
+                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                notify("STOPPING=1")
+                stopping.cancel()
+                watchdog.cancel()
+                serving.cancel()
+                await asyncio.wait({serving}, timeout=STOP_S)
         if not serving.done():
             logger.error("the work under way does not end; leaving it", extra={"waited_s": STOP_S})
             os._exit(0)  # its processes end with this one

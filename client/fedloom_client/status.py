@@ -16,13 +16,17 @@ class Status:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.trouble: str | None = "it has yet to attach"
+        """Why there is no session; None while there is one."""
 
     def attached(self, site: str, heartbeat_s: float) -> None:
         """The session is open and this process lives."""
+        self.trouble = None
         self._write({"attached": True, "site": site, "heartbeat_s": heartbeat_s})
 
     def detached(self, reason: str) -> None:
         """No session is open."""
+        self.trouble = f"not attached to the coordinator: {reason}"
         self._write({"attached": False, "reason": reason})
 
     def _write(self, facts: dict[str, object]) -> None:
