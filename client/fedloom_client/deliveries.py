@@ -12,7 +12,7 @@ from fedloom.v1.transfer_pb2 import QueryWriteRequest
 from fedloom_client.backoff import Backoff
 from fedloom_client.messages import Progress
 from fedloom_client.outbox import Finished, Outbox
-from fedloom_common.errors import BadChunk, BadSpec, FederationError, NeverRetry, ProtocolError
+from fedloom_common.errors import BadChunk, BadSpec, FederationError, NeverRetry, NotIdentified, ProtocolError
 from fedloom_common.pace import Pace
 from fedloom_common.rpc import federation_errors
 from fedloom_common.transfer import TransferStub, upload
@@ -152,8 +152,8 @@ class Deliveries:
 
 
 def _is_final(error: FederationError) -> bool:
-    """Whether the coordinator will never take the update; certificates at fault here may be renewed."""
-    return isinstance(error, NeverRetry) and not isinstance(error, BadSpec)
+    """Whether the coordinator will never take the update; certificates at fault may be renewed."""
+    return isinstance(error, NeverRetry) and not isinstance(error, BadSpec | NotIdentified)
 
 
 async def _ask_offset(stub: TransferStub, delivery: _Delivery) -> bool:

@@ -6,6 +6,7 @@ FederationError
 │   │   └── BadTensor      an update differs from the model's manifest, or is not finite
 │   ├── BadSpec            a run spec or a config has a wrong key or value
 │   ├── NotPermitted       the peer's identity, or the site's policy, does not allow it
+│   │   └── NotIdentified  the caller's certificate does not, or no longer, say who it is
 │   ├── NotFound           no such run, round, upload or file
 │   └── WrongState         the run or assignment is not in a state for this
 └── AttemptFailed          this attempt failed; another may succeed
@@ -51,6 +52,12 @@ class NotPermitted(NeverRetry):
     """The peer's identity, or the site's policy, does not allow it."""
 
     status = "PERMISSION_DENIED"
+
+
+class NotIdentified(NotPermitted):
+    """The caller's certificate does not, or no longer, say who it is; a new one may."""
+
+    status = "UNAUTHENTICATED"
 
 
 class NotFound(NeverRetry):

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedloom_common.certificates import certificate_expiry as certificate_expiry
 from fedloom_common.certificates import read_credential
-from fedloom_common.errors import NotPermitted
+from fedloom_common.errors import NotIdentified, NotPermitted
 from fedloom_common.runspec import Name, Strict
 from fedloom_common.settings import ConfigPath
 
@@ -80,33 +80,51 @@ def channel_credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
-def peer_of(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
-    """The client's identity, from the context that gRPC keeps of the TLS handshake.
+@dataclass(frozen=True)
+class PeerCertificate:
+    """The certificate of whoever is at the other end, as far as it matters to us."""
+
+    peer: Peer
+    serial: int
+    expires: datetime
+
+
+def certificate_of(auth_context: Mapping[str, Iterable[bytes]]) -> PeerCertificate:
+    """The client's certificate, from the context that gRPC keeps of the TLS handshake.
 
     Cheap enough for every call, which is what ends a long-lived connection whose certificate expires.
 
     Raises:
-        NotPermitted: no certificate, one for another use, an expired one, or not exactly one identity.
+        NotIdentified: no certificate, one for another use, an expired one, or not exactly one identity.
     """
     certificates = list(auth_context.get("x509_pem_cert", ()))
     identities = list(auth_context.get("peer_spiffe_id", ()))
     if len(certificates) != 1:
-        raise NotPermitted("a client certificate is required; get one from whoever runs `fedloom provision`")
+        raise NotIdentified("a client certificate is required; get one from whoever runs `fedloom provision`")
     facts = _facts_of(certificates[0])
     # gRPC gives no identity for a certificate with several URIs: read the certificate, and let both agree.
     if len(facts.uris) != 1 or identities != [facts.uris[0].encode()]:
-        raise NotPermitted(
+        raise NotIdentified(
             f"the certificate names {len(facts.uris)} identities ({', '.join(facts.uris) or 'no URI'}); "
             "exactly one spiffe://<federation>/<role>/<name> is wanted"
         )
     # A certificate without this extension passes gRPC's own check for any use.
     if not facts.for_clients:
-        raise NotPermitted(f"the certificate of {facts.uris[0]} is not made for clients (clientAuth)")
+        raise NotIdentified(f"the certificate of {facts.uris[0]} is not made for clients (clientAuth)")
     if datetime.now(UTC) > facts.expires:
-        raise NotPermitted(
+        raise NotIdentified(
             f"the certificate of {facts.uris[0]} expired at {facts.expires:%Y-%m-%d %H:%M} UTC"
         )
-    return _parse_identity(facts.uris[0])
+    return PeerCertificate(_parse_identity(facts.uris[0]), facts.serial, facts.expires)
+
+
+def peer_of(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
+    """The client's identity.
+
+    Raises:
+        NotIdentified: as ``certificate_of`` says.
+    """
+    return certificate_of(auth_context).peer
 
 
 def insecure_metadata(peer: Peer) -> tuple[tuple[str, str], ...]:
@@ -118,14 +136,14 @@ def insecure_peer(metadata: Iterable[tuple[str, str | bytes]]) -> Peer:
     """The identity that a client without TLS claims; only a server on a loopback address may believe it.
 
     Raises:
-        NotPermitted: the metadata does not name exactly one role and name.
+        NotIdentified: the metadata does not name exactly one role and name.
     """
     pairs = [(key, value) for key, value in metadata if key in (_ROLE_KEY, _NAME_KEY)]
     claimed = {
         key: value.decode("ascii", "replace") if isinstance(value, bytes) else value for key, value in pairs
     }
     if len(pairs) != 2 or len(claimed) != 2:
-        raise NotPermitted(f"without TLS a call names itself by {_ROLE_KEY} and {_NAME_KEY}, once each")
+        raise NotIdentified(f"without TLS a call names itself by {_ROLE_KEY} and {_NAME_KEY}, once each")
     return _peer(claimed[_ROLE_KEY], claimed[_NAME_KEY], f"{_ROLE_KEY} and {_NAME_KEY}")
 
 
@@ -154,6 +172,7 @@ class _Facts:
     uris: tuple[str, ...]
     for_clients: bool
     expires: datetime
+    serial: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -162,7 +181,7 @@ def _facts_of(pem: bytes) -> _Facts:
         certificate = x509.load_pem_x509_certificate(pem)
         extensions = certificate.extensions
     except ValueError as error:
-        raise NotPermitted(f"the client certificate cannot be read: {error}") from error
+        raise NotIdentified(f"the client certificate cannot be read: {error}") from error
     uris: list[str] = []
     for_clients = False
     for extension in extensions:
@@ -170,23 +189,23 @@ def _facts_of(pem: bytes) -> _Facts:
             uris = extension.value.get_values_for_type(x509.UniformResourceIdentifier)
         if isinstance(extension.value, x509.ExtendedKeyUsage):
             for_clients = ExtendedKeyUsageOID.CLIENT_AUTH in extension.value
-    return _Facts(tuple(uris), for_clients, certificate.not_valid_after_utc)
+    return _Facts(tuple(uris), for_clients, certificate.not_valid_after_utc, certificate.serial_number)
 
 
 def _parse_identity(uri: str) -> Peer:
     match = _IDENTITY.fullmatch(uri)
     if match is None:
-        raise NotPermitted(f"the certificate names {uri}, which is not spiffe://<federation>/<role>/<name>")
+        raise NotIdentified(f"the certificate names {uri}, which is not spiffe://<federation>/<role>/<name>")
     return _peer(match["role"], match["name"], uri)
 
 
 def _peer(role: str, name: str, source: str) -> Peer:
     if role not in list(Role):
-        raise NotPermitted(f"{source} gives the role {role!r}; known are {', '.join(Role)}")
+        raise NotIdentified(f"{source} gives the role {role!r}; known are {', '.join(Role)}")
     try:
         return Peer(Role(role), _NAME.validate_python(name))
     except ValidationError as error:
-        raise NotPermitted(
+        raise NotIdentified(
             f"{source} gives the name {name!r}; a name is small letters, digits, dots, dashes and underscores"
         ) from error
 

@@ -1,4 +1,4 @@
-"""A limit on how many bytes a second may pass."""
+"""A limit on how many bytes, or other units, a second may pass."""
 
 import asyncio
 

@@ -54,7 +54,7 @@ BY_STATUS: dict[grpc.StatusCode, type[FederationError]] = {
     grpc.StatusCode.CANCELLED: errors.Unreachable,
     grpc.StatusCode.UNKNOWN: errors.Unreachable,
     grpc.StatusCode.INTERNAL: errors.Unreachable,  # grpc gives this for broken connections too
-    grpc.StatusCode.UNAUTHENTICATED: errors.NotPermitted,
+    grpc.StatusCode.UNAUTHENTICATED: errors.NotIdentified,
     grpc.StatusCode.PERMISSION_DENIED: errors.NotPermitted,
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
     grpc.StatusCode.INVALID_ARGUMENT: errors.ProtocolError,

@@ -35,10 +35,13 @@ from fedloom_server.models import MODEL_FILE
 from fedloom_server.ownership import owned_folder
 from fedloom_server.roster import Roster
 from fedloom_server.rounds import Federation
-from fedloom_server.rpc.access import Access, Guard
+from fedloom_server.rpc.access import Access
 from fedloom_server.rpc.audit import AuditEdge
 from fedloom_server.rpc.calls import Calls
+from fedloom_server.rpc.caps import Caps
+from fedloom_server.rpc.endings import Endings
 from fedloom_server.rpc.federation import FederationEdge
+from fedloom_server.rpc.guard import Guard
 from fedloom_server.rpc.runs import RunEdge
 from fedloom_server.rpc.sites import SiteEdge
 from fedloom_server.rpc.transfer import TransferEdge
@@ -180,19 +183,21 @@ def _server(config: CoordinatorConfig, parts: "_Parts") -> grpc.aio.Server:
     """The services behind their guard."""
     federation, runs, calls = parts.federation, parts.runs, parts.calls
     store, sites, assignments = federation.store, federation.sites, federation.assignments
-    access = Access(insecure=config.insecure, refusal=sites.refusal)
+    access, log = Access(insecure=config.insecure, refusal=sites.refusal), store.audit_log
+    endings = Endings(access)
+    guard = Guard(access, Caps(config.limits), calls, endings, log)
     options = [*SERVER_OPTIONS, window(config.window_bytes)]
-    server = grpc.aio.server(interceptors=[Guard(access, calls)], options=options)
-    session_pb2_grpc.add_FederationServiceServicer_to_server(
-        FederationEdge(access, sites, assignments, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE),
-        server,
+    server = grpc.aio.server(interceptors=[guard], options=options)
+    sessions = FederationEdge(
+        access, endings, sites, assignments, log, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE
     )
+    session_pb2_grpc.add_FederationServiceServicer_to_server(sessions, server)
     transfers = TransferEdge(
         access, calls, store, assignments, concurrent_downloads=config.concurrent_downloads
     )
     server.add_generic_rpc_handlers((transfers.handlers(),))
     runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, federation.watching), server)
-    audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditEdge(store.audit_log), server)
+    audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditEdge(log), server)
     sites_pb2_grpc.add_SiteServiceServicer_to_server(SiteEdge(access, parts.admission, store), server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return server

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedloom_common.digests import DIGEST, is_digest
-from fedloom_common.errors import NotFound, NotPermitted, Unreachable, WrongState
+from fedloom_common.errors import NotPermitted, Unreachable, WrongState
 from fedloom_common.partial import discard, held_bytes
 from fedloom_server.downlink import Delta
 from fedloom_server.meters import Meters
@@ -161,6 +161,15 @@ class Assignments:
         entry.last = replace(progress, round=entry.assignment.round, work=entry.assignment.work)
         self._watching.tell(entry.run.id, entry.last)
 
+    def names(self, site: str, digest: str) -> bool:
+        """Whether an assignment of a site, open or ended, names a file that it then may read."""
+        for entry in self._of(site):
+            delta, assets = entry.terms.delta, entry.run.assets
+            known = {entry.assignment.model_digest, *(file["digest"] for file in assets)}
+            if digest in known or (delta is not None and digest == delta.file.digest):
+                return True
+        return self._store.names_to(site, digest)
+
     def moved(self, site: str, *, down_bytes: int) -> None:
         """Bytes of a model went to a site: a sign of life of whatever it was asked to do."""
         self._meters.sent(site, down_bytes)
@@ -218,16 +227,14 @@ class Assignments:
         """The assignment whose update a site may send now, or has sent.
 
         Raises:
-            NotFound, NotPermitted: it is no upload, or another site's.
+            NotPermitted: it is no upload of this site; whether it is another's, nobody is told.
             WrongState: it is not, or no longer, wanted.
             Unreachable: it will be, when its run goes on after a restart.
         """
         entry = self._open.get(upload)
         assignment = entry.assignment if entry else self._store.assignment(upload)
-        if assignment is None:
-            raise NotFound(f"there is no upload {upload[:200]!r}")
-        if assignment.site != site:
-            raise NotPermitted(f"upload {upload} belongs to another site")
+        if assignment is None or assignment.site != site:
+            raise NotPermitted(f"this site has no upload {upload[:200]!r}")
         if assignment.state is AssignmentState.DONE:
             return assignment
         if entry is None and self._may_be_taken_up(site, assignment):

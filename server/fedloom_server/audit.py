@@ -4,6 +4,7 @@ Entries are never changed or removed by fedloom, and ``auditchain`` tells when s
 """
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,10 @@ from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import event, inspect, select, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from fedloom_common.errors import FederationError
 from fedloom_server.auditchain import Entry, Head, hash_of
 from fedloom_server.database import Database
 from fedloom_server.records import AuditRow, Run, RunState
@@ -33,6 +36,8 @@ _LOCK = {
     "sqlite": "DELETE FROM audit WHERE seq < 0",  # deletes nothing, but is a write
     "postgresql": "LOCK TABLE audit IN SHARE ROW EXCLUSIVE MODE",
 }
+
+logger = logging.getLogger(__name__)
 
 _Told = tuple[str, str, str, Mapping[str, Any]]
 """Actor, action, subject and details of an entry to be."""
@@ -71,6 +76,7 @@ class AuditLog:
         """Add an entry of a kind that a peer can cause at will: it is counted, not written, if they are many.
 
         The first FULL_ENTRIES within WINDOW_S are written; the number of the others is told by ``settle``.
+        An entry that cannot be written is logged instead: such events must not end for want of a disk.
         """
         with self._lock:
             window = self._windows.setdefault((str(actor), action), _Window())
@@ -79,7 +85,7 @@ class AuditLog:
             window.counted += is_full
             window.last = (subject, details)
         if not is_full:
-            self.audit(actor, action, subject, **details)
+            self._try(actor, action, subject, details)
 
     def settle(self, *, at_end: bool = False) -> None:
         """Write down what was only counted in windows that are over; ``at_end``, in all of them."""
@@ -94,7 +100,14 @@ class AuditLog:
         for (actor, action), window in over.items():
             if window.counted:
                 subject, details = window.last
-                self.audit(actor, action, subject, **details, more_of_the_same=window.counted)
+                self._try(actor, action, subject, {**details, "more_of_the_same": window.counted})
+
+    def _try(self, actor: object, action: str, subject: str, details: Mapping[str, Any]) -> None:
+        try:
+            self.audit(actor, action, subject, **details)
+        except (SQLAlchemyError, FederationError) as error:
+            facts = {"actor": str(actor), "action": action, "subject": subject, "error": str(error)}
+            logger.error("the audit log cannot be written", extra=facts)
 
     def entries(self, after: int = 0, most: int = PAGE_ENTRIES) -> list[Entry]:
         """Entries in order, from the one after ``after`` on."""

@@ -11,6 +11,21 @@ from fedloom_common.runspec import Strict
 from fedloom_common.settings import ConfigPath
 
 
+class Limits(Strict):
+    """What one peer, by its certificate, may ask for; generous for honest ones."""
+
+    calls_at_once: int = Field(default=64, ge=4)
+    """Calls under way: a session, transfers, watchers; each may hold a file and a chunk in memory."""
+    calls_per_s: float = Field(default=50, gt=0)
+    """Calls a second, in the long run."""
+    calls_burst: int = Field(default=500, ge=1)
+    """Calls at once after a quiet time."""
+    sessions_per_minute: int = Field(default=60, ge=1)
+    """Sessions that a site may open in a minute: two daemons with one certificate displace each other."""
+    messages_per_s: float = Field(default=100, gt=0)
+    """Messages a second of one session; a site that says more is read more slowly."""
+
+
 class CoordinatorConfig(Strict):
     """The config of a coordinator, coordinator.yaml."""
 
@@ -47,6 +62,8 @@ class CoordinatorConfig(Strict):
     """
     keep_models: int = Field(default=5, ge=1)
     """Global models kept of each run; the newest ones."""
+    limits: Limits = Limits()
+    """What one peer may ask for."""
     drain_s: float = Field(default=10, gt=0)
     """Seconds that calls under way get to end at shutdown."""
     log_format: Literal["human", "json"] = "human"

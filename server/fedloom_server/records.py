@@ -217,3 +217,9 @@ class SiteRecord(Base):
 def assignment_id(run_id: str, round_number: int, attempt: int, work: Work, site: str) -> str:
     """The name of an assignment: the same for every sending, and a plain file name."""
     return f"{run_id}.{round_number}.{attempt}.{work}.{site}"
+
+
+def site_of(name: str) -> str:
+    """The site that the name of an assignment tells; empty if it is no such name."""
+    parts = name.split(".", maxsplit=4)
+    return parts[4] if len(parts) == 5 else ""

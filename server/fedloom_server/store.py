@@ -138,6 +138,24 @@ class Store:
         """Forget a site; what it did stays with its runs."""
         self.database.do(lambda session: session.execute(delete(SiteRecord).where(SiteRecord.name == name)))
 
+    def names_to(self, site: str, digest: str) -> bool:
+        """Whether an assignment of a site names a file: as its model, its delta or an asset of its run."""
+        mine = select(Assignment).where(Assignment.site == site).subquery()
+        of_model = select(mine.c.id).where(mine.c.model_digest == digest)
+        of_delta = (
+            select(mine.c.id)
+            .join(Round, (Round.run_id == mine.c.run_id) & (Round.model_digest == mine.c.model_digest))
+            .where(Round.delta_digest == digest)
+        )
+        assets = select(Run.assets).where(Run.id.in_(select(mine.c.run_id)))
+
+        def look(session: Session) -> bool:
+            if any(session.scalar(query.limit(1)) is not None for query in (of_model, of_delta)):
+                return True
+            return any(file["digest"] == digest for files in session.scalars(assets) for file in files)
+
+        return self.database.do(look)
+
     def close_rounds(self, run: Run) -> list[Round]:
         """The unfinished round of a run that ends early, closed: training is lost, later steps can go on."""
         unfinished = [record for record in self.rounds(run.id) if record.state is not RoundState.FINISHED]

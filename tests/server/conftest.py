@@ -167,7 +167,7 @@ class FakeSite:
         if self.fault is Fault.REFUSES:
             self.send(refusal=pb.Refusal(assignment_id=assignment.id, reason="policy permits nothing"))
         elif self.fault is Fault.TALKS_WITHOUT_END:
-            self.send(failure=pb.Failure(assignment_id=assignment.id, reason="x" * 5_000_000))
+            self.send(failure=pb.Failure(assignment_id=assignment.id, reason="x" * 500_000))
         elif self.fault is Fault.REPEATS_ITSELF:
             while True:
                 progress = pb.Progress(assignment_id=assignment.id, phase=pb.PHASE_TRAIN, done=3, total=9)

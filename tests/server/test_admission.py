@@ -11,7 +11,7 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom.v1.sites_pb2_grpc import SiteServiceStub
 from fedloom_common.channels import open_channel
-from fedloom_common.errors import NotPermitted
+from fedloom_common.errors import FederationError, NotPermitted
 from fedloom_common.identity import Peer, Role
 from fedloom_common.transfer import TransferStub, download
 from fedloom_server import roster
@@ -106,13 +106,13 @@ async def test_a_blocked_site_can_neither_attach_nor_read_until_it_is_unblocked(
 
 async def test_a_refused_site_that_does_not_read_why_is_cut_off(monkeypatch):
     monkeypatch.setattr(links, "REFUSAL_S", 0.1)
-    is_cut_off = asyncio.Event()
-    link = links.SiteLink("model.safetensors", is_cut_off.set)
+    cut_off: asyncio.Queue[FederationError] = asyncio.Queue()
+    link = links.SiteLink("model.safetensors", cut_off.put_nowait)
     link.run_ended("r", may_resume=True)
     link.refuse("blocked")
     with pytest.raises(NotPermitted, match="blocked"):
         await anext(aiter(link.messages()))  # before all that had yet to be sent
-    await asyncio.wait_for(is_cut_off.wait(), 5)
+    assert str(await asyncio.wait_for(cut_off.get(), 5)) == "blocked"
 
 
 async def test_a_run_taken_up_after_a_restart_does_not_wait_for_a_site_blocked_meanwhile(

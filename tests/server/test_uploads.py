@@ -8,7 +8,7 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom.v1 import transfer_pb2
 from fedloom_common.channels import open_channel
 from fedloom_common.chunks import Chunk
-from fedloom_common.errors import NotFound, NotPermitted, ProtocolError, WrongState
+from fedloom_common.errors import NotPermitted, ProtocolError, WrongState
 from fedloom_common.identity import Peer, Role
 from fedloom_common.transfer import TransferStub, download, upload
 from fedloom_server.app import coordinator
@@ -34,14 +34,14 @@ async def test_a_sites_upload_belongs_to_it_alone(bench, finished):
     _, name = finished
     thief = bench.site("thief")
     await bench.until(lambda: hasattr(thief, "transfer"))
-    with pytest.raises(NotPermitted, match="belongs to another site"):
+    with pytest.raises(NotPermitted, match="this site has no upload"):
         await upload(thief.transfer, name, bench.sites["a"].folder / f"{name}.safetensors", 0)
 
 
 async def test_an_unknown_upload_is_refused(bench, finished):
     site = bench.sites["a"]
     path = next(site.folder.glob("*.safetensors"))
-    with pytest.raises(NotFound, match="there is no upload"):
+    with pytest.raises(NotPermitted, match="this site has no upload"):
         await upload(site.transfer, "made.up", path, 0)
     with pytest.raises(ProtocolError, match="names its upload"):
         await upload(site.transfer, "", path, 0)
@@ -59,9 +59,9 @@ async def test_a_late_upload_is_refused(bench, spec, fault):
 
 @pytest.mark.parametrize("digest", ["blake3:" + "0" * 64, "../../etc/passwd", "blake3:../../x", ""])
 async def test_read_serves_stored_files_and_nothing_else(bench, finished, digest):
-    stub = bench.sites["a"].transfer
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        _ = [chunk async for chunk in stub.read(transfer_pb2.ReadRequest(digest=digest))]
+    async with open_channel(f"127.0.0.1:{bench.running.port}", None, Peer(Role.VIEWER, "bob")) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            _ = [chunk async for chunk in TransferStub(channel).read(transfer_pb2.ReadRequest(digest=digest))]
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
@@ -85,12 +85,13 @@ async def test_downloads_beyond_the_cap_wait_their_turn_and_a_cancelled_one_leav
 
 
 async def test_a_site_that_reads_nothing_of_what_it_asks_for_keeps_no_other_from_reading(
-    config, tmp_path, bench_of
+    config, tmp_path, bench_of, monkeypatch
 ):
     async with coordinator(config.model_copy(update={"concurrent_downloads": 3})) as running:
         path = tmp_path / "large"
         path.write_bytes(bytes(16 << 20))
         stored = running.store.files.put(path)
+        monkeypatch.setattr(running.store, "names_to", lambda site, digest: digest == stored.digest)
         bench = bench_of(running)
         hostile, honest = bench.site("hostile"), bench.site("honest")
         await bench.until(lambda: all(running.sites.link(name) for name in bench.sites))

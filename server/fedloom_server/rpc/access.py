@@ -1,189 +1,136 @@
-"""Who may call what, checked for every call by one table, and errors on their way out.
+"""Who may call what: one table for every method, and who a caller is.
 
-Handlers behind this see only peers that their method admits, and raise
-FederationErrors; any other exception leaves as an error without its text.
+The table is checked for every call by ``guard``, before a byte of the request is decoded.
 """
 
-import inspect
-import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grpc
-from google.protobuf.message import DecodeError
 
-from fedloom_common.errors import FederationError, NotPermitted, ProtocolError, TooManyCalls
-from fedloom_common.identity import Peer, Role, insecure_peer, peer_of
-from fedloom_common.rpc import status_of
-from fedloom_server.rpc.calls import Calls
+from fedloom_common.chunks import CHUNK_BYTES
+from fedloom_common.errors import NotPermitted
+from fedloom_common.identity import Peer, PeerCertificate, Role, certificate_of, insecure_peer
 
 OPERATORS = frozenset({Role.OPERATOR})
 READERS = frozenset({Role.OPERATOR, Role.VIEWER})
 SITES = frozenset({Role.SITE})
 ALL = frozenset(Role)
 
-ADMITTED: Mapping[str, frozenset[Role]] = {
-    "/fedloom.v1.FederationService/Attach": SITES,
-    "/fedloom.v1.TransferService/Read": SITES | READERS,
-    "/fedloom.v1.TransferService/Write": SITES,
-    "/fedloom.v1.TransferService/QueryWrite": SITES,
-    "/fedloom.v1.RunService/Submit": OPERATORS,
-    "/fedloom.v1.RunService/Stop": OPERATORS,
-    "/fedloom.v1.RunService/Resume": OPERATORS,
-    "/fedloom.v1.RunService/List": READERS,
-    "/fedloom.v1.RunService/Get": READERS,
-    "/fedloom.v1.RunService/Watch": READERS,
-    "/fedloom.v1.RunService/Export": READERS,
-    "/fedloom.v1.RunService/ListSites": READERS,
-    "/fedloom.v1.AuditService/List": READERS,
-    "/fedloom.v1.SiteService/Get": READERS,
-    "/fedloom.v1.SiteService/Drain": OPERATORS,
-    "/fedloom.v1.SiteService/Undrain": OPERATORS,
-    "/fedloom.v1.SiteService/Block": OPERATORS,
-    "/fedloom.v1.SiteService/Unblock": OPERATORS,
-    "/fedloom.v1.SiteService/Forget": OPERATORS,
-    "/fedloom.v1.SiteService/Label": OPERATORS,
-    "/grpc.health.v1.Health/Check": ALL,
-    "/grpc.health.v1.Health/Watch": ALL,
-    "/grpc.health.v1.Health/List": ALL,
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": ALL,
+SMALL_BYTES = 64 << 10
+SESSION_MESSAGE_BYTES = 1 << 20  # a Hello that names thousands of files
+SPEC_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What holds for one method."""
+
+    roles: frozenset[Role]
+    """Who may call it."""
+    request_bytes: int = SMALL_BYTES
+    """Largest message that a caller may send."""
+    audited: str = ""
+    """Action under which calls of operators and viewers stand in the audit log; empty for none."""
+    subject: str = ""
+    """Field of the request that names what the action is done to."""
+    is_paced: bool = False
+    """Whether a caller's messages are read no faster than ``limits.messages_per_s``."""
+
+
+TABLE: Mapping[str, Rule] = {
+    "/fedloom.v1.FederationService/Attach": Rule(
+        roles=SITES, request_bytes=SESSION_MESSAGE_BYTES, is_paced=True
+    ),
+    "/fedloom.v1.TransferService/Read": Rule(roles=SITES | READERS, audited="file.read", subject="digest"),
+    "/fedloom.v1.TransferService/Write": Rule(roles=SITES, request_bytes=CHUNK_BYTES + SMALL_BYTES),
+    "/fedloom.v1.TransferService/QueryWrite": Rule(roles=SITES),
+    "/fedloom.v1.RunService/Submit": Rule(roles=OPERATORS, request_bytes=SPEC_BYTES, audited="run.submit"),
+    "/fedloom.v1.RunService/Stop": Rule(roles=OPERATORS, audited="run.stop", subject="run_id"),
+    "/fedloom.v1.RunService/Resume": Rule(roles=OPERATORS, audited="run.resume", subject="run_id"),
+    "/fedloom.v1.RunService/List": Rule(roles=READERS),
+    "/fedloom.v1.RunService/Get": Rule(roles=READERS),
+    "/fedloom.v1.RunService/Watch": Rule(roles=READERS),
+    "/fedloom.v1.RunService/Export": Rule(roles=READERS, audited="model.export", subject="run_id"),
+    "/fedloom.v1.RunService/ListSites": Rule(roles=READERS),
+    "/fedloom.v1.AuditService/List": Rule(roles=READERS),
+    "/fedloom.v1.SiteService/Get": Rule(roles=READERS),
+    "/fedloom.v1.SiteService/Drain": Rule(roles=OPERATORS),
+    "/fedloom.v1.SiteService/Undrain": Rule(roles=OPERATORS),
+    "/fedloom.v1.SiteService/Block": Rule(roles=OPERATORS),
+    "/fedloom.v1.SiteService/Unblock": Rule(roles=OPERATORS),
+    "/fedloom.v1.SiteService/Forget": Rule(roles=OPERATORS),
+    "/fedloom.v1.SiteService/Label": Rule(roles=OPERATORS),
+    "/grpc.health.v1.Health/Check": Rule(roles=ALL),
+    "/grpc.health.v1.Health/Watch": Rule(roles=ALL),
+    "/grpc.health.v1.Health/List": Rule(roles=ALL),
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Rule(roles=ALL),
 }
 
-CALLS_OF_A_PEER = 64  # a session, transfers, some watchers; each may hold a file and a chunk in memory
+NOBODY = Rule(roles=frozenset())
+"""What holds for a method that the table does not know."""
 
-logger = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Revocations(Protocol):
+    """Whoever knows which certificates no longer count."""
+
+    def require_valid(self, certificate: PeerCertificate) -> None:
+        """Let a certificate pass.
+
+        Raises:
+            NotIdentified: it has been revoked.
+        """
 
 
 class Access:
     """Tells who calls."""
 
-    def __init__(self, *, insecure: bool, refusal: Callable[[str], str | None]) -> None:
+    def __init__(
+        self,
+        *,
+        insecure: bool,
+        refusal: Callable[[str], str | None] = lambda site: None,
+        revocations: Revocations | None = None,
+    ) -> None:
         """``refusal`` says why a site, by name, may not call at all; None if it may."""
         self._insecure = insecure
         self._refusal = refusal
+        self._revocations = revocations
 
-    def peer(self, context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
-        """The caller, by certificate; where certificates are switched off, by what it says.
+    def peer(self, context: Context) -> Peer:
+        """The caller, by a certificate that counts now; where certificates are switched off, by what it says.
 
         Raises:
-            NotPermitted: the certificate does not name exactly one peer.
+            NotIdentified: the certificate does not name exactly one peer, has expired or was revoked.
+        """
+        certificate = self.certificate(context)
+        return certificate.peer if certificate else insecure_peer(context.invocation_metadata() or ())
+
+    def certificate(self, context: Context) -> PeerCertificate | None:
+        """The caller's certificate, if it counts now; None where certificates are switched off.
+
+        Raises:
+            NotIdentified: as ``peer`` says.
         """
         if self._insecure:
-            return insecure_peer(context.invocation_metadata() or ())
-        return peer_of(context.auth_context())
+            return None
+        certificate = certificate_of(context.auth_context())
+        if self._revocations is not None:
+            self._revocations.require_valid(certificate)
+        return certificate
 
-    def admit(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
+    def admit(self, method: str, context: Context) -> Peer:
         """The caller, if the table admits it to a method.
 
         Raises:
-            NotPermitted: it does not, or the caller is a site that is blocked.
+            NotPermitted: it does not, or the caller is nobody, or a site that is blocked.
         """
         peer = self.peer(context)
-        if peer.role not in ADMITTED.get(method, frozenset()):
-            raise NotPermitted(f"{peer.role} {peer.name} may not call {method}")
+        if peer.role not in TABLE.get(method, NOBODY).roles:
+            raise NotPermitted(f"{peer} may not call {method}")
         if peer.role is Role.SITE and (refusal := self._refusal(peer.name)) is not None:
             raise NotPermitted(refusal)
         return peer
-
-
-class Load:
-    """Calls under way by peer: one that opens more than a share of them is refused."""
-
-    def __init__(self) -> None:
-        self._calls: Counter[Peer] = Counter()
-
-    @contextmanager
-    def counted(self, peer: Peer) -> Iterator[None]:
-        """Count a call while it is under way.
-
-        Raises:
-            TooManyCalls: the peer has CALLS_OF_A_PEER under way.
-        """
-        if self._calls[peer] >= CALLS_OF_A_PEER:
-            raise TooManyCalls(
-                f"{peer.role} {peer.name} has {CALLS_OF_A_PEER} calls under way; end some first"
-            )
-        self._calls[peer] += 1
-        try:
-            yield
-        finally:
-            self._calls[peer] -= 1
-            if not self._calls[peer]:
-                del self._calls[peer]
-
-
-class Guard(grpc.aio.ServerInterceptor):
-    """Puts the table before, and the mapping of errors behind, every handler."""
-
-    def __init__(self, access: Access, calls: Calls) -> None:
-        self._access = access
-        self._calls = calls
-        self._load = Load()
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Wrap the handler of a call."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        method = handler_call_details.method
-        kind, behaviour = _behaviour(handler)
-        wrap = self._streaming if handler.response_streaming else self._single
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(wrap(method, behaviour), handler.request_deserializer, handler.response_serializer)
-
-    def _single(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            try:
-                peer = self._access.admit(method, context)
-                with self._calls.counted(method), self._load.counted(peer):
-                    return await behaviour(request, context)
-            except Exception as error:  # noqa: BLE001 (the process's edge)
-                await _abort(method, error, context)
-
-        return handle
-
-    def _streaming(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            try:
-                peer = self._access.admit(method, context)
-                with self._calls.counted(method), self._load.counted(peer):
-                    if inspect.isasyncgenfunction(behaviour):
-                        async for response in behaviour(request, context):
-                            yield response
-                    else:
-                        await behaviour(request, context)  # it writes to the context
-            except Exception as error:  # noqa: BLE001 (the process's edge)
-                await _abort(method, error, context)
-
-        return handle
-
-
-def _behaviour(handler: Any) -> tuple[str, Callable[..., Any]]:
-    for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
-        behaviour = getattr(handler, kind)
-        if behaviour is not None:
-            return kind, behaviour
-    raise AssertionError("a handler has exactly one behaviour")
-
-
-async def _abort(method: str, error: Exception, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    """End a call with an error's status; the text of errors that are not ours stays in our log."""
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if isinstance(error, DecodeError):
-        error = ProtocolError("the message is not of the contract: its bytes cannot be decoded")
-    if isinstance(error, FederationError):
-        logger.warning(
-            "call refused", extra={"method": method, "caller": context.peer(), "reason": str(error)}
-        )
-        code, text, metadata = status_of(error)
-        await context.abort(code, text, metadata)
-    logger.error("call failed", extra={"method": method, "caller": context.peer()}, exc_info=error)
-    ours = FederationError("internal error; the coordinator's log has its cause")
-    await context.abort(*status_of(ours))

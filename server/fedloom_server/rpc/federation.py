@@ -4,18 +4,23 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import grpc
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.session_pb2_grpc import FederationServiceServicer
-from fedloom_common.errors import FederationError
+from fedloom_common.errors import FederationError, Unreachable
+from fedloom_common.identity import Peer
 from fedloom_server.assignments import Assignments, Result
-from fedloom_server.records import Work
+from fedloom_server.audit import AuditLog
+from fedloom_server.records import Work, site_of
 from fedloom_server.roster import Site
 from fedloom_server.rpc.access import Access
+from fedloom_server.rpc.endings import Endings, current_call
 from fedloom_server.rpc.hellos import description_of, labels_of, read_hello, short
 from fedloom_server.rpc.links import SiteLink
 from fedloom_server.rpc.messages import phase_name
@@ -41,13 +46,23 @@ class FederationEdge(FederationServiceServicer):
     """Attach: one session of one site."""
 
     def __init__(
-        self, access: Access, sites: Sites, assignments: Assignments, *, heartbeat_s: float, model_name: str
+        self,
+        access: Access,
+        endings: Endings,
+        sites: Sites,
+        assignments: Assignments,
+        log: AuditLog,
+        *,
+        heartbeat_s: float,
+        model_name: str,
     ) -> None:
         self._access = access
+        self._endings = endings
         self._sites = sites
         self._assignments = assignments
         self._heartbeat_s = heartbeat_s
         self._model_name = model_name
+        self._log = log
         self._handlers: Mapping[str, Callable[[str, Any], None]] = {
             "progress": self._progress,
             "outcome": self._outcome,
@@ -60,13 +75,15 @@ class FederationEdge(FederationServiceServicer):
         self, request_iterator: AsyncIterator[pb.SiteMessage], context: Context
     ) -> AsyncIterator[pb.CoordinatorMessage]:
         """Serve a session until either side ends it or the site is silent."""
-        site = self._access.peer(context).name
+        peer = self._access.peer(context)
+        site = peer.name
         hello = await read_hello(request_iterator)
-        handler = asyncio.current_task()
-        assert handler is not None, "a handler runs in a task"
-        link = SiteLink(self._model_name, handler.cancel)
+        link = SiteLink(self._model_name, partial(self._endings.end, current_call()))
         try:
-            with self._sites.attached(site, description_of(hello), link, labels_of(hello)) as entry:
+            with (
+                self._sites.attached(site, description_of(hello), link, labels_of(hello)) as entry,
+                self._audited(peer, context),
+            ):
                 link.welcome(site, self._heartbeat_s)
                 self._assignments.attached(
                     site, hello.open_assignments[:OPEN_ASSIGNMENTS], hello.kept_runs[:KEPT_RUNS]
@@ -85,17 +102,20 @@ class FederationEdge(FederationServiceServicer):
         self, site: Site, requests: AsyncIterator[pb.SiteMessage], link: SiteLink, context: Context
     ) -> None:
         """Take a site's messages until it ends the session, misses its heartbeats or may no longer speak."""
+        reason: FederationError = Unreachable("the connection was lost")
         silence_s = MISSED_HEARTBEATS * self._heartbeat_s
         try:
             while True:
                 message = await asyncio.wait_for(anext(requests), silence_s)
                 if link.is_refused:
                     return
-                self._access.peer(context)  # its certificate may have expired since it attached
+                peer = self._access.peer(context)  # its certificate may have expired since it attached
                 site.heard()
                 kind = message.WhichOneof("kind")
                 if kind in self._handlers:
-                    self._handlers[kind](site.name, getattr(message, kind))
+                    told = getattr(message, kind)
+                    self._note_foreign(peer, kind, getattr(told, "assignment_id", None))
+                    self._handlers[kind](site.name, told)
         except StopAsyncIteration:
             link.finish()
             return
@@ -103,11 +123,30 @@ class FederationEdge(FederationServiceServicer):
             pass  # the connection is gone
         except TimeoutError:
             logger.warning("site is silent", extra={"site": site.name, "silence_s": silence_s})
+            reason = Unreachable(f"the site was silent for {silence_s:g} s")
         except FederationError as error:
-            logger.warning("session ended", extra={"site": site.name, "reason": str(error)})
+            reason = error
         except Exception:
             logger.exception("session failed by an error of the coordinator's own", extra={"site": site.name})
-        link.give_up()
+            reason = FederationError("internal error; the coordinator's log has its cause")
+        link.give_up(reason)
+
+    @contextmanager
+    def _audited(self, peer: Peer, context: Context) -> Iterator[None]:
+        certificate = self._access.certificate(context)
+        facts = {} if certificate is None else {"certificate": f"{certificate.serial:x}"}
+        self._log.audit_often(peer, "session.began", peer.name, caller=context.peer(), **facts)
+        try:
+            yield
+        finally:
+            self._log.audit_often(peer, "session.ended", peer.name)
+
+    def _note_foreign(self, peer: Peer, kind: str, assignment_id: str | None) -> None:
+        """Record that a site speaks of work that was never its own; nothing comes of what it says."""
+        if assignment_id is not None and site_of(assignment_id) != peer.name:
+            facts = {"site": peer.name, "kind": kind, "assignment": short(assignment_id)}
+            logger.warning("a site speaks of work that is not its own", extra=facts)
+            self._log.audit_often(peer, "message.refused", short(assignment_id), kind=kind)
 
     def _progress(self, site: str, progress: pb.Progress) -> None:
         self._assignments.progress(

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from fedloom.v1 import session_pb2 as pb
-from fedloom_common.errors import NotPermitted
+from fedloom_common.errors import FederationError, NotPermitted, Unreachable
 from fedloom_server.downlink import Delta
 from fedloom_server.records import Assignment, Run
 from fedloom_server.rpc.hellos import PROTOCOL_VERSION
@@ -17,8 +17,8 @@ REFUSAL_S = 5.0  # a refused site that does not read why is cut off
 class SiteLink:
     """Messages to one site, in order."""
 
-    def __init__(self, model_name: str, give_up: Callable[[], object]) -> None:
-        """``give_up`` ends the session at once, whatever has yet to be sent."""
+    def __init__(self, model_name: str, give_up: Callable[[FederationError], object]) -> None:
+        """``give_up`` ends the session at once, with a reason, whatever has yet to be sent."""
         self._model_name = model_name
         self.give_up = give_up
         self.is_refused = False
@@ -63,7 +63,7 @@ class SiteLink:
         while not self._outbox.empty():
             self._outbox.get_nowait()
         self._outbox.put_nowait(NotPermitted(reason))
-        asyncio.get_running_loop().call_later(REFUSAL_S, self.give_up)
+        asyncio.get_running_loop().call_later(REFUSAL_S, self.give_up, NotPermitted(reason))
 
     def welcome(self, site: str, heartbeat_s: float) -> None:
         """Accept the session."""
@@ -89,4 +89,4 @@ class SiteLink:
         if self._outbox.qsize() < OUTBOX_MESSAGES:
             self._outbox.put_nowait(message)
         else:
-            self.give_up()
+            self.give_up(Unreachable(f"the site has read none of {OUTBOX_MESSAGES} messages"))

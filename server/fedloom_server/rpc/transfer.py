@@ -10,7 +10,7 @@ import grpc
 
 from fedloom.v1 import transfer_pb2 as pb
 from fedloom_common.chunks import CHUNK_BYTES, Chunk
-from fedloom_common.errors import AttemptFailed, BadChunk, BadTensor, ProtocolError, WrongState
+from fedloom_common.errors import AttemptFailed, BadChunk, BadTensor, NotPermitted, ProtocolError, WrongState
 from fedloom_common.identity import Peer, Role
 from fedloom_common.partial import PartialFile
 from fedloom_common.transfer import PATIENCE_S, messages_of, transfer_handlers
@@ -74,7 +74,11 @@ class TransferEdge:
 
     async def _read(self, request: pb.ReadRequest, context: Context) -> None:
         """Stream a model or asset from an offset."""
-        peer, path = self._access.peer(context), self._store.files.path(request.digest)
+        peer = self._access.peer(context)
+        if peer.role is Role.SITE and not self._assignments.names(peer.name, request.digest):
+            # The same words for what is kept for others and for what is not kept at all.
+            raise NotPermitted(f"no assignment of this site names {request.digest[:100]!r}")
+        path = self._store.files.path(request.digest)
         if path.stat().st_size <= CHUNK_BYTES:
             await self._send(path, request.offset, peer, context)
             return

@@ -17,7 +17,7 @@ from fedloom_server.assignments import Assignments
 from fedloom_server.config import CoordinatorConfig
 from fedloom_server.meters import Meters
 from fedloom_server.records import RunState
-from fedloom_server.rpc.access import ADMITTED
+from fedloom_server.rpc.access import TABLE
 from fedloom_server.rpc.calls import READ, WRITE, Calls
 from fedloom_server.sites import Sites
 from fedloom_server.store import Store
@@ -73,7 +73,7 @@ class MetricsPage:
         seen, sites = self._seen, self._seen.sites.all()
         self._sites.labels("known").set(len(sites))
         self._sites.labels("connected").set(sum(site.link is not None for site in sites))
-        for method in ADMITTED:
+        for method in TABLE:
             self._calls.labels(method).set(seen.calls.under_way[method])
         turns = seen.assignments.turns
         self._uploads.labels("under_way").set(seen.calls.under_way[WRITE])

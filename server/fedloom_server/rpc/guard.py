@@ -1,0 +1,187 @@
+"""What stands before and behind every handler: the table, the caps, the audit log, the mapping of errors.
+
+Handlers behind this see only peers that their method admits and messages of bounded size, and raise
+FederationErrors; any other exception leaves as an error without its text.
+"""
+
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, contextmanager
+from hashlib import sha256
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from fedloom_common.errors import FederationError, NotPermitted, ProtocolError, TooManyCalls
+from fedloom_common.identity import Peer, Role
+from fedloom_common.pace import Pace
+from fedloom_common.rpc import status_of
+from fedloom_server.audit import AuditLog
+from fedloom_server.rpc.access import NOBODY, TABLE, Access, Context, Rule
+from fedloom_server.rpc.calls import Calls
+from fedloom_server.rpc.caps import Caps
+from fedloom_server.rpc.endings import Endings
+
+Handler = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+
+logger = logging.getLogger(__name__)
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Puts the table before, and the mapping of errors behind, every handler."""
+
+    def __init__(self, access: Access, caps: Caps, calls: Calls, endings: Endings, log: AuditLog) -> None:
+        self._access = access
+        self._caps = caps
+        self._calls = calls
+        self._endings = endings
+        self._log = log
+
+    async def intercept_service(
+        self, continuation: Handler, handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Wrap the handler of a call."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        kind, behaviour = _behaviour(handler)
+        call = _Call(handler_call_details.method, handler, behaviour)
+        wrapped = self._streaming(call) if handler.response_streaming else self._single(call)
+        # Requests reach us as bytes: nothing is decoded for a caller that is not admitted, or is too large.
+        return getattr(grpc, f"{kind}_rpc_method_handler")(wrapped, None, handler.response_serializer)
+
+    def _single(self, call: "_Call") -> Callable[..., Any]:
+        async def handle(raw: Any, context: Context) -> Any:
+            try:
+                with self._admitted(call, context) as peer:
+                    return await call.behaviour(self._request(call, peer, raw), context)
+            except Exception as error:  # noqa: BLE001 (the process's edge)
+                await self._abort(call, error, context)
+
+        return handle
+
+    def _streaming(self, call: "_Call") -> Callable[..., Any]:
+        async def handle(raw: Any, context: Context) -> None:
+            try:
+                with self._admitted(call, context) as peer:
+                    request = self._request(call, peer, raw)
+                    if inspect.isasyncgenfunction(call.behaviour):
+                        async with aclosing(call.behaviour(request, context)) as responses:
+                            async for response in responses:
+                                await context.write(response)
+                    else:
+                        await call.behaviour(request, context)  # it writes to the context
+            except Exception as error:  # noqa: BLE001 (the process's edge)
+                await self._abort(call, error, context)
+
+        return handle
+
+    @contextmanager
+    def _admitted(self, call: "_Call", context: Context) -> Any:
+        peer = self._access.admit(call.method, context)
+        with (
+            self._calls.counted(call.method),
+            self._caps.counted(call.method, peer),
+            self._endings.possible(context),
+        ):
+            yield peer
+
+    def _request(self, call: "_Call", peer: Peer, raw: Any) -> Any:
+        """What the handler is to see: the message, or the stream of them."""
+        if call.is_stream:
+            return _Messages(call, raw, self._caps.pace() if call.rule.is_paced else Pace(None))
+        request = call.decode(raw)
+        if call.rule.audited and peer.role is not Role.SITE:
+            # Before it is done: nothing that an operator does goes unrecorded, even if we are killed now.
+            record = self._log.audit if peer.role is Role.OPERATOR else self._log.audit_often
+            details = _details(request)
+            record(peer, call.rule.audited, str(details.pop(call.rule.subject, "")), **details)
+        return request
+
+    async def _abort(self, call: "_Call", error: Exception, context: Context) -> None:
+        """End a call with an error's status; the text of errors that are not ours stays in our log."""
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        if isinstance(error, FederationError):
+            self._note(call, error, context)
+            code, text, metadata = status_of(error)
+            await context.abort(code, text, metadata)
+        facts = {"method": call.method, "caller": context.peer()}
+        logger.error("call failed", extra=facts, exc_info=error)
+        ours = FederationError("internal error; the coordinator's log has its cause")
+        await context.abort(*status_of(ours))
+
+    def _note(self, call: "_Call", error: FederationError, context: Context) -> None:
+        try:
+            who: object = self._access.peer(context)
+        except NotPermitted:
+            who = "unknown"
+        facts = {"method": call.method, "caller": context.peer(), "reason": str(error)}
+        logger.warning("call refused", extra=facts | {"peer": str(who)})
+        if isinstance(error, NotPermitted | TooManyCalls):
+            action = "call.refused"
+        elif call.rule.audited and isinstance(who, Peer) and who.role is not Role.SITE:
+            action = f"{call.rule.audited}.failed"
+        else:
+            return
+        self._log.audit_often(who, action, call.method, caller=context.peer(), reason=str(error))
+
+
+class _Call:
+    """One method: its handler and its rule."""
+
+    def __init__(self, method: str, handler: Any, behaviour: Callable[..., Any]) -> None:
+        self.method = method
+        self.behaviour = behaviour
+        self.is_stream: bool = handler.request_streaming
+        self.rule: Rule = TABLE.get(method, NOBODY)
+        self._deserialize: Callable[[bytes], Any] = handler.request_deserializer or (lambda raw: raw)
+
+    def decode(self, raw: bytes) -> Any:
+        """A message, once its size is found to be allowed.
+
+        Raises:
+            ProtocolError: it is too large, or not of the contract.
+        """
+        if len(raw) > self.rule.request_bytes:
+            raise ProtocolError(
+                f"a message of {len(raw)} bytes came, {self.method} takes at most {self.rule.request_bytes}"
+            )
+        try:
+            return self._deserialize(raw)
+        except DecodeError as error:
+            raise ProtocolError("the message is not of the contract: its bytes cannot be decoded") from error
+
+
+class _Messages:
+    """The messages of a stream, decoded one by one, and read no faster than their pace."""
+
+    def __init__(self, call: _Call, raw: AsyncIterator[bytes], pace: Pace) -> None:
+        self._call = call
+        self._raw = aiter(raw)
+        self._pace = pace
+
+    def __aiter__(self) -> "_Messages":
+        return self
+
+    async def __anext__(self) -> Any:
+        await self._pace.take(1)  # what is not read fills the stream's window: the sender has to wait
+        return self._call.decode(await anext(self._raw))
+
+
+def _behaviour(handler: Any) -> tuple[str, Callable[..., Any]]:
+    for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
+        behaviour = getattr(handler, kind)
+        if behaviour is not None:
+            return kind, behaviour
+    raise AssertionError("a handler has exactly one behaviour")
+
+
+def _details(request: Message) -> dict[str, Any]:
+    """A request's own facts; of long texts, such as a run spec, their SHA-256."""
+    details = {field.name: value for field, value in request.ListFields() if field.message_type is None}
+    if isinstance(spec := details.pop("spec", None), str):
+        details["spec_sha256"] = sha256(spec.encode()).hexdigest()
+    return details

@@ -1,0 +1,155 @@
+"""What one peer may ask for at most."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from fedloom.v1 import runs_pb2, session_pb2
+from fedloom.v1.runs_pb2_grpc import RunServiceStub
+from fedloom.v1.session_pb2_grpc import FederationServiceStub
+from fedloom_common.channels import open_channel
+from fedloom_common.identity import Peer, Role
+from fedloom_server.app import Coordinator, coordinator
+from fedloom_server.config import CoordinatorConfig, Limits
+from fedloom_server.rpc.access import SESSION_MESSAGE_BYTES, SPEC_BYTES
+from fedloom_server.rpc.caps import KEPT_BUCKETS, Buckets
+
+ANN, WARD = Peer(Role.OPERATOR, "ann"), Peer(Role.SITE, "ward-a")
+HELLO = session_pb2.SiteMessage(hello=session_pb2.Hello(protocol_version=1))
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_bucket_gives_its_burst_and_then_its_rate() -> None:
+    clock = Clock()
+    buckets = Buckets(per_s=2, burst=3, clock=clock)
+    assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
+    clock.now_s += 0.5
+    assert [buckets.take("a") for _ in range(2)] == [0, 0.5]
+    assert buckets.take("b") == 0
+    clock.now_s += 1000
+    assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
+
+
+def test_buckets_are_forgotten_only_when_they_are_full_again() -> None:
+    clock = Clock()
+    buckets = Buckets(per_s=1, burst=1, clock=clock)
+    for number in range(KEPT_BUCKETS + 10):
+        buckets.take(number)
+    assert buckets.take(0) == 1
+    clock.now_s += 2
+    buckets.take("one more")
+    assert len(buckets._filled) == KEPT_BUCKETS
+
+
+def limited(config: CoordinatorConfig, **limits: float) -> CoordinatorConfig:
+    return config.model_copy(update={"limits": Limits(**limits)})
+
+
+def channel(running: Coordinator, peer: Peer) -> grpc.aio.Channel:
+    return open_channel(f"127.0.0.1:{running.port}", None, peer)
+
+
+async def test_a_peer_that_calls_too_fast_is_refused_for_a_while_and_others_are_not(config) -> None:
+    async with coordinator(limited(config, calls_per_s=5, calls_burst=3)) as running:
+        async with channel(running, ANN) as mine, channel(running, Peer(Role.OPERATOR, "bob")) as other:
+            stub = RunServiceStub(mine)
+            with pytest.raises(grpc.aio.AioRpcError, match="more than 5 calls a second; try again") as caught:
+                for _ in range(100):
+                    await stub.List(runs_pb2.ListRequest())
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            await RunServiceStub(other).List(runs_pb2.ListRequest())
+            await asyncio.sleep(0.3)
+            await stub.List(runs_pb2.ListRequest())
+        actions = [(entry.actor, entry.action) for entry in running.store.audit_log.entries()]
+    assert actions == [("operator ann", "call.refused")]
+
+
+async def test_a_site_that_attaches_again_and_again_is_refused_for_a_while(config) -> None:
+    async with coordinator(limited(config, sessions_per_minute=2)) as running, channel(running, WARD) as mine:
+        for _ in range(2):
+            call = FederationServiceStub(mine).Attach(iter([HELLO]))
+            assert (await call.read()).WhichOneof("kind") == "welcome"
+        with pytest.raises(grpc.aio.AioRpcError, match="more than 2 sessions a minute"):
+            await FederationServiceStub(mine).Attach(iter([HELLO])).read()
+
+
+async def test_calls_at_once_are_counted(config) -> None:
+    async with coordinator(limited(config, calls_at_once=4)) as running, channel(running, WARD) as mine:
+        held = [FederationServiceStub(mine).Attach(_forever()) for _ in range(4)]
+        await asyncio.gather(*(call.wait_for_connection() for call in held))
+        with pytest.raises(grpc.aio.AioRpcError, match="has 4 calls under way"):
+            while True:
+                await FederationServiceStub(mine).Attach(iter(())).read()
+        for call in held:
+            call.cancel()
+
+
+async def _forever() -> AsyncIterator[session_pb2.SiteMessage]:
+    await asyncio.sleep(60)
+    yield HELLO
+
+
+async def test_a_message_that_is_too_large_is_refused_before_it_is_decoded(bench, caplog) -> None:
+    too_large = b"\xff" * (SPEC_BYTES + 1)  # no message at all, which nobody looks at
+    async with channel(bench.running, ANN) as mine:
+        for raw, reason in (
+            (too_large, f"of {SPEC_BYTES + 1} bytes came, /fedloom.v1.RunService/Submit takes at most"),
+            (b"\xff", "its bytes cannot be decoded"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=reason) as caught:
+                await mine.unary_unary("/fedloom.v1.RunService/Submit")(raw)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    failure = session_pb2.Failure(assignment_id="x", reason="y" * SESSION_MESSAGE_BYTES)
+    async with channel(bench.running, WARD) as mine:
+        call = FederationServiceStub(mine).Attach(iter([HELLO, session_pb2.SiteMessage(failure=failure)]))
+        assert (await call.read()).WhichOneof("kind") == "welcome"
+        with pytest.raises(grpc.aio.AioRpcError, match="/Attach takes at most"):
+            await asyncio.wait_for(call.read(), 10)
+    assert "Traceback" not in caplog.text
+
+
+async def test_a_session_that_talks_too_much_is_read_no_faster_than_its_pace(config, monkeypatch) -> None:
+    async with coordinator(limited(config, messages_per_s=20)) as running:
+        heard: list[float] = []
+        monkeypatch.setattr("fedloom_server.sites.Site.heard", lambda site: heard.append(time.monotonic()))
+
+        async def messages() -> AsyncIterator[session_pb2.SiteMessage]:
+            yield HELLO
+            for _ in range(40):
+                yield session_pb2.SiteMessage(heartbeat=session_pb2.Heartbeat())
+            await asyncio.sleep(60)
+
+        async with channel(running, WARD) as mine, asyncio.timeout(20):
+            call = FederationServiceStub(mine).Attach(messages())
+            await call.read()
+            while len(heard) < 40:  # noqa: ASYNC110 (work of another task)
+                await asyncio.sleep(0.01)
+            call.cancel()
+    # 41 messages, of which a second's worth of 20 passes at once, and the rest at 20 a second
+    assert heard[-1] - heard[0] >= 0.9
+
+
+async def test_many_sites_that_attach_at_once_stay_within_the_limits(bench) -> None:
+    """Limits are each peer's own: how many peers there are does not matter."""
+    calls = []
+    for number in range(100):
+        mine = channel(bench.running, Peer(Role.SITE, f"s{number}"))
+        calls.append((mine, FederationServiceStub(mine).Attach(_hello_and_stay())))
+    for mine, call in calls:
+        assert (await asyncio.wait_for(call.read(), 30)).WhichOneof("kind") == "welcome"
+        call.cancel()
+        await mine.close()
+
+
+async def _hello_and_stay() -> AsyncIterator[session_pb2.SiteMessage]:
+    yield HELLO
+    await asyncio.sleep(60)
