@@ -43,6 +43,8 @@ class Assignment:
     """Seconds, from its arrival, until the result is no longer wanted; 0 for no deadline."""
     delta: Delta | None = None
     """A smaller way to the model, if its base is here."""
+    schedule_round: int = 0
+    """The round at which the learning rate's schedule stands; 0 for ``round``."""
 
 
 @dataclass(frozen=True, kw_only=True)

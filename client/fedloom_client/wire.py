@@ -85,6 +85,7 @@ def assignment_of(message: pb.Assignment) -> Assignment:
         spec_json=message.spec_json,
         deadline_s=message.deadline_s,
         delta=_delta(message.delta) if message.HasField("delta") else None,
+        schedule_round=message.schedule_round,
     )
 
 

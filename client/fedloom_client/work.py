@@ -131,6 +131,7 @@ class Performer:
             work=assignment.work,
             run_id=assignment.run_id,
             round=assignment.round,
+            schedule_round=assignment.schedule_round,
             model_path=str(model),
             assets_dir=str(assets),
             spec=spec.model_dump(mode="json"),

@@ -70,7 +70,7 @@ def train(rank: Rank, local: Local, blocks: Blocks, course: Course) -> float:
     progress = TrainProgress(rank.report, plan.steps, step_tokens, done=done)
     rank.model.train()
     for step in range(done, plan.steps):
-        set_rate(optimizer, local, plan.first_step + step, plan.total_steps)
+        set_rate(optimizer, local, plan.first_rate_step + step, plan.total_steps)
         for part in range(plan.accumulation):
             examples = rank.batch(blocks, stream.take(plan.position(step, part), plan.micro_examples))
             with _sync_if(rank.model, part == plan.accumulation - 1):

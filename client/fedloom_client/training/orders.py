@@ -35,6 +35,8 @@ class Order:
     """Folder with config.json and the tokenizer's files."""
     spec: dict[str, Any]
     """RunSpec as JSON."""
+    schedule_round: int = 0
+    """The round at which the learning rate's schedule stands; 0 for ``round``."""
     update_path: str = ""
     """Where a training leaves the trained tensors, atomically; not used by an evaluation."""
 

@@ -17,7 +17,9 @@ class RoundPlan:
 
     steps: int
     first_step: int
-    """Number of the round's first step in the run, from 0."""
+    """Number of the round's first step in the site's stream of examples, from 0."""
+    first_rate_step: int
+    """Number of the round's first step in the learning rate's schedule, from 0."""
     total_steps: int
     """Steps of the whole run, if it goes to its last round."""
     accumulation: int
@@ -31,8 +33,16 @@ class RoundPlan:
         return ((self.first_step + step) * self.accumulation + part) * self.micro_examples
 
 
-def plan_round(local: Local, *, round: int, rounds: int, train_examples: int, world: int) -> RoundPlan:  # noqa: A002
-    """Lay out a round.
+def plan_round(
+    local: Local,
+    *,
+    round: int,  # noqa: A002
+    rounds: int,
+    train_examples: int,
+    world: int,
+    schedule_round: int = 0,
+) -> RoundPlan:
+    """Lay out a round; ``schedule_round`` is where the learning rate's schedule stands, if not at ``round``.
 
     Raises:
         TrainingFailed: the batch cannot be shared evenly, or there are fewer examples than ranks.
@@ -58,6 +68,7 @@ def plan_round(local: Local, *, round: int, rounds: int, train_examples: int, wo
     return RoundPlan(
         steps=steps,
         first_step=(round - 1) * steps,
+        first_rate_step=((schedule_round or round) - 1) * steps,
         total_steps=rounds * steps,
         accumulation=local.accumulation_steps,
         micro_examples=local.batch_examples // parts,

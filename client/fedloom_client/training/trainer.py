@@ -80,8 +80,9 @@ class Trainer:
     def _train(self, order: Order) -> WorkerResult:
         local, group, blocks = self._spec.local, self._group, self._data.train
         plan = plan_round(
-            local, round=order.round, rounds=self._spec.rounds, train_examples=len(blocks), world=group.world
-        )
+            local, round=order.round, rounds=self._spec.rounds, train_examples=len(blocks), world=group.world,
+            schedule_round=order.schedule_round,
+        )  # fmt: skip
         if self._stream is None:
             self._stream = ExampleStream(
                 len(blocks), seed=self._spec.seed, rank=group.rank, world=group.world

@@ -58,6 +58,15 @@ def test_epochs_become_steps(epochs: float, examples: int, steps: int) -> None:
     assert (plan.steps, plan.first_step, plan.total_steps) == (steps, 2 * steps, 10 * steps)
 
 
+def test_a_schedule_that_stands_elsewhere_moves_the_rate_and_not_the_examples() -> None:
+    local = Local(steps=5, batch_examples=4)
+    usual = plan_round(local, round=7, rounds=10, train_examples=100, world=1)
+    ahead = plan_round(local, round=7, rounds=10, train_examples=100, world=1, schedule_round=9)
+    assert (usual.first_step, usual.first_rate_step) == (30, 30)
+    assert (ahead.first_step, ahead.first_rate_step) == (30, 40)
+    assert ahead.position(0, 0) == usual.position(0, 0)
+
+
 def test_a_batch_that_the_ranks_cannot_share_says_what_to_change() -> None:
     with pytest.raises(TrainingFailed, match=r"batch_examples is 8.*3 ranks.*multiple of 6"):
         plan_round(
