@@ -238,6 +238,38 @@ class Patience(Strict):
     """Direction of the metric."""
 
 
+class Sync(Strict):
+    """Rounds: the sites of a cohort train from the same model, and the round waits for their updates."""
+
+    kind: Literal["sync"] = "sync"
+
+
+class Staleness(Strict):
+    """What an update counts that began τ versions of the model ago."""
+
+    exponent: float = Field(default=0.5, ge=0, le=10)
+    """a of the factor (1 + τ)^−a on the update's change; 0 counts old and new alike."""
+    max: int = Field(default=20, ge=0)
+    """Largest τ: a training that falls further behind is given up, and its site begins anew."""
+
+
+class Async(Strict):
+    """Buffered asynchronous aggregation (FedBuff): no site waits for another.
+
+    ``rounds`` are then versions of the model, each made of the next ``buffer`` updates that come.
+    """
+
+    kind: Literal["async"]
+    buffer: int = Field(ge=1, le=100_000)
+    """Updates that make a new version of the model, K."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Sites that train at the same time, at most; all that fit if not given."""
+    staleness: Staleness = Staleness()
+    """What an update from an older version counts."""
+    server_lr: float = Field(default=1.0, gt=0)
+    """Factor on the step that a version makes."""
+
+
 class Stop(Strict):
     """Conditions that end a run before its last round; the first to hold wins."""
 
@@ -247,6 +279,17 @@ class Stop(Strict):
     """Stop when a metric no longer gets better."""
     wall_s: float | None = Field(default=None, gt=0)
     """Stop at the end of the round in which the run has lasted so many seconds."""
+
+
+_ONLY_IN_ROUNDS = (
+    ("cohort", "fraction", "mode.concurrency says how many sites train at a time"),
+    ("cohort", "quorum", "mode.buffer says how many updates make a version"),
+    ("cohort", "deadline_s", "nobody waits for a site; mode.staleness.max says how late it may be"),
+    ("cohort", "attempts", "a site that fails is replaced at once, and nothing is tried again"),
+    ("aggregation", "deterministic", "which updates make a version depends on when they come"),
+    ("transport", "down", "it tells a model's change to sites that hold the one before, which few do then"),
+)
+"""What has no meaning without rounds, and what to do instead."""
 
 
 class RunSpec(Strict):
@@ -262,6 +305,8 @@ class RunSpec(Strict):
     """Name of the data set; every site says in its own config which files that is."""
     rounds: int = Field(ge=1, le=1_000_000)
     """Rounds at most."""
+    mode: Annotated[Sync | Async, Field(discriminator="kind")] = Sync()
+    """Whether sites work in rounds, or each at its own pace."""
     cohort: Cohort = Cohort()
     """Which sites take part in a round."""
     local: Local
@@ -276,6 +321,17 @@ class RunSpec(Strict):
     """Conditions that end the run early."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Source of all randomness: initial weights, cohorts, data order, dropout."""
+
+    @model_validator(mode="after")
+    def _nothing_contradicts_the_mode(self) -> Self:
+        if isinstance(self.mode, Sync):
+            return self
+        for section, key, instead in _ONLY_IN_ROUNDS:
+            part = getattr(self, section)
+            came, default = getattr(part, key), type(part).model_fields[key].default
+            if came != default:
+                raise ValueError(f"{section}.{key} is {came}, but mode.kind is async: {instead}")
+        return self
 
     @model_validator(mode="after")
     def _stop_metric_is_measured(self) -> Self:

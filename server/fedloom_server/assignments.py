@@ -120,9 +120,16 @@ class Assignments:
         cancelled the open ones stay open in the store, to be taken up again.
         ``on_end`` is called when one has ended.
         """
-        for assignment in batch:
-            if assignment.has_spooled_update:
-                self.turns.stage(assignment.id)
+        self.stage(batch)
+        try:
+            await self.see_through(run, batch, terms, on_end)
+        finally:
+            self.release(batch)
+
+    async def see_through(
+        self, run: Run, batch: Sequence[Assignment], terms: Terms, on_end: Callable[[], None]
+    ) -> None:
+        """Do as ``carry_out``, for a caller who stages and releases updates."""
         still = [assignment for assignment in batch if assignment.state is AssignmentState.OPEN]
         opened = [self._begin(run, assignment, still, terms, on_end) for assignment in still]
         try:
@@ -130,12 +137,23 @@ class Assignments:
         finally:
             for entry in opened:
                 self._forget(entry)
-            self.release(batch)
+
+    def stage(self, batch: Iterable[Assignment]) -> None:
+        """Count the updates that lie on disk."""
+        for assignment in batch:
+            if assignment.has_spooled_update:
+                self.turns.stage(assignment.id)
 
     def release(self, batch: Iterable[Assignment]) -> None:
         """Updates lie no longer on disk, or need no longer be waited for: others may arrive."""
         for assignment in batch:
             self.turns.release(assignment.id)
+
+    def cancel(self, batch: Iterable[Assignment], reason: str) -> None:
+        """End assignments whose result is no longer wanted."""
+        for assignment in batch:
+            if entry := self._open.get(assignment.id):
+                self._end(entry, AssignmentState.CANCELLED, reason)
 
     def attached(self, site: str, open_ids: Iterable[str] = (), kept_runs: Sequence[str] = ()) -> None:
         """Send a site its open assignments again: it may have missed them, or that others have ended."""

@@ -6,13 +6,15 @@ folded leaves the disk and makes room for sites that wait to upload.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import FederationError
 from fedloom_common.partial import discard
-from fedloom_server.aggregation import Update, aggregator_for
+from fedloom_common.runspec import Sync
+from fedloom_server.aggregation import BaseModel, Update, aggregator_for, staleness_factor
 from fedloom_server.assignments import Assignments
 from fedloom_server.downlink import Published, publish
 from fedloom_server.records import Assignment, AssignmentState, Round, Run
@@ -30,18 +32,24 @@ class Folding:
         self._run, self._record = run, record
         self._store, self._assignments = store, assignments
         self._rule = aggregator_for(run.spec.aggregation, run.spec.transport.up, record.base_digest)
+        self._mode = run.spec.mode
+        self._is_in_order = run.spec.aggregation.deterministic
         self._batch: Sequence[Assignment] = ()
+        self._is_awaited = self._some_are_open
         self._changed = asyncio.Event()
         self._is_over = self._is_hindered = False
         self._working: asyncio.Task[None] | None = None
 
-    async def begin(self, batch: Sequence[Assignment]) -> None:
+    async def begin(self, batch: Sequence[Assignment], is_awaited: Callable[[], bool] | None = None) -> None:
         """Fold updates of these assignments, in cohort order, as soon as there are enough.
 
+        ``is_awaited`` tells whether more updates are to come; if not given, those of open assignments are.
         Updates and sums are not synced to disk as they come: those of an earlier process are checked,
         and the assignments of what a power cut has spoilt are open again.
         """
         self._batch = batch
+        if is_awaited is not None:
+            self._is_awaited = is_awaited
         spoilt = await asyncio.to_thread(self._spoilt)
         for assignment in spoilt:
             logger.warning("an update was lost and is asked for again", extra={"assignment": assignment.id})
@@ -66,7 +74,7 @@ class Folding:
 
     async def aggregate(self, done: Sequence[Assignment], out: Path) -> Published:
         """Take the mean of what was folded and of what was not, and make it the model that sites are told."""
-        updates = _updates(self._store, [assignment for assignment in done if not assignment.is_folded])
+        updates = [self._update(assignment) for assignment in done if not assignment.is_folded]
         base = self._store.files.path(self._record.base_digest)
         await asyncio.to_thread(self._rule.aggregate, base, updates, out, earlier=self._earlier())
         return await asyncio.to_thread(publish, self._store, self._run, self._record, out)
@@ -89,22 +97,22 @@ class Folding:
     def _ready(self) -> list[Assignment]:
         """A group that is worth folding now; when nobody is left to wait for, the mean is taken at once."""
         ready: list[Assignment] = []
-        is_open = [assignment.state is AssignmentState.OPEN for assignment in self._batch]
-        for assignment, still in zip(self._batch, is_open, strict=True):
-            if still and self._run.spec.aggregation.deterministic:
+        for assignment in self._batch:
+            if assignment.state is AssignmentState.OPEN and self._is_in_order:
                 break
             if assignment.has_spooled_update:
                 ready.append(assignment)
         enough = min(FOLD_UPDATES, max(1, self._assignments.staged_updates // 2))
-        return ready if any(is_open) and len(ready) >= enough else []
+        return ready if len(ready) >= enough and self._is_awaited() else []
+
+    def _some_are_open(self) -> bool:
+        return any(assignment.state is AssignmentState.OPEN for assignment in self._batch)
 
     async def _fold(self, group: list[Assignment]) -> None:
         """Replace updates and the sum so far by a new sum; a row names it before anything is removed."""
-        base, out = (
-            self._store.files.path(self._record.base_digest),
-            self._store.spool.folder / f"{group[0].id}.sum",
-        )
-        updates, earlier = _updates(self._store, group), self._earlier()
+        base = self._store.files.path(self._record.base_digest)
+        out = self._store.spool.folder / f"{group[0].id}.sum"
+        updates, earlier = [self._update(assignment) for assignment in group], self._earlier()
         digest = await asyncio.to_thread(self._make_sum, base, updates, out, earlier)
         self._save_fold(group, digest)
         for update in updates:
@@ -133,6 +141,24 @@ class Folding:
         out.replace(self._store.spool.sum_path(digest))
         return digest
 
+    def _update(self, assignment: Assignment) -> Update:
+        """An update with what it counts; of a stale one the model that it began from is needed too."""
+        update = Update(
+            site=assignment.site,
+            path=self._store.spool.update_path(assignment),
+            examples=assignment.examples,
+            factor=self._factor(assignment.staleness),
+        )
+        if not assignment.staleness:
+            return update
+        path = self._store.files.path(assignment.model_digest)
+        return replace(update, base=BaseModel(path=path, digest=assignment.model_digest))
+
+    def _factor(self, staleness: int) -> float:
+        if isinstance(self._mode, Sync):
+            return 1.0
+        return self._mode.server_lr * staleness_factor(staleness, self._mode.staleness.exponent)
+
     def _earlier(self) -> Path | None:
         return self._store.spool.sum_path(self._record.sum_digest) if self._record.sum_digest else None
 
@@ -152,10 +178,6 @@ class Folding:
         if assignment.is_folded:
             return sum_is_good
         return _is_intact(self._store.spool.update_path(assignment), assignment.update_digest)
-
-
-def _updates(store: Store, assignments: Sequence[Assignment]) -> list[Update]:
-    return [Update(site=a.site, path=store.spool.update_path(a), examples=a.examples) for a in assignments]
 
 
 def _is_intact(path: Path, digest: str) -> bool:

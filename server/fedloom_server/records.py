@@ -162,6 +162,10 @@ class Assignment(Base):
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     update_digest: Mapped[str] = mapped_column(default="")
     update_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    turn: Mapped[int] = mapped_column(default=0)
+    """How many trainings of an asynchronous run this is at its site; 0 in synchronous ones."""
+    staleness: Mapped[int] = mapped_column(default=0)
+    """Models that the run makes between the one that the site starts from and ``round``."""
     is_folded: Mapped[bool] = mapped_column(default=False)
     """Whether the round's sum holds the update, and no file of its own."""
     bytes_down: Mapped[int] = mapped_column(BigInteger, default=0)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedloom_common.errors import FederationError, WrongState
-from fedloom_common.runspec import RunSpec, parse_run_spec
+from fedloom_common.runspec import RunSpec, Sync, parse_run_spec
+from fedloom_server.buffered import run_buffered
 from fedloom_server.codecs import require_codable
 from fedloom_server.models import MODEL_FILE, prepare_model
 from fedloom_server.records import AssignmentState, Run, RunState
@@ -124,7 +125,8 @@ class Runs:
         self._store.save(run)
         self._federation.watching.tell(run.id, run)
         logger.info("run under way", extra={"run": run.id, "rounds_done": run.rounds_done})
-        rounds = asyncio.create_task(run_rounds(run, self._federation))
+        play = run_rounds if isinstance(run.spec.mode, Sync) else run_buffered
+        rounds = asyncio.create_task(play(run, self._federation))
         self._under_way = (run.id, rounds)
         self._idle.clear()
         try:

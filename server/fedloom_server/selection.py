@@ -120,11 +120,20 @@ def select(draw: Draw, cohort: Cohort) -> tuple[str, ...]:
             f"{len(draw.sites)} sites fit ({_told(draw.sites)}), round {draw.round} needs {cohort.min_sites} "
             "(cohort.min_sites): start more clients"
         )
-    picked = list(find_policy(cohort.policy)(draw))
+    return pick(draw, cohort.policy)
+
+
+def pick(draw: Draw, policy: str) -> tuple[str, ...]:
+    """What a policy picks, in the order of the sites' names.
+
+    Raises:
+        BadSpec: the policy is not there, or picks other than it was asked to.
+    """
+    picked = list(find_policy(policy)(draw))
     wrong = sorted(set(picked) - set(draw.sites))
     if wrong or len(picked) != draw.count or len(set(picked)) != len(picked):
         raise BadSpec(
-            f"cohort.policy: {cohort.policy!r} picked {_told(picked)} where {draw.count} different ones of "
+            f"cohort.policy: {policy!r} picked {_told(picked)} where {draw.count} different ones of "
             f"{_told(draw.sites)} were wanted: mend the plug-in"
         )
     return tuple(sorted(picked))

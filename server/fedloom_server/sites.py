@@ -96,6 +96,10 @@ class Sites:
             await changed.wait()
             await asyncio.sleep(looked_at_s + LOOK_S - loop.time())
 
+    async def until_changed(self) -> None:
+        """Wait until a site has come or gone, or may do other than before."""
+        await self._changed.wait()
+
     def changed(self) -> None:
         """Wake whoever waits for sites: one came or went, or may do other than before."""
         self._changed.set()

@@ -19,6 +19,11 @@ class RoundResult:
     metrics: Mapping[str, float]
 
 
+def is_measured(result: RoundResult) -> bool:
+    """Whether an evaluation has reported on the round's model."""
+    return any(not name.startswith(_TRAIN_PREFIX) for name in result.metrics)
+
+
 def stop_reason(spec: RunSpec, history: Sequence[RoundResult], elapsed_s: float) -> str | None:
     """Why the run ends after the last round of ``history``, or None if it goes on.
 
@@ -46,8 +51,7 @@ def stop_reason(spec: RunSpec, history: Sequence[RoundResult], elapsed_s: float)
 def _require_known(metric: str, history: Sequence[RoundResult]) -> None:
     """Check a metric's name as soon as any evaluation has shown what there is."""
     names = {name for result in history for name in result.metrics}
-    evaluated = any(not name.startswith(_TRAIN_PREFIX) for name in names)
-    if evaluated and metric not in names:
+    if any(map(is_measured, history)) and metric not in names:
         raise BadSpec(
             f"a stop condition waits for metric {metric}, which no round reports; "
             f"metrics are: {', '.join(sorted(names))}"

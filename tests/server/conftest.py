@@ -69,6 +69,8 @@ class FakeSite:
         self.step = step
         self.examples = examples
         self.fault = fault
+        self.gate: asyncio.Semaphore | None = None
+        """Lets so many trainings end; all do at once without it."""
         self.folder = folder
         self.trained: list[str] = []
         self.asked: list[pb.Assignment] = []
@@ -177,6 +179,8 @@ class FakeSite:
         elif self.fault is Fault.FAILS:
             self.send(failure=pb.Failure(assignment_id=assignment.id, reason="ValueError: no such file"))
         elif self.fault is not Fault.SILENT:
+            if self.gate is not None:
+                await self.gate.acquire()
             self._train(assignment, model)
 
     def _train(self, assignment: pb.Assignment, model: Path) -> None:

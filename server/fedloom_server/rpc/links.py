@@ -31,7 +31,9 @@ class SiteLink:
             name=self._model_name, digest=assignment.model_digest, size_bytes=assignment.model_bytes
         )
         message = pb.Assignment(
-            id=assignment.id, work=work_message(assignment.work), run_id=run.id, round=assignment.round,
+            id=assignment.id, work=work_message(assignment.work), run_id=run.id,
+            round=assignment.turn or assignment.round,
+            schedule_round=assignment.round - assignment.staleness if assignment.turn else 0,
             attempt=assignment.attempt, model=model, assets=[blob(asset) for asset in run.assets],
             spec_json=run.spec_json, deadline_s=spec.cohort.deadline_s or 0, stall_s=spec.cohort.stall_s,
             delta=None if delta is None else delta_message(delta),

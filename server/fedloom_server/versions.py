@@ -1,0 +1,243 @@
+"""What is durable of an asynchronous run: its versions, and the trainings that are to make the next one.
+
+A version is a round's record. While its buffer is open (TRAINING), all trainings that are open, and
+all updates that have come and were not taken, are of that round. When it closes (AGGREGATING) it keeps
+the updates that it takes, and one transaction moves the rest to the next version, whose buffer opens
+at once: they are then one version more behind. So the records tell at any moment which update counts
+where, and a coordinator that was killed goes on from them.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+from fedloom_common.runspec import Async
+from fedloom_server.evaluation import SiteMetrics, combine
+from fedloom_server.folding import Folding
+from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
+from fedloom_server.stopping import RoundResult, is_measured, stop_reason
+from fedloom_server.store import Store
+from fedloom_server.watching import RoundChange, Watching
+
+ALL_MADE = "the run's last version has its updates"
+
+logger = logging.getLogger(__name__)
+
+
+class Versions:
+    """The versions of one run's model."""
+
+    def __init__(self, run: Run, mode: Async, store: Store, watching: Watching, *, keep_models: int) -> None:
+        self._run, self._spec, self._mode = run, run.spec, mode
+        self._store, self._watching, self._keep_models = store, watching, keep_models
+        self.open: Round | None = None
+        """The version that updates join now; None once the last one is closed."""
+        self.closed: Round | None = None
+        """The version that is being made."""
+        self.measured: list[Round] = []
+        """Versions to be measured, one after the other; the first is under way."""
+        self.turns: defaultdict[str, int] = defaultdict(int)
+        """How often each site was asked to train."""
+        self.examples: dict[str, int] = {}
+        """nₖ of each site's latest training."""
+
+    def take_up(self) -> list[Assignment]:
+        """Begin the run, or go on where the records say; gives the trainings that still matter."""
+        records = self._store.rounds(self._run.id) or self._first()
+        self.open = _one(records, RoundState.TRAINING)
+        self.closed = _one(records, RoundState.AGGREGATING)
+        self.measured = [record for record in records if record.state is RoundState.EVALUATING]
+        attempts = {record.number: record.attempt for record in (self.open, self.closed) if record}
+        live = []
+        for assignment in self._store.assignments(self._run.id):
+            if assignment.turn > self.turns[assignment.site]:
+                self.turns[assignment.site] = assignment.turn
+                self.examples[assignment.site] = assignment.examples
+            if attempts.get(assignment.round) == assignment.attempt and _is_live(assignment):
+                live.append(assignment)
+        return live
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a site was ever asked for anything."""
+        return self.trainings > 0 or self._run.rounds_done > 0
+
+    def stop_reason(self) -> str | None:
+        """Why the run ends now, if it does: a version may be measured only after younger ones are made."""
+        finished = self._store.finished_rounds(self._run.id)
+        history = [RoundResult(number=record.number, metrics=record.metrics) for record in finished]
+        measured = [place for place, result in enumerate(history) if is_measured(result)]
+        elapsed_s = time.time() - self._run.started_at_s - self._run.paused_s
+        for end in sorted({measured[-1] + 1 if measured else 0, len(history)}):
+            if (reason := stop_reason(self._spec, history[:end], elapsed_s)) is not None:
+                return reason
+        return None
+
+    @property
+    def trainings(self) -> int:
+        """How often sites were asked to train, in all."""
+        return sum(self.turns.values())
+
+    def new_training(self, site: str) -> Assignment:
+        """Have a site train from the newest version."""
+        run, record = self._run, self.open
+        assert record is not None, "nothing is trained after the last version"
+        self.turns[site] += 1
+        assignment = Assignment(
+            id=assignment_id(run.id, self.turns[site], 1, Work.TRAIN, site), run_id=run.id,
+            round=record.number, attempt=record.attempt, turn=self.turns[site],
+            staleness=record.number - 1 - run.rounds_done, work=Work.TRAIN, site=site,
+            model_digest=run.model_digest, model_bytes=run.model_bytes,
+        )  # fmt: skip
+        self._store.save(assignment)
+        self._tell(record)
+        return assignment
+
+    def close(self, taken: Sequence[Assignment], others: Sequence[Assignment]) -> None:
+        """Make a version of these updates; the other trainings are for the next one, if there is any."""
+        record = self.open
+        assert record is not None
+        assert self.closed is None
+        record.state, record.cohort = RoundState.AGGREGATING, sorted({a.site for a in taken})
+        self.examples |= {assignment.site: assignment.examples for assignment in taken}
+        self.closed, self.open = record, None
+        if record.number < self._spec.rounds:
+            self.open = self._new(record.number + 1, RoundState.TRAINING)
+        for assignment in others:
+            if self.open is None:
+                assignment.state, assignment.reason = AssignmentState.CANCELLED, ALL_MADE
+            else:
+                assignment.round, assignment.attempt = self.open.number, self.open.attempt
+                assignment.staleness += 1
+        self._store.save(record, *([self.open] if self.open else []), *others)
+        for told in (record, self.open):
+            self._tell(told)
+
+    def too_stale(self, trainings: Sequence[Assignment]) -> list[Assignment]:
+        """Those from which no update can count any more."""
+        return [a for a in trainings if a.staleness > self._mode.staleness.max]
+
+    async def make(self, taken: Sequence[Assignment], folding: Folding) -> None:
+        """Make the closed version's model, durable under its digest, named by round and run."""
+        run, record = self._run, self.closed
+        assert record is not None
+        out = self._store.spool.folder / f"{run.id}.{record.number}.model"
+        model = (await folding.aggregate(taken, out)).model
+        record.metrics = _training_metrics(taken)
+        record.model_digest, record.model_bytes, record.reason = model.digest, model.size_bytes, ""
+        run.model_digest, run.model_bytes, run.rounds_done = model.digest, model.size_bytes, record.number
+        if self._is_due(record.number):
+            record.state = RoundState.EVALUATING
+            self.measured.append(record)
+        else:
+            record.state, record.ended_at_s = RoundState.FINISHED, time.time()
+        self.closed = None
+        following = [self.open] if self.open else []
+        for known in following:
+            known.base_digest = model.digest
+        self._store.save(run, record, *following)
+        self._watching.tell(run.id, run)
+        self._tell(record)
+        self._store.clear_spool()
+        self._store.drop_old_models(run, self._keep_models)
+        facts = {name: round(value, 4) for name, value in record.metrics.items()}
+        logger.info("version made", extra={"run": run.id, "round": record.number, "metrics": facts})
+
+    def evaluations(self, sites: Sequence[str]) -> list[Assignment]:
+        """What the version under measurement asks of sites; of ``sites``, if it has not asked yet."""
+        run, record = self._run, self.measured[0]
+        stored = [
+            assignment
+            for assignment in self._store.assignments(run.id, record.number)
+            if assignment.work is Work.EVALUATE and assignment.attempt == record.attempt
+        ]
+        if stored:
+            return stored
+        batch = [
+            Assignment(
+                id=assignment_id(run.id, record.number, record.attempt, Work.EVALUATE, site), run_id=run.id,
+                round=record.number, attempt=record.attempt, work=Work.EVALUATE, site=site,
+                model_digest=record.model_digest, model_bytes=record.model_bytes,
+            )
+            for site in sites
+        ]  # fmt: skip
+        self._store.save(*batch)
+        self._tell(record)
+        return batch
+
+    def end_measurement(self, batch: Sequence[Assignment]) -> None:
+        """Every site that was asked has answered, or never will."""
+        record = self.measured.pop(0)
+        done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
+        if done:
+            record.metrics = record.metrics | _combined(done)
+        else:
+            logger.warning("no site evaluated the model", extra={"run": self._run.id, "round": record.number})
+        record.state, record.ended_at_s = RoundState.FINISHED, time.time()
+        self._store.save(record)
+        self._tell(record)
+
+    def end(self, reason: str) -> None:
+        """The run ends: of the version whose buffer is open nothing will come."""
+        for record in self.measured:
+            record.state, record.ended_at_s = RoundState.FINISHED, time.time()
+        if self.open is not None:
+            self.open.state, self.open.ended_at_s = RoundState.FAILED, time.time()
+            self.open.reason = f"the run ended before the buffer was full: {reason}"
+        ended = [*self.measured, *([self.open] if self.open else [])]
+        self._store.save(*ended)
+        for record in ended:
+            self._tell(record)
+
+    def _first(self) -> list[Round]:
+        records = [self._new(1, RoundState.TRAINING)]
+        records[0].base_digest = self._run.model_digest
+        if self._spec.evaluation.initial:
+            initial = self._new(0, RoundState.EVALUATING)
+            initial.base_digest = initial.model_digest = self._run.model_digest
+            initial.model_bytes = self._run.model_bytes
+            records.insert(0, initial)
+        self._store.save(*records)
+        for record in records:
+            self._tell(record)
+        return records
+
+    def _new(self, number: int, state: RoundState) -> Round:
+        return Round(
+            run_id=self._run.id, number=number, state=state, base_digest="", started_at_s=time.time()
+        )
+
+    def _is_due(self, number: int) -> bool:
+        """Whether a version is measured: only one at a time is, besides the last."""
+        every = self._spec.evaluation.every_rounds
+        if every and number == self._spec.rounds:
+            return True
+        return bool(every) and number % every == 0 and not self.measured
+
+    def _tell(self, record: Round | None) -> None:
+        if record is not None:
+            assignments = self._store.assignments(self._run.id, record.number)
+            self._watching.tell(self._run.id, RoundChange(record, assignments))
+
+
+def _one(records: Sequence[Round], state: RoundState) -> Round | None:
+    found = [record for record in records if record.state is state]
+    assert len(found) <= 1, f"{len(found)} versions are {state}"
+    return found[0] if found else None
+
+
+def _is_live(assignment: Assignment) -> bool:
+    return assignment.work is Work.TRAIN and assignment.state in (AssignmentState.OPEN, AssignmentState.DONE)
+
+
+def _training_metrics(taken: Sequence[Assignment]) -> dict[str, float]:
+    metrics = {f"train_{name}": value for name, value in _combined(taken).items()}
+    return metrics | {"train_staleness": sum(a.staleness for a in taken) / len(taken)}
+
+
+def _combined(done: Sequence[Assignment]) -> dict[str, float]:
+    return combine(
+        SiteMetrics(examples=assignment.examples, tokens=assignment.tokens, metrics=assignment.metrics)
+        for assignment in done
+    )
