@@ -106,7 +106,10 @@ class FederationEdge(FederationServiceServicer):
         silence_s = MISSED_HEARTBEATS * self._heartbeat_s
         try:
             while True:
-                message = await asyncio.wait_for(anext(requests), silence_s)
+                # Not wait_for: it may swallow a cancellation, and once the call has ended its context may
+                # not be asked for anything, or gRPC takes the process down.
+                async with asyncio.timeout(silence_s):
+                    message = await anext(requests)
                 if link.is_refused:
                     return
                 peer = self._access.peer(context)  # its certificate may have expired since it attached
