@@ -11,6 +11,7 @@ from fedloom_common import errors
 from fedloom_common.errors import FederationError
 
 ERROR_KEY = "fedloom-error"  # trailing metadata: the error's class, finer than its status
+TIME_KEY = "fedloom-time"  # trailing metadata of a health check: the server's clock, in seconds since 1970
 TEXT_LIMIT = 4000  # a status text travels in an HTTP/2 header, whose block grpc caps at 8 KiB
 
 logger = logging.getLogger(__name__)

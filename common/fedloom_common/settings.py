@@ -1,27 +1,21 @@
 """Configs from a YAML file, the environment and flags, in rising order of precedence."""
 
 import glob
-import json
-import os
-import re
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ValidationError, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ValidationError, ValidationInfo, create_model
 
+from fedloom_common.drafts import Draft, Typed, draft_of
 from fedloom_common.errors import BadSpec
-from fedloom_common.fields import is_model, leaves, mistake, plain_type, settings_help, unknown_setting
+from fedloom_common.fields import mistake, settings_help
 
-__all__ = ["ConfigGlob", "ConfigPath", "load_settings", "settings_help"]
+__all__ = ["ConfigGlob", "ConfigPath", "Fitting", "load_fitting", "load_settings", "settings_help"]
 
 M = TypeVar("M", bound=BaseModel)
-
-# Kubernetes gives containers variables for each service: of one named fedloom-coordinator, with our prefix.
-_FOREIGN = re.compile(r"config|service_(host|port).*|port(_\d+_.*)?")
 
 
 def _resolve(value: Any, info: ValidationInfo) -> Any:
@@ -51,7 +45,7 @@ def _expanded(value: Any) -> Any:
 
 
 def _base(value: Any, info: ValidationInfo) -> Path | None:
-    if isinstance(value, _Typed):
+    if isinstance(value, Typed):
         return Path.cwd()
     return (info.context or {}).get("base")
 
@@ -72,162 +66,48 @@ def load_settings(cls: type[M], file: Path | None, *, env_prefix: str, flags: Se
     Raises:
         BadSpec: one line for each mistake: its path, what was wanted, what came, and from where.
     """
-    draft = _Draft()
-    if file is not None:
-        draft.set((), _read_file(file), str(file))
-    for value in (*_from_environment(cls, env_prefix), *_from_flags(cls, flags)):
-        draft.set(value.path, value.content, value.source)
-    base = None if file is None else file.absolute().parent
+    draft = draft_of(cls, file, env_prefix, flags)
     try:
-        return cls.model_validate(draft.content, context={"base": base})
+        return cls.model_validate(draft.content, context=_context(file))
     except ValidationError as error:
-        lines = [mistake(cls, item, draft.source_of(item["loc"])) for item in error.errors()]
-        raise BadSpec("the config has mistakes:\n" + "\n".join(lines)) from error
-
-
-class _Typed(str):
-    """Text from a flag or variable, whose relative paths start at the working directory."""
-
-    __slots__ = ()
+        raise BadSpec("the config has mistakes:\n" + "\n".join(_mistakes(cls, error, draft))) from error
 
 
 @dataclass(frozen=True)
-class _Value:
-    path: tuple[str, ...]
-    content: Any
-    source: str
+class Fitting:
+    """What of a config is right."""
+
+    values: dict[str, Any]
+    """By field; without those that are wrong, or missing and have no default."""
+    mistakes: list[str]
 
 
-@dataclass
-class _Draft:
-    """A config that is being put together, and where each part of it came from."""
-
-    content: dict[str, Any] = field(default_factory=dict)
-    sources: dict[tuple[str, ...], str] = field(default_factory=dict)
-
-    def set(self, path: tuple[str, ...], content: Any, source: str) -> None:
-        self.sources = {known: name for known, name in self.sources.items() if known[: len(path)] != path}
-        self.sources[path] = source
-        if not path:
-            self.content = content
-            return
-        at = self.content
-        for part in path[:-1]:
-            if not isinstance(at.get(part), dict):
-                at[part] = {}
-            at = at[part]
-        at[path[-1]] = content
-
-    def source_of(self, loc: tuple[int | str, ...]) -> str | None:
-        path = tuple(str(part) for part in loc)
-        return next(
-            (self.sources[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.sources), None
-        )
-
-
-def _read_file(file: Path) -> dict[str, Any]:
+def load_fitting(
+    cls: type[BaseModel], file: Path | None, *, env_prefix: str, flags: Sequence[str] = ()
+) -> Fitting:
+    """Read a config as ``load_settings`` does, and keep what is right of one that is not."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise BadSpec(f"the config file {file} cannot be read: {reason}") from error
+        draft = draft_of(cls, file, env_prefix, flags)
+    except BadSpec as error:
+        return Fitting({}, [str(error)])
+    mistakes: list[str] = []
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadSpec(f"the config file {file} is not YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise BadSpec(
-            f"the config file {file} must be a mapping of keys to values, not {type(content).__name__}"
-        )
-    return content
+        whole = cls.model_validate(draft.content, context=_context(file))
+        return Fitting({name: getattr(whole, name) for name in cls.model_fields}, [])
+    except ValidationError as error:
+        mistakes = _mistakes(cls, error, draft)
+    values = {}
+    for name, field_info in cls.model_fields.items():
+        part = create_model("Part", **{name: (field_info.annotation, field_info)})  # type: ignore[call-overload]
+        given = {name: draft.content[name]} if name in draft.content else {}
+        with suppress(ValidationError):
+            values[name] = getattr(part.model_validate(given, context=_context(file)), name)
+    return Fitting(values, mistakes)
 
 
-def _from_environment(cls: type[BaseModel], prefix: str) -> list[_Value]:
-    found = []
-    for variable, text in os.environ.items():
-        name = variable.removeprefix(prefix).lower()
-        # Compose files pass variables that are not set as empty ones.
-        if not variable.startswith(prefix) or not text or _is_foreign(cls, name):
-            continue
-        path, kind = _locate(cls, name.split("__"), variable)
-        found.append(_Value(path, _decode(kind, text, variable), variable))
-    return sorted(found, key=lambda value: len(value.path))  # a whole mapping before its parts
+def _context(file: Path | None) -> dict[str, Any]:
+    return {"base": None if file is None else file.absolute().parent}
 
 
-def _is_foreign(cls: type[BaseModel], name: str) -> bool:
-    """Whether a variable is no setting: it names the config file, or Kubernetes made it."""
-    return name not in cls.model_fields and _FOREIGN.fullmatch(name) is not None
-
-
-def _from_flags(cls: type[BaseModel], flags: Sequence[str]) -> list[_Value]:
-    found: dict[tuple[str, ...], _Value] = {}
-    rest = list(flags)
-    while rest:
-        flag, equals, text = rest.pop(0).partition("=")
-        if not flag.startswith("--") or flag == "--":
-            raise BadSpec(
-                f"{flag!r} is not a flag; settings are given as --key value, such as {_example(cls)}"
-            )
-        path, kind = _locate(cls, flag[2:].split("."), flag)
-        if not equals:
-            if kind is bool and (not rest or rest[0].startswith("--")):
-                text = "true"
-            elif not rest or rest[0].startswith("--"):
-                raise BadSpec(f"{flag} needs a value; one that begins with -- is given as {flag}=VALUE")
-            else:
-                text = rest.pop(0)
-        content = _decode(kind, text, flag)
-        if isinstance(content, list) and path in found and isinstance(found[path].content, list):
-            content = [*found[path].content, *content]
-        found.pop(path, None)
-        found[path] = _Value(path, content, flag)
-    return list(found.values())
-
-
-def _locate(cls: type[BaseModel], parts: Sequence[str], source: str) -> tuple[tuple[str, ...], Any]:
-    """The path in the config that a flag's or variable's parts name, and the type that belongs there."""
-    kind: Any = cls
-    path: list[str] = []
-    for part in parts:
-        if is_model(kind):
-            key = part.replace("-", "_")
-            if key not in kind.model_fields:
-                raise BadSpec(unknown_setting(kind, key, f"{source}: "))
-            kind = plain_type(kind.model_fields[key].annotation)
-        elif typing.get_origin(kind) is dict:
-            key, kind = part, plain_type(typing.get_args(kind)[1])
-        else:
-            raise BadSpec(f"{source}: {'.'.join(path)} is a single value, it has no part {part!r}")
-        path.append(key)
-    return tuple(path), kind
-
-
-def _decode(kind: Any, text: str, source: str) -> Any:
-    """What a flag's or variable's text stands for; pydantic turns plain text into numbers and such."""
-    if text == "null":
-        return None
-    many = typing.get_origin(kind) in (tuple, list, set, frozenset)
-    if is_model(kind) or typing.get_origin(kind) is dict or (many and text.startswith("[")):
-        try:
-            return _typed(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise BadSpec(f"{source}: JSON is wanted ({error}), but {text!r} came") from error
-    return [_Typed(text)] if many else _Typed(text)
-
-
-def _typed(value: Any) -> Any:
-    match value:
-        case str():
-            return _Typed(value)
-        case list():
-            return [_typed(item) for item in value]
-        case dict():
-            return {key: _typed(item) for key, item in value.items()}
-    return value
-
-
-def _example(cls: type[BaseModel]) -> str:
-    flag, kind, _ = next(leaves(cls, ""))
-    return f"--{flag} {kind}"
+def _mistakes(cls: type[BaseModel], error: ValidationError, draft: Draft) -> list[str]:
+    return [mistake(cls, item, draft.source_of(item["loc"])) for item in error.errors()]

@@ -1,0 +1,154 @@
+"""What ``fedloom doctor site`` looks at: everything that a site needs before it can train."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from fedloom_client.cli import ENV_PREFIX
+from fedloom_client.config import DataSource, SiteConfig, Workers
+from fedloom_client.hardware import data_set_bytes, find_devices, main_memory_bytes
+from fedloom_client.statedir import StateDir
+from fedloom_client.status import ill_health
+from fedloom_client.training.documents import Documents, Piece
+from fedloom_client.training.orders import Source
+from fedloom_common.doctor.credentials import credential
+from fedloom_common.doctor.findings import Check, Finding, examine, ok, problem, warning
+from fedloom_common.doctor.host import open_files, size, state_folder
+from fedloom_common.doctor.reach import way
+from fedloom_common.errors import TrainingFailed
+from fedloom_common.identity import Peer, Role
+from fedloom_common.settings import Fitting, load_fitting
+
+TORCH_S = 120.0
+ASK_TORCH = "import torch; print(torch.version.cuda, torch.cuda.device_count())"
+RECORDS = 1000  # looked at for a held-out share: a data set may have millions
+FEW_CHARACTERS = 10_000
+
+
+def examination(config: Path | None, flags: list[str]) -> Iterator[Finding]:
+    """Everything, whatever part of the config is wrong."""
+    return examine(checks(load_fitting(SiteConfig, config, env_prefix=ENV_PREFIX, flags=flags)))
+
+
+def checks(fitting: Fitting) -> dict[str, Check]:
+    """The checks that those parts of the config allow for which are right."""
+    values = fitting.values
+    made: dict[str, Check] = {"config": partial(_config, fitting)}
+    if "tls" in values:
+        made["certificate"] = partial(credential, values["tls"], Role.SITE)
+    if "coordinator" in values:
+        insecure = values.get("insecure")
+        peer = Peer(Role.SITE, insecure) if insecure else None
+        made["way to the coordinator"] = partial(way, values["coordinator"], values.get("tls"), peer)
+    if "state_dir" in values:
+        made["state"] = partial(_state, values["state_dir"], values.get("disk_floor_bytes", 0))
+        made["daemon"] = partial(_daemon, values["state_dir"])
+    made["devices"] = partial(_devices, values.get("workers") or Workers())
+    for name, source in (values.get("data") or {}).items():
+        made[f"data set {name}"] = partial(_data, source)
+    made["limits"] = open_files
+    return made
+
+
+def _config(fitting: Fitting) -> Iterator[Finding]:
+    for mistake in fitting.mistakes:
+        yield problem(mistake, "correct the config; `fedloom client --help` lists all settings")
+    values = fitting.values
+    if not fitting.mistakes and (values["tls"] is None) == (values["insecure"] is None):
+        yield problem(
+            "exactly one of tls and insecure is wanted",
+            "give tls: the folder that `fedloom provision site` made has its three files",
+        )
+    elif not fitting.mistakes:
+        yield ok("every key and value is right")
+
+
+def _state(folder: Path, floor_bytes: int) -> Iterator[Finding]:
+    models = StateDir(folder).models
+    sizes = [path.stat().st_size for path in models.glob("*.safetensors")] if models.is_dir() else []
+    return state_folder(folder, floor_bytes, max(sizes, default=0))
+
+
+def _daemon(folder: Path) -> Iterator[Finding]:
+    reason = ill_health(StateDir(folder).status)
+    if reason is None:
+        yield ok("it runs and is attached")
+    else:
+        yield warning(reason, "start it with `fedloom client`, once there is no problem here")
+
+
+def _devices(workers: Workers) -> Iterator[Finding]:
+    devices = find_devices(workers.device)
+    gpus = [device for device in devices if device.kind == "cuda"]
+    for device in devices:
+        yield ok(f"{device.name}{f', {size(device.memory_bytes)}' if device.memory_bytes else ''}")
+    yield ok(f"{size(main_memory_bytes())} of main memory")
+    if workers.device == "cuda" and not gpus:
+        yield problem(
+            "workers.device is cuda, and nvidia-smi lists no device",
+            "install the NVIDIA driver, give a container its GPUs, or set workers.device to cpu",
+        )
+    wanted = workers.nproc_per_node
+    if gpus and wanted is not None and wanted > len(gpus):
+        yield problem(
+            f"workers.nproc_per_node is {wanted}, there are {len(gpus)} GPUs", "lower it, or leave it out"
+        )
+    if gpus:
+        yield from _torch(len(gpus))
+
+
+def _torch(gpus: int) -> Iterator[Finding]:
+    """Whether torch can use what the driver lists; another process asks it, as that takes memory."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, check=False, timeout=TORCH_S
+    )
+    if done.returncode:
+        yield problem(f"torch cannot be loaded: {done.stderr.strip()[-300:]}", "install fedloom again")
+        return
+    built_for, counted = done.stdout.split()[-2:]
+    if built_for == "None":
+        yield problem("torch is built for the CPU, but there are GPUs", "install a build of torch for CUDA")
+    elif int(counted) < gpus:
+        yield problem(
+            f"torch (for CUDA {built_for}) can use {counted} of {gpus} GPUs: {done.stderr.strip()[-300:]}",
+            "update the NVIDIA driver, or install a torch that is built for an older CUDA",
+        )
+    else:
+        yield ok(f"torch, for CUDA {built_for}, can use {counted} of {gpus} GPUs")
+
+
+def _data(source: DataSource) -> Iterator[Finding]:
+    """Whether files are there and can be read, and leave something to train and to measure on."""
+    try:
+        documents = Documents(Source(**source.model_dump()))
+        yield ok(f"its files have {size(data_set_bytes(source))}")
+        pieces = list(itertools.islice(documents, RECORDS))
+    except TrainingFailed as error:
+        yield problem(str(error), "training would fail in the same way")
+        return
+    except PermissionError as error:
+        yield problem(str(error), "let the daemon's user read it")
+        return
+    yield from _content(source, pieces)
+
+
+def _content(source: DataSource, pieces: list[Piece]) -> Iterator[Finding]:
+    characters = sum(len(piece.text) for piece in pieces)
+    if not characters:
+        yield problem("there is no text in it", "see the data set's files and text_field")
+        return
+    yield ok(f"it can be read: {characters} characters in the first {len(pieces)} pieces of its documents")
+    if source.format == "text":
+        held_out = characters * source.held_out
+    else:
+        held_out = sum(len(piece.text) for piece in pieces if piece.held_out)
+    if held_out < 1 or held_out >= characters:
+        yield problem(
+            f"held_out of {source.held_out:g} takes {held_out:.0f} of the first {characters} characters",
+            "give more data, or another held_out: both parts need some",
+        )
+    elif characters < FEW_CHARACTERS:
+        yield warning(f"it has only {characters} characters", "expect few examples, or none")

@@ -1,0 +1,117 @@
+"""What ``fedloom doctor site`` finds on a host; tests/server has the way to a coordinator."""
+
+import subprocess
+
+import pytest
+import yaml
+
+from fedloom_client import doctor
+from fedloom_client.doctor import examination
+from fedloom_client.hardware import Device
+
+TEXT = "It was the best of times, it was the worst of times. " * 400
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A function that writes a config with changes and gives the findings of one part."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    content = {
+        "coordinator": "127.0.0.1:1",
+        "insecure": "oslo",
+        "state_dir": "state",
+        "disk_floor_bytes": 0,
+        "workers": {"device": "cpu"},
+        "data": {"plays": {"files": ["*.txt"]}},
+    }
+
+    def findings(part, **changes):
+        path = tmp_path / "site.yaml"
+        path.write_text(yaml.safe_dump(content | changes))
+        return [(str(item.verdict), item.told) for item in examination(path, []) if item.part == part]
+
+    return findings
+
+
+def test_data_that_can_be_read_is_well_and_none_of_it_is_shown(site):
+    found = site("data set plays")
+
+    assert {verdict for verdict, _ in found} == {"ok"}
+    assert "best of times" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        pytest.param({"files": ["*.csv"]}, "no file matches", id="nothing-matches"),
+        pytest.param({"files": ["bad.txt"]}, "is not UTF-8 text", id="not-text"),
+        pytest.param({"files": ["bad.jsonl"], "format": "jsonl"}, "have no field text", id="no-such-field"),
+        pytest.param({"files": ["empty.txt"]}, "no text", id="empty"),
+        pytest.param(
+            {"files": ["one.jsonl"], "format": "jsonl", "held_out": 0.01}, "held_out of 0.01 takes 0",
+            id="nothing-held-out",
+        ),
+    ],
+)  # fmt: skip
+def test_data_that_training_would_fail_on_is_a_problem(site, tmp_path, source, told):
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00bad")
+    (tmp_path / "bad.jsonl").write_text('{"body": "text"}\n')
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "empty.txt").write_text("")
+
+    found = site("data set plays", data={"plays": source})
+
+    assert [text for verdict, text in found if verdict == "problem" and told in text], found
+
+
+def test_several_mistakes_in_a_config_are_each_told_and_data_is_looked_at_all_the_same(site):
+    config = site("config", cache_models=0, coordinator="nowhere")
+    data = site("data set plays", cache_models=0, coordinator="nowhere")
+
+    assert [verdict for verdict, _ in config] == ["problem", "problem"]
+    assert {verdict for verdict, _ in data} == {"ok"}
+
+
+def test_gpus_that_torch_cannot_use_are_a_problem_with_what_to_do(site, monkeypatch):
+    gpus = (Device(kind="cuda", name="GPU", memory_bytes=1 << 35),) * 2
+    monkeypatch.setattr(doctor, "find_devices", lambda wanted: gpus)
+    monkeypatch.setattr(
+        doctor.subprocess,
+        "run",
+        lambda *a, **k: subprocess.CompletedProcess([], 0, "12.8 0\n", "driver too old (version 11040)"),
+    )
+
+    found = site("devices", workers={"device": "auto", "nproc_per_node": 3})
+
+    problems = [text for verdict, text in found if verdict == "problem"]
+    assert problems == [
+        "workers.nproc_per_node is 3, there are 2 GPUs",
+        "torch (for CUDA 12.8) can use 0 of 2 GPUs: driver too old (version 11040)",
+    ]
+
+
+def test_cuda_without_a_device_is_a_problem(site, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+
+    found = site("devices", workers={"device": "cuda"})
+
+    assert "problem" in {verdict for verdict, _ in found}
+
+
+def test_a_state_folder_that_cannot_be_written_is_a_problem(site, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+
+    [(verdict, told)] = site("state")
+
+    assert verdict == "problem"
+    assert "cannot be written by user" in told
+
+
+def test_three_times_the_largest_model_must_fit(site, tmp_path, monkeypatch):
+    (tmp_path / "state/models").mkdir(parents=True)
+    (tmp_path / "state/models/m.safetensors").write_bytes(b"x" * 1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 2900, "total": 9999}))
+
+    found = site("state")
+
+    assert ("problem", "2.9 kB are free, 3 models of 1 kB need 3 kB") in found
