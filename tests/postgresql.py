@@ -52,16 +52,13 @@ class Server:
             connection.execute(statement)
 
     def _run(self, program: str, *arguments: str | Path) -> None:
-        as_nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-        done = subprocess.run(
-            [self._programs / program, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=self._folder,
-            check=False,
-            **as_nobody,
-        )
-        assert done.returncode == 0, done.stdout.decode()
+        # By a program, as subprocess's own way forks, and gRPC in the parent does not stand that.
+        as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        command = [*(as_nobody if os.geteuid() == 0 else []), self._programs / program, *arguments]
+        output = self._folder / f"{program}.log"  # a pipe would be held open by the server that it starts
+        with output.open("wb") as file:
+            done = subprocess.run(command, stdout=file, stderr=file, cwd=self._folder, check=False)
+        assert done.returncode == 0, output.read_text()
 
 
 @contextmanager

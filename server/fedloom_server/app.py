@@ -4,7 +4,7 @@ import asyncio
 import logging
 import resource
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -29,10 +29,9 @@ from fedloom_common.memory import keep_freed_memory
 from fedloom_server.admission import Admission
 from fedloom_server.assignments import Assignments
 from fedloom_server.config import CoordinatorConfig
-from fedloom_server.database import open_database
 from fedloom_server.meters import Meters
 from fedloom_server.models import MODEL_FILE
-from fedloom_server.ownership import owned_folder
+from fedloom_server.ownership import owned_store
 from fedloom_server.roster import Roster
 from fedloom_server.rounds import Federation
 from fedloom_server.rpc.access import Access
@@ -83,6 +82,8 @@ class Coordinator:
     """The calls under way."""
     working: asyncio.Task[None]
     """Works off the queue of runs."""
+    owning: asyncio.Task[None]
+    """Keeps the hold on the database; ends if another coordinator has it."""
 
 
 @asynccontextmanager
@@ -90,7 +91,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
     """A coordinator that serves inside the block, and drains at its end."""
     keep_freed_memory()
     _open_more_files()
-    with owned_folder(config.state_dir), closing(_store(config)) as store:
+    with owned_store(config.state_dir, config.database_url) as (store, ownership):
         parts = _Parts.of(config, store)
         healthy = health.aio.HealthServicer()
         await healthy.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -101,6 +102,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
             port = _listen(server, config)
             await server.start()
             working = asyncio.create_task(_work(parts.runs), name="runs")
+            owning = asyncio.create_task(ownership.keep(), name="ownership")
             for name in ("", *SERVICES):
                 await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
             facts = {"listen": config.listen, "port": port, "state_dir": config.state_dir}
@@ -108,9 +110,10 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
             try:
                 yield Coordinator(
                     port=port, http_port=http_port, sites=parts.federation.sites, runs=parts.runs,
-                    store=store, calls=parts.calls, working=working,
+                    store=store, calls=parts.calls, working=working, owning=owning,
                 )  # fmt: skip
             finally:
+                owning.cancel()
                 await _drain(service, server, working)
                 parts.roster.flush()
 
@@ -130,10 +133,6 @@ async def _drain(service: Service, server: grpc.aio.Server, working: "asyncio.Ta
     working.cancel()
     await asyncio.wait([working])
     await server.stop(STOP_S)
-
-
-def _store(config: CoordinatorConfig) -> Store:
-    return Store(config.state_dir, open_database(config.database_url, config.state_dir))
 
 
 @dataclass(frozen=True, kw_only=True)

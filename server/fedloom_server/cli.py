@@ -63,18 +63,15 @@ def migrate(
     settings = load_settings(CoordinatorConfig, config, env_prefix=ENV_PREFIX, flags=context.args)
     set_up_logging(settings.log_format, settings.log_level)
     from fedloom_server.database import open_database  # here, so that help needs no SQL
-    from fedloom_server.ownership import owned_folder
+    from fedloom_server.ownership import owned_database, owned_folder
     from fedloom_server.schema import latest_revision, require_latest, upgrade
 
     database = open_database(settings.database_url, settings.state_dir)
-    try:
-        if check:
-            require_latest(database)
-        else:
-            with owned_folder(settings.state_dir):
-                upgrade(database)
-    finally:
-        database.close()
+    if check:
+        require_latest(database)
+    else:
+        with owned_folder(settings.state_dir), owned_database(database):
+            upgrade(database)
     typer.echo(f"the database has this release's tables, revision {latest_revision()}")
 
 

@@ -4,6 +4,7 @@ Nothing outside ``store`` and ``schema`` speaks SQL; nothing here knows a table.
 """
 
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,23 +12,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlalchemy.orm import Session, sessionmaker
 
 from fedloom_common.errors import BadSpec, FederationError, StorageFull, StorageUnavailable
 
 SQLITE_FILE = "coordinator.db"
-TRIES = 2  # a connection may have been lost unseen; what fails twice is left to those who wait for it
-REST_S = 1.0  # calls are made on the event loop: after a failure it must not wait for each of them
+LEAST_REST_S = 0.5
+RESTS = 3  # times as long as a failure took: calls are made on the event loop, which must not stand still
 UNAVAILABLE = "the coordinator's database does not answer now: try again later"
+PASSING_IN_SQLITE = ("is locked", "disk I/O error", "unable to open database file")
+DISK_FULL = "53100"
+STANDBY = "25006"  # it takes no writes: its primary has moved
 POSTGRES_SETTINGS = {
     "connect_timeout": "3",
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "3",
     "tcp_user_timeout": "10000",
-    "options": "-c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=60s",
+    "options": "-c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=60s"
+    " -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
     "application_name": "fedloom coordinator",
 }
 
@@ -55,17 +60,15 @@ class Database:
         """
         if time.monotonic() < self._resting_until_s:
             raise StorageUnavailable(UNAVAILABLE)
-        for tries_left in reversed(range(TRIES)):
+        with self.failures():
             try:
                 with self.sessions.begin() as session:
                     return work(session)
-            except (DBAPIError, NoConnection) as error:
-                if tries_left and _is_lost(error):
-                    continue
-                if (failure := self._failure(error)) is None:
+            except DBAPIError as error:
+                if not error.connection_invalidated:
                     raise
-                raise failure from error
-        raise AssertionError("the last try returns or raises")
+            with self.sessions.begin() as session:  # a restart of the server breaks connections unseen
+                return work(session)
 
     @contextmanager
     def connected(self) -> Iterator[Connection]:
@@ -74,13 +77,32 @@ class Database:
         Raises:
             StorageUnavailable, StorageFull: as for ``do``.
         """
+        with self.failures(), self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Turn the database's failures inside into ours, and rest after them.
+
+        Raises:
+            StorageUnavailable, StorageFull: as for ``do``.
+        """
+        began_s = time.monotonic()
         try:
-            with self.engine.connect() as connection:
-                yield connection
+            yield
         except (DBAPIError, NoConnection) as error:
-            if (failure := self._failure(error)) is None:
+            kind = _meaning(error)
+            if kind is None:
                 raise
-            raise failure from error
+            text = _text(error)
+            logger.warning(
+                "the database does not answer", extra={"url": shown(self.engine.url), "reason": text}
+            )
+            if kind is StorageFull:
+                raise StorageFull(f"no space left for the database: {text}; free some") from error
+            now_s = time.monotonic()
+            self._resting_until_s = now_s + max(LEAST_REST_S, RESTS * (now_s - began_s))
+            raise StorageUnavailable(UNAVAILABLE) from error
 
     @property
     def is_missing(self) -> bool:
@@ -91,17 +113,6 @@ class Database:
     def close(self) -> None:
         """Let the database go."""
         self.engine.dispose()
-
-    def _failure(self, error: DBAPIError | NoConnection) -> FederationError | None:
-        """What a failure means for those who called, or None if it is ours; details are for the log alone."""
-        text = str(getattr(error, "orig", None) or error).strip()
-        if _is_full(error, text):
-            return StorageFull(f"no space left for the database: {text.splitlines()[0]}; free some")
-        if isinstance(error, DBAPIError) and not _is_passing(error, text):
-            return None
-        self._resting_until_s = time.monotonic() + REST_S
-        logger.warning("the database does not answer", extra={"url": shown(self.engine.url), "reason": text})
-        return StorageUnavailable(UNAVAILABLE)
 
 
 def open_database(url: str | None, folder: Path) -> Database:
@@ -151,22 +162,20 @@ def _make_durable(connection: Any, _: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _is_lost(error: DBAPIError | NoConnection) -> bool:
-    return isinstance(error, DBAPIError) and error.connection_invalidated
+def _meaning(error: DBAPIError | NoConnection) -> type[FederationError] | None:
+    """What a failure means for those who called; None if it is ours, a wrong statement or value."""
+    if not isinstance(error, DBAPIError) or error.connection_invalidated:
+        return StorageUnavailable
+    state, text = getattr(error.orig, "sqlstate", None), _text(error)
+    if state == DISK_FULL or "database or disk is full" in text:
+        return StorageFull
+    if isinstance(error.orig, sqlite3.Error):
+        is_passing = any(words in text for words in PASSING_IN_SQLITE)
+    else:
+        is_passing = isinstance(error, OperationalError | InterfaceError) or state == STANDBY
+    return StorageUnavailable if is_passing else None
 
 
-def _is_full(error: DBAPIError | NoConnection, text: str) -> bool:
-    state = getattr(getattr(error, "orig", None), "sqlstate", None)
-    return state == "53100" or (isinstance(error, OperationalError) and "database or disk is full" in text)
-
-
-def _is_passing(error: DBAPIError, text: str) -> bool:
-    """Whether a failure is the database's own and not that of what was asked of it."""
-    if error.connection_invalidated:
-        return True
-    if "psycopg" in type(error.orig).__module__:
-        read_only = getattr(error.orig, "sqlstate", None) == "25006"  # a standby: its primary has moved
-        return isinstance(error, OperationalError | InterfaceError) or (
-            isinstance(error, InternalError) and read_only
-        )
-    return any(words in text for words in ("is locked", "disk I/O error", "unable to open database file"))
+def _text(error: DBAPIError | NoConnection) -> str:
+    """What the driver says, in one line."""
+    return " ".join(str(getattr(error, "orig", None) or error).split())

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedloom_common.digests import digest_of_file
-from fedloom_common.errors import FederationError
+from fedloom_common.errors import FederationError, StorageUnavailable
 from fedloom_common.partial import discard
 from fedloom_common.runspec import Sync
 from fedloom_server.aggregation import BaseModel, Update, aggregator_for, staleness_factor
@@ -88,6 +88,8 @@ class Folding:
                 else:
                     await self._changed.wait()
                     self._changed.clear()
+        except StorageUnavailable:
+            raise  # what the database holds is not known: the run goes on from there when it is back
         except (FederationError, OSError):
             logger.warning("updates are folded at the end of the round instead", exc_info=True)
         finally:  # whatever ended it, sites must not wait for room that nobody makes

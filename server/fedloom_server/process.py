@@ -22,16 +22,20 @@ async def serve_until_signalled(config: CoordinatorConfig) -> None:
 
     Raises:
         BadSpec, WrongState: it cannot listen, or its state is in use by another coordinator.
+        StorageUnavailable: its database does not answer at the start.
     """
     with asked_to_end() as asked:
-        async with coordinator(config):
+        async with coordinator(config) as running:
             notify("READY=1")
             watchdog = asyncio.create_task(feed_watchdog(), name="watchdog")
-            await asked.wait()
+            ended = asyncio.create_task(asked.wait())
+            await asyncio.wait([ended, running.owning], return_when=asyncio.FIRST_COMPLETED)
             notify("STOPPING=1")
             watchdog.cancel()
             _end_after(config.drain_s + FOLD_S)
             logger.info("draining", extra={"grace_s": config.drain_s})
+            if running.owning.done():
+                running.owning.result()  # the database is another's now
     logger.info("coordinator stopped")
 
 

@@ -218,6 +218,16 @@ class SiteRecord(Base):
     """Seconds since 1970, written when a session begins or ends."""
 
 
+class Owner(Base):
+    """The coordinator that may write; there is one row."""
+
+    __tablename__ = "owner"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    mark: Mapped[str]
+    """Drawn anew at each start."""
+
+
 def assignment_id(run_id: str, round_number: int, attempt: int, work: Work, site: str) -> str:
     """The name of an assignment: the same for every sending, and a plain file name."""
     return f"{run_id}.{round_number}.{attempt}.{work}.{site}"

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedloom_common.errors import FederationError, WrongState
+from fedloom_common.errors import FederationError, StorageUnavailable, WrongState
 from fedloom_common.runspec import RunSpec, Sync, parse_run_spec
 from fedloom_server.buffered import run_buffered
 from fedloom_server.codecs import require_codable
@@ -136,6 +136,8 @@ class Runs:
             if run.id not in self._stopping or (task is not None and task.cancelling()):
                 raise  # the coordinator shuts down: the run goes on after the next start
             self._end(run, RunState.STOPPED, self._stopping.pop(run.id))
+        except StorageUnavailable:
+            raise  # the run goes on when the database is back
         except FederationError as error:
             self._end(run, RunState.FAILED, str(error))
         except Exception as error:
