@@ -330,7 +330,13 @@ class RunSpec(Strict):
             part = getattr(self, section)
             came, default = getattr(part, key), type(part).model_fields[key].default
             if came != default:
-                raise ValueError(f"{section}.{key} is {came}, but mode.kind is async: {instead}")
+                told = part.model_dump(mode="json")[key]
+                raise ValueError(f"{section}.{key} is {told}, but mode.kind is async: {instead}")
+        if self.cohort.policy == "all" and self.mode.concurrency is not None:
+            raise ValueError(
+                f"cohort.policy all asks every site, and mode.concurrency is {self.mode.concurrency}: "
+                "drop one of both"
+            )
         return self
 
     @model_validator(mode="after")

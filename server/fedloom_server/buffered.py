@@ -179,6 +179,7 @@ class _Flow:
             self._buffer.append(assignment)
         if self._folding is not None:
             self._folding.look()
+        self._versions.tell_open()
         self._changed.set()
 
     def _close(self) -> None:

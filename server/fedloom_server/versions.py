@@ -114,6 +114,10 @@ class Versions:
         for told in (record, self.open):
             self._tell(told)
 
+    def tell_open(self) -> None:
+        """Show how far the version has come whose buffer is open."""
+        self._tell(self.open)
+
     def too_stale(self, trainings: Sequence[Assignment]) -> list[Assignment]:
         """Those from which no update can count any more."""
         return [a for a in trainings if a.staleness > self._mode.staleness.max]
@@ -216,7 +220,7 @@ class Versions:
         return bool(every) and number % every == 0 and not self.measured
 
     def _tell(self, record: Round | None) -> None:
-        if record is not None:
+        if record is not None and self._watching.is_watched(self._run.id):
             assignments = self._store.assignments(self._run.id, record.number)
             self._watching.tell(self._run.id, RoundChange(record, assignments))
 

@@ -44,6 +44,10 @@ class Watching:
     def __init__(self) -> None:
         self._watchers: dict[str, set[Watcher]] = {}
 
+    def is_watched(self, run_id: str) -> bool:
+        """Whether anybody would hear of a change."""
+        return run_id in self._watchers
+
     def tell(self, run_id: str, change: Change) -> None:
         """Pass a change on."""
         for watcher in self._watchers.get(run_id, ()):

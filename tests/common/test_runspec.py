@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,14 @@ def test_a_spec_survives_json():
     spec = parse_run_spec(GOOD)
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
     assert parse_run_spec(json.dumps(spec.model_dump(mode="json"))) == spec
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.name)
+def test_the_example_specs_are_right(path):
+    assert parse_run_spec(path.read_text()).rounds > 1
 
 
 MISTAKES = {
@@ -71,6 +80,39 @@ def test_a_mistake_is_told_by_path_and_wanted_value(case):
     text, message = MISTAKES[case]
     with pytest.raises(BadSpec, match=message):
         parse_run_spec(text)
+
+
+ASYNC = GOOD + "mode: {kind: async, buffer: 4}\n"
+
+
+def test_an_asynchronous_run_needs_little_more_than_the_size_of_its_buffer():
+    mode = parse_run_spec(ASYNC).mode
+    assert (mode.buffer, mode.concurrency, mode.server_lr) == (4, None, 1.0)
+    assert (mode.staleness.exponent, mode.staleness.max) == (0.5, 20)
+    assert parse_run_spec(GOOD).mode.kind == "sync"
+    assert read_run_spec(parse_run_spec(ASYNC).model_dump_json()).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        ("cohort: {fraction: 0.5}", "cohort.fraction is 0.5, but mode.kind is async: mode.concurrency"),
+        ("cohort: {quorum: 1}", "cohort.quorum is 1, but mode.kind is async: mode.buffer says"),
+        ("cohort: {deadline_s: 60}", "cohort.deadline_s is 60.0, but mode.kind is async: nobody waits"),
+        ("cohort: {attempts: 5}", "cohort.attempts is 5, but mode.kind is async: a site that fails"),
+        ("aggregation: {deterministic: true}", "aggregation.deterministic is True, but mode.kind is async"),
+        ("transport: {down: int8}", r"transport.down is .*int8.*, but mode.kind is async: it tells"),
+    ],
+)
+def test_what_has_no_meaning_without_rounds_is_refused(more, complaint):
+    with pytest.raises(BadSpec, match=complaint):
+        parse_run_spec(ASYNC + more)
+
+
+def test_all_sites_and_some_of_them_contradict_each_other():
+    spec = ASYNC.replace("buffer: 4", "buffer: 4, concurrency: 2") + "cohort: {policy: all}"
+    with pytest.raises(BadSpec, match=r"policy all asks every site, and mode\.concurrency is 2"):
+        parse_run_spec(spec)
 
 
 def test_models_and_updates_travel_as_they_are_unless_the_spec_says_otherwise():

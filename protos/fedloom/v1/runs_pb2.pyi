@@ -105,7 +105,7 @@ class Round(_message.Message):
     def __init__(self, number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[RoundState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., sites: _Optional[_Iterable[_Union[SiteRound, _Mapping]]] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ...) -> None: ...
 
 class SiteRound(_message.Message):
-    __slots__ = ("site", "work", "state", "reason", "examples", "tokens", "metrics", "bytes_down", "bytes_up", "phase_seconds", "attempt")
+    __slots__ = ("site", "work", "state", "reason", "examples", "tokens", "metrics", "bytes_down", "bytes_up", "phase_seconds", "attempt", "staleness", "turn", "assignment_id")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,9 @@ class SiteRound(_message.Message):
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
     PHASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     site: str
     work: _session_pb2.Work
     state: str
@@ -142,7 +145,10 @@ class SiteRound(_message.Message):
     bytes_up: int
     phase_seconds: _containers.ScalarMap[str, float]
     attempt: int
-    def __init__(self, site: _Optional[str] = ..., work: _Optional[_Union[_session_pb2.Work, str]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ..., phase_seconds: _Optional[_Mapping[str, float]] = ..., attempt: _Optional[int] = ...) -> None: ...
+    staleness: int
+    turn: int
+    assignment_id: str
+    def __init__(self, site: _Optional[str] = ..., work: _Optional[_Union[_session_pb2.Work, str]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ..., phase_seconds: _Optional[_Mapping[str, float]] = ..., attempt: _Optional[int] = ..., staleness: _Optional[int] = ..., turn: _Optional[int] = ..., assignment_id: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("spec",)

@@ -29,8 +29,9 @@ from fedloom_server.console.formats import (
 )
 from fedloom_server.console.round_views import (
     TROUBLE_STYLE,
-    round_name,
+    is_version,
     round_state,
+    round_title,
     rounds_table,
     site_state,
 )
@@ -54,6 +55,8 @@ class Board:
     """By site, of the latest round."""
     lost: str = ""
     """Why there is no connection; empty while there is one."""
+    _told: set[tuple[str, str]] = field(default_factory=set)
+    """Assignments whose end a line has told, and how they ended."""
 
     @property
     def ended(self) -> bool:
@@ -115,9 +118,12 @@ class Board:
         lines = []
         for work in item.sites:
             outcome = (work.site, work.work, work.state)
-            if work.state != "open" and not known[outcome]:
+            is_told = (work.assignment_id, work.state) in self._told  # a version hands work on to the next
+            if work.state != "open" and not known[outcome] and not is_told:
                 lines.append(_outcome_line(item, work))
             known[outcome] -= 1
+            if work.assignment_id:
+                self._told.add((work.assignment_id, work.state))
         if (before.attempt, before.state) != (item.attempt, item.state):
             lines.append(_round_line(item))
         return lines
@@ -125,21 +131,24 @@ class Board:
     def _fold_progress(self, event: SiteProgress) -> list[str]:
         before = self.progress.get(event.site, SiteProgress())
         self.progress[event.site] = event
-        at = (event.round, event.work, event.progress.phase)
-        if at == (before.round, before.work, before.progress.phase):
+        if _stage(event) == _stage(before):
             return []
         work = enum_word(Work.DESCRIPTOR, event.work)
         phase = "" if _phase(event) == work else f", {_phase(event)}"
-        return [f"round {event.round}  {plain(event.site)}: {work}{phase}"]
+        title = round_title(self.rounds.get(event.round, Round(number=event.round)))
+        return [f"{title}  {plain(event.site)}: {work}{phase}"]
+
+
+def _stage(event: SiteProgress) -> tuple[object, ...]:
+    """Where a site is in its work, as far as a line of its own is worth."""
+    return event.progress.assignment_id or event.round, event.work, event.progress.phase
 
 
 def _round_line(item: Round) -> str:
     facts = [f"{name} {metric_text(value)}" for name, value in sorted(item.metrics.items())]
     if item.reason:
         facts.append(first_line(item.reason))
-    return f"round {round_name(item)} is {round_state(item)}" + (
-        f": {plain(', '.join(facts))}" if facts else ""
-    )
+    return f"{round_title(item)} is {round_state(item)}" + (f": {plain(', '.join(facts))}" if facts else "")
 
 
 def _outcome_line(item: Round, work: SiteRound) -> str:
@@ -149,7 +158,7 @@ def _outcome_line(item: Round, work: SiteRound) -> str:
     if work.state != "done":
         facts = first_line(work.reason)
     name = enum_word(Work.DESCRIPTOR, work.work)
-    return f"round {round_name(item)}  {plain(work.site)}: {name} {plain(work.state)}" + (
+    return f"{round_title(item)}  {plain(work.site)}: {name} {plain(work.state)}" + (
         f": {facts}" if facts else ""
     )
 
@@ -158,7 +167,8 @@ def _header(run: Run, rounds: list[Round], lost: str, now_s: float) -> Panel:
     state = run_state(run)
     if run.reason:
         state.append(f"  {first_line(run.reason)}", style="default not bold")
-    at = f"round {rounds[-1].number if rounds else 0} of {run.rounds_total}"
+    unit = "version" if any(map(is_version, rounds)) else "round"
+    at = f"{unit} {rounds[-1].number if rounds else 0} of {run.rounds_total}"
     spent = duration_text(run.started_at_s, run.ended_at_s, now_s)
     line = Table.grid(padding=(0, 2), expand=True)
     line.add_column(ratio=1)
@@ -208,12 +218,18 @@ def _site_cells(item: Round, work: SiteRound, event: SiteProgress | None) -> lis
         full = 1.0 if work.state == "done" else 0.0
         amount = f"{count_text(work.examples)} examples" if work.state == "done" else ""
         return [site_state(work), _bar(full, 1.0), amount, loss, ""]
-    if event is None or (event.round, event.work) != (item.number, work.work):
+    if event is None or not _tells_of(event, item, work):
         return [Text("assigned", style="dim"), _bar(0, 1), "", "", ""]
     now = event.progress
     loss = f"loss {metric_text(now.loss)}" if now.HasField("loss") else ""
     speed = f"{count_text(now.tokens_per_s)} tok/s" if now.HasField("tokens_per_s") else ""
     return [Text(_phase(event), style="cyan"), _bar(now.done, now.total), _amount(event), loss, speed]
+
+
+def _tells_of(event: SiteProgress, item: Round, work: SiteRound) -> bool:
+    if work.assignment_id:
+        return event.progress.assignment_id == work.assignment_id
+    return (event.round, event.work) == (item.number, work.work)
 
 
 def _bar(done: float, total: float) -> ProgressBar:
@@ -241,7 +257,7 @@ def _troubles(rounds: list[Round]) -> Iterator[Text]:
         if item.reason:
             lines.append(f"{round_state(item)}: {first_line(item.reason)}")
         for line in lines:
-            text = f"round {round_name(item)}  {line}"
+            text = f"{round_title(item)}  {line}"
             yield Text(text, style=TROUBLE_STYLE, no_wrap=True, overflow="ellipsis")
 
 

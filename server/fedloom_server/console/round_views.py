@@ -39,7 +39,8 @@ def rounds_table(rounds: Sequence[Round], now_s: float) -> Table:
     """One line a round, with every metric by the name that run specs use; the best loss stands out."""
     names = _metric_names(rounds)
     headers = [f">{plain(name)}".replace("_", "_\n") for name in names]
-    table = FittingTable(">round", "state", ">sites", ">examples", *headers, ">down", ">up", ">time")
+    unit = "version" if any(map(is_version, rounds)) else "round"
+    table = FittingTable(f">{unit}", "state", ">sites", ">examples", *headers, ">down", ">up", ">time")
     best = min((item.metrics["loss"] for item in rounds if "loss" in item.metrics), default=None)
     for item in rounds:
         metrics = [_metric(item, name) for name in names]
@@ -60,10 +61,12 @@ def rounds_table(rounds: Sequence[Round], now_s: float) -> Table:
 
 def round_view(item: Round, now_s: float) -> RenderableType:
     """One round with each site's work in it."""
+    behind = [">behind"] if is_version(item) else []
     table = FittingTable(
         "site",
         "work",
         "state",
+        *behind,
         ">examples",
         ">tokens",
         ">loss",
@@ -77,6 +80,7 @@ def round_view(item: Round, now_s: float) -> RenderableType:
             Text(plain(work.site)),
             enum_word(Work.DESCRIPTOR, work.work),
             site_state(work),
+            *([f"{work.staleness}" if work.turn else ""] if behind else []),
             count_text(work.examples),
             count_text(work.tokens),
             _metric(work, "loss"),
@@ -142,6 +146,16 @@ def troubles_table(rounds: Iterable[Round]) -> Table | None:
     return table if table.row_count else None
 
 
+def is_version(item: Round) -> bool:
+    """Whether a round is a version of an asynchronous run's model."""
+    return any(work.turn for work in item.sites)
+
+
+def round_title(item: Round) -> str:
+    """What the round is called, with its number."""
+    return f"{'version' if is_version(item) else 'round'} {round_name(item)}"
+
+
 def round_name(item: Round) -> str:
     """The round's number, with the try if it is not the first."""
     return f"{item.number}" if item.attempt < 2 else f"{item.number} (try {item.attempt})"
@@ -186,10 +200,13 @@ class _Totals:
 
 
 def _main_work(item: Round) -> list[SiteRound]:
-    """Each site's latest training in the round; in round 0, which only measures, its latest evaluation."""
+    """Each site's latest training in the round; in round 0, which only measures, its latest evaluation.
+
+    A version may have several updates of the same site.
+    """
     wanted = Work.WORK_TRAIN if item.number else Work.WORK_EVALUATE
     # a round that was tried again lists a site once for each try, in order
-    return list({work.site: work for work in item.sites if work.work == wanted}.values())
+    return list({(work.site, work.turn): work for work in item.sites if work.work == wanted}.values())
 
 
 def _sites_done(item: Round) -> Text:

@@ -75,6 +75,9 @@ def _site_round(assignment: Assignment) -> runs_pb2.SiteRound:
     return runs_pb2.SiteRound(
         site=assignment.site,
         attempt=assignment.attempt,
+        assignment_id=assignment.id,
+        turn=assignment.turn,
+        staleness=assignment.staleness,
         work=work_message(assignment.work),
         state=assignment.state,
         reason=assignment.reason,

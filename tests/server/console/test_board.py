@@ -232,3 +232,32 @@ def test_a_second_try_of_a_round_tells_its_outcomes_again():
 
 def test_before_the_first_event_there_is_no_empty_board():
     assert text(Board()).strip() == "connecting …"
+
+
+def test_a_version_is_called_one_and_tells_how_far_behind_its_updates_are():
+    sites = [
+        train("fast", "done", turn=7, staleness=0, assignment_id="r.7.1.train.fast"),
+        train("fast", "done", turn=8, staleness=0, assignment_id="r.8.1.train.fast"),
+        train("slow", turn=1, staleness=3, assignment_id="r.1.1.train.slow"),
+    ]
+    shown = text(
+        board(run_event(), round_event(4, pb.ROUND_STATE_TRAINING, sites, metrics={"train_staleness": 1.5}))
+    )
+    assert "version 4 of 8" in shown
+    assert "2/3" in line_of(shown, "training")
+
+
+def test_work_that_a_version_hands_on_to_the_next_is_told_once():
+    watched, slow = Board(), {"turn": 1, "assignment_id": "r.1.1.train.slow"}
+    watched.fold(run_event())
+    watched.fold(round_event(1, pb.ROUND_STATE_TRAINING, [train("slow", **slow)]))
+    event = {"assignment_id": "r.1.1.train.slow"}
+    assert watched.fold(progress_event("slow", PHASE_TRAIN, 1, 9, **event)) == ["version 1  slow: train"]
+    watched.fold(round_event(2, pb.ROUND_STATE_TRAINING, [train("slow", **slow, staleness=1)]))
+    assert watched.fold(progress_event("slow", PHASE_TRAIN, 2, 9, round_number=2, **event)) == []
+    assert "2 / 9" in line_of(text(watched), "slow")
+    done = train("slow", "done", examples=5, **slow)
+    assert watched.fold(round_event(2, pb.ROUND_STATE_TRAINING, [done])) == [
+        "version 2  slow: train done: 5 examples"
+    ]
+    assert watched.fold(round_event(3, pb.ROUND_STATE_TRAINING, [done])) == ["version 3 is training"]
