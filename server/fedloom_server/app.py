@@ -32,6 +32,7 @@ from fedloom_server.config import CoordinatorConfig
 from fedloom_server.meters import Meters
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.ownership import owned_store
+from fedloom_server.retention import collect_orphans
 from fedloom_server.roster import Roster
 from fedloom_server.rounds import Federation
 from fedloom_server.rpc.access import Access
@@ -92,6 +93,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
     keep_freed_memory()
     _open_more_files()
     with owned_store(config.state_dir, config.database_url) as (store, ownership):
+        await asyncio.to_thread(collect_orphans, store, config.keep_models)
         parts = _Parts.of(config, store)
         healthy = health.aio.HealthServicer()
         await healthy.set("", health_pb2.HealthCheckResponse.NOT_SERVING)

@@ -1,8 +1,8 @@
 """What the coordinator's own file says: where it listens, what it keeps, its limits."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from fedloom_common.channels import WINDOW_BYTES
 from fedloom_common.httpport import http_encryption
@@ -24,6 +24,23 @@ class Limits(Strict):
     """Sessions that a site may open in a minute: two daemons with one certificate displace each other."""
     messages_per_s: float = Field(default=100, gt=0)
     """Messages a second of one session; a site that says more is read more slowly."""
+
+
+class KeepModels(Strict):
+    """Which global models of a run are kept; a model that is still needed always is."""
+
+    last: int = Field(default=5, ge=1)
+    """The newest so many."""
+    best: int = Field(default=1, ge=0)
+    """The best so many, by the metric that stops the run, and else by the loss of evaluations."""
+    every: int = Field(default=0, ge=0)
+    """Those of every so many rounds; 0 for none."""
+
+
+def _policy(value: Any) -> Any:
+    """A plain number is what the setting was before there were policies."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return {"last": value, "best": 0} if is_number else value
 
 
 class CoordinatorConfig(Strict):
@@ -60,8 +77,8 @@ class CoordinatorConfig(Strict):
     Four are folded at a time, or half as many as may lie here. Beside them lie their sum in float64, a new
     one while it is written, and up to four old files to overwrite; a deterministic round may need a few more.
     """
-    keep_models: int = Field(default=5, ge=1)
-    """Global models kept of each run; the newest ones."""
+    keep_models: Annotated[KeepModels, BeforeValidator(_policy)] = KeepModels()
+    """Global models kept of each run; a number is short for ``last`` alone."""
     limits: Limits = Limits()
     """What one peer may ask for."""
     drain_s: float = Field(default=10, gt=0)

@@ -36,7 +36,16 @@ def export(store: Store, run_id: str, round_number: int | None) -> Export:
             raise NotFound(f"run {run.id} has no model of round {round_number}; it has {numbers}")
         rounds = until
     digest = rounds[-1].model_digest if rounds else run.model_digest
-    size = store.files.path(digest).stat().st_size
+    if not store.files.has(digest):
+        models = {
+            record.number: record.model_digest for record in store.rounds(run.id) if record.model_digest
+        }
+        kept = ", ".join(str(number) for number, name in models.items() if store.files.has(name))
+        raise NotFound(
+            f"run {run.id} no longer keeps the model of round {rounds[-1].number if rounds else 0}; it keeps "
+            f"those of {kept or 'none'} (keep_models in coordinator.yaml says which)"
+        )
+    size = rounds[-1].model_bytes if rounds else run.model_bytes
     model = {"name": MODEL_FILE, "digest": digest, "size_bytes": size}
     return Export(run, [model, *run.assets], model_card(_facts(run, rounds, store.assignments(run.id))))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom_common.digests import DIGEST, digest_of_file, is_digest, plain_name
+from fedloom_common.digests import DIGEST, digest_of_file, digest_of_name, is_digest, plain_name
 from fedloom_common.errors import NotFound
 from fedloom_common.files import sync_file, sync_folder
 
@@ -19,6 +19,14 @@ class StoredFile:
 
     digest: str
     size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptFile:
+    """A file that is there, whoever names it."""
+
+    digest: str
+    written_at_s: float
 
 
 class Files:
@@ -49,6 +57,18 @@ class Files:
         if not place.is_file():
             raise NotFound(f"the coordinator does not keep {digest}")
         return place
+
+    def all(self) -> list[KeptFile]:
+        """Every file that is kept."""
+        return [
+            KeptFile(digest=digest_of_name(path.name), written_at_s=path.stat().st_mtime)
+            for path in self._folder.iterdir()
+            if is_digest(digest_of_name(path.name))
+        ]
+
+    def has(self, digest: str) -> bool:
+        """Whether a file is kept."""
+        return self._place(digest).is_file()
 
     def remove(self, digests: Iterable[str]) -> None:
         """Remove files; those that are not there are no error."""

@@ -16,11 +16,13 @@ from fedloom_common.errors import TooFewUpdates
 from fedloom_server.assignments import Assignments, Terms
 from fedloom_server.codecs import most_update_bytes
 from fedloom_server.cohorts import draw_cohort, wanted
+from fedloom_server.config import KeepModels
 from fedloom_server.downlink import delta_to
 from fedloom_server.evaluation import SiteMetrics, combine
 from fedloom_server.folding import Folding
 from fedloom_server.meters import Meters
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
+from fedloom_server.retention import drop_old_models
 from fedloom_server.sites import Sites
 from fedloom_server.stopping import RoundResult, stop_reason
 from fedloom_server.store import Store
@@ -41,7 +43,7 @@ class Federation:
     assignments: Assignments
     watching: Watching
     meters: Meters
-    keep_models: int
+    keep_models: KeepModels
 
 
 async def run_rounds(run: Run, federation: Federation) -> str:
@@ -74,7 +76,7 @@ async def _play(run: Run, record: Round, federation: Federation) -> None:
     run.rounds_done = record.number
     _advance(run, record, RoundState.FINISHED, federation)
     federation.store.clear_spool()
-    federation.store.drop_old_models(run, federation.keep_models)
+    drop_old_models(federation.store, run, federation.keep_models)
     metrics = {name: round(value, 4) for name, value in record.metrics.items()}
     logger.info("round finished", extra={"run": run.id, "round": record.number, "metrics": metrics})
 

@@ -4,7 +4,7 @@ import secrets
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import BigInteger, Select, case, cast, delete, func, literal, or_, select, tuple_
+from sqlalchemy import BigInteger, Select, case, cast, delete, func, literal, select, tuple_
 from sqlalchemy.orm import Session
 
 from fedloom_common.errors import NotFound, WrongState
@@ -187,6 +187,12 @@ class Store:
                 changed += cancelled
         self.save(*changed)
 
+    def digests(self, *queries: Select[str]) -> set[str]:
+        """What queries for digests find, all at one moment."""
+        return self.database.do(
+            lambda session: {name for query in queries for name in session.scalars(query)}
+        )
+
     def clear_spool(self) -> None:
         """Remove spooled files that no unfinished round's present attempt counts on."""
         unfinished = (RoundState.TRAINING, RoundState.AGGREGATING)
@@ -203,33 +209,8 @@ class Store:
         wanted += [self.spool.sum_path(record.sum_digest) for record in rounds if record.sum_digest]
         self.spool.keep_only(wanted)
 
-    def drop_old_models(self, run: Run, keep: int) -> None:
-        """Remove a run's models older than its latest ``keep``, each with the change that told it.
-
-        A model from which an update that is yet to count has begun stays until then.
-        """
-        mine = [record for record in self.rounds(run.id) if record.model_digest]
-        old = {name for record in mine[:-keep] for name in _files_of(record)}
-        old -= {name for record in mine[-keep:] for name in _files_of(record)}
-        for column in (Round.model_digest, Round.delta_digest):
-            elsewhere = select(column).where(Round.run_id != run.id, column.in_(old))
-            old -= set(self._names(elsewhere))
-        old -= set(self._names(select(Run.model_digest).where(Run.model_digest.in_(old))))
-        yet_to_count = or_(Assignment.state == AssignmentState.OPEN, Assignment.round > run.rounds_done)
-        old -= set(
-            self._names(select(Assignment.model_digest).where(Assignment.run_id == run.id, yet_to_count))
-        )
-        self.files.remove(old)
-
     def _all(self, query: Select[Row]) -> list[Row]:
         return self.database.do(lambda session: list(session.scalars(query)))
-
-    def _names(self, query: Select[str]) -> list[str]:
-        return self.database.do(lambda session: list(session.scalars(query)))
-
-
-def _files_of(record: Round) -> set[str]:
-    return {record.model_digest, record.delta_digest} - {""}
 
 
 def new_run_id() -> str:

@@ -13,9 +13,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from fedloom_common.runspec import Async
+from fedloom_server.config import KeepModels
 from fedloom_server.evaluation import SiteMetrics, combine
 from fedloom_server.folding import Folding
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
+from fedloom_server.retention import drop_old_models
 from fedloom_server.stopping import RoundResult, is_measured, stop_reason
 from fedloom_server.store import Store
 from fedloom_server.watching import RoundChange, Watching
@@ -28,7 +30,9 @@ logger = logging.getLogger(__name__)
 class Versions:
     """The versions of one run's model."""
 
-    def __init__(self, run: Run, mode: Async, store: Store, watching: Watching, *, keep_models: int) -> None:
+    def __init__(
+        self, run: Run, mode: Async, store: Store, watching: Watching, *, keep_models: KeepModels
+    ) -> None:
         self._run, self._spec, self._mode = run, run.spec, mode
         self._store, self._watching, self._keep_models = store, watching, keep_models
         self.open: Round | None = None
@@ -144,7 +148,7 @@ class Versions:
         self._watching.tell(run.id, run)
         self._tell(record)
         self._store.clear_spool()
-        self._store.drop_old_models(run, self._keep_models)
+        drop_old_models(self._store, run, self._keep_models)
         facts = {name: round(value, 4) for name, value in record.metrics.items()}
         logger.info("version made", extra={"run": run.id, "round": record.number, "metrics": facts})
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom_server.app import coordinator
+from fedloom_server.config import KeepModels
 from fedloom_server.records import AssignmentState, Work
 from fedloom_server.store import Store
 
@@ -255,7 +256,7 @@ async def test_a_target_ends_the_run_although_younger_versions_are_in_the_making
 
 
 async def test_the_model_that_an_open_training_began_from_is_kept_as_long(config, bench_of, async_spec):
-    async with coordinator(config.model_copy(update={"keep_models": 1})) as running:
+    async with coordinator(config.model_copy(update={"keep_models": KeepModels(last=1, best=0)})) as running:
         bench = bench_of(running)
         a, slow = gated(bench, "a"), gated(bench, "slow")
         run = await bench.enqueue(async_spec(buffer=1, rounds=5, cohort={"min_sites": 2}))
@@ -317,7 +318,7 @@ async def test_a_kill_at_any_transaction_loses_no_update_and_counts_none_twice(
     spec = async_spec(
         rounds=4, buffer=3, cohort={"min_sites": 3}, evaluation={"initial": True, "every_rounds": 2}
     )
-    config = config.model_copy(update={"staged_updates": 2, "keep_models": 100})
+    config = config.model_copy(update={"staged_updates": 2, "keep_models": KeepModels(last=100, best=0)})
     disks = []
 
     def save(self, *records):

@@ -16,8 +16,10 @@ from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import BadSpec
 from fedloom_server.app import coordinator
+from fedloom_server.config import KeepModels
 from fedloom_server.downlink import delta_to, publish
 from fedloom_server.records import Round, RoundState, Run, RunState
+from fedloom_server.retention import drop_old_models
 from fedloom_server.store import Store
 
 PIECE = 1 << 16
@@ -128,7 +130,7 @@ def test_in_50_rounds_site_and_coordinator_stay_equal_and_nothing_is_lost(tmp_pa
         assert digest_of_file(site) == way.run.model_digest
         wanted += step(number)["w"]
         largest = max(largest, way.residual()["w"].abs().max().item())
-        way.store.drop_old_models(way.run, keep=1)
+        drop_old_models(way.store, way.run, KeepModels(last=1, best=0))
     left_out = way.residual()["w"]
     missing = wanted - way.model()["w"]
     torch.testing.assert_close(missing, left_out.double(), rtol=0, atol=2e-5)  # 50 sums in fp32
@@ -169,7 +171,7 @@ def test_of_a_model_that_comes_back_the_newest_change_is_told(tmp_path, spec):
 
     way = Way(tmp_path, spec, "zstd", initial(size=900) | {"w": torch.zeros(900)})
     first, _, third = (way.round(number, by(step)) for number, step in ((1, 1), (2, 1), (3, -1)))
-    way.store.drop_old_models(way.run, keep=1)
+    drop_old_models(way.store, way.run, KeepModels(last=1, best=0))
     assert first.model_digest == third.model_digest
     delta = delta_to(way.store, way.run, third.model_digest)
     assert (delta.file.digest, delta.base_digest) == (third.delta_digest, third.base_digest)
@@ -275,7 +277,7 @@ async def test_a_stopped_run_keeps_what_was_left_out_for_its_resumption(bench, s
 
 
 async def test_a_change_is_kept_as_long_as_its_model(config, bench_of, spec):
-    async with coordinator(config.model_copy(update={"keep_models": 2})) as running:
+    async with coordinator(config.model_copy(update={"keep_models": KeepModels(last=2, best=0)})) as running:
         bench = bench_of(running)
         bench.site("a")
         run = await bench.ended(await bench.enqueue(spec(rounds=5, transport={"down": "int8"})))
@@ -288,7 +290,7 @@ async def test_a_change_is_kept_as_long_as_its_model(config, bench_of, spec):
 
 
 async def test_a_change_that_two_runs_share_stays_as_long_as_one_of_them_keeps_it(config, bench_of, spec):
-    async with coordinator(config.model_copy(update={"keep_models": 2})) as running:
+    async with coordinator(config.model_copy(update={"keep_models": KeepModels(last=2, best=0)})) as running:
         bench = bench_of(running)
         bench.site("a")
         first = await bench.ended(await bench.enqueue(spec(rounds=2, transport={"down": "int8"})))

@@ -7,6 +7,7 @@ import pytest
 from fedloom_common.errors import Unreachable, WrongState
 from fedloom_common.transfer import upload
 from fedloom_server.app import coordinator
+from fedloom_server.config import KeepModels
 
 
 async def test_the_new_model_is_the_weighted_mean_of_the_updates(bench, spec, initial):
@@ -327,7 +328,7 @@ async def test_a_state_of_another_release_is_not_touched(config):
 
 
 async def test_only_the_latest_models_are_kept(config, bench_of, spec):
-    async with coordinator(config.model_copy(update={"keep_models": 2})) as running:
+    async with coordinator(config.model_copy(update={"keep_models": KeepModels(last=2, best=0)})) as running:
         bench = bench_of(running)
         bench.site("a")
         run = await bench.ended(await bench.enqueue(spec(rounds=5)))

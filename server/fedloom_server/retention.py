@@ -1,0 +1,109 @@
+"""Which global models are kept, and the removal of all others.
+
+What anybody still works with is never removed, whatever the policy says: the latest model of every
+run, and of unfinished rounds and assignments the models that they start from, make or measure.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
+
+from sqlalchemy import or_, select
+
+from fedloom_common.runspec import RunSpec
+from fedloom_server.config import KeepModels
+from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run
+from fedloom_server.store import Store
+
+ORPHAN_S = 3600.0  # long enough for an operator who restores a database beside newer files to see it
+
+logger = logging.getLogger(__name__)
+
+
+def kept_rounds(spec: RunSpec, metrics: Mapping[int, Mapping[str, float]], keep: KeepModels) -> set[int]:
+    """Numbers of the rounds whose model the policy keeps, of those with ``metrics``, which may be empty.
+
+    Best by the metric that stops the run, if one does, and else by the loss of evaluations.
+    """
+    numbers = sorted(metrics)
+    kept = set(numbers[-keep.last :])
+    if keep.every:
+        kept |= {number for number in numbers if number and number % keep.every == 0}
+    goal = spec.stop.target or spec.stop.patience
+    name, sign = (goal.metric, -1 if goal.higher_is_better else 1) if goal else ("loss", 1)
+    measured = [number for number in numbers if math.isfinite(metrics[number].get(name, math.nan))]
+    measured.sort(key=lambda number: sign * metrics[number][name])
+    return kept | set(measured[: keep.best])
+
+
+def drop_old_models(store: Store, run: Run, keep: KeepModels) -> None:
+    """Remove a run's models that the policy does not keep, each with the change that told it."""
+    rounds = store.rounds(run.id)
+    files = _files_of(rounds)
+    kept = _kept_files(run, rounds, keep)
+    old = {name for names in files.values() for name in names} - kept
+    if old:
+        store.files.remove(old - _in_use(store, old) - _of_other_runs(store, run, old))
+
+
+def collect_orphans(store: Store, keep: KeepModels) -> None:
+    """Remove files that no run keeps: a kill may come between a file and the row that was to name it.
+
+    Not while the database is empty: it may be the wrong one.
+    """
+    runs = store.runs()
+    wanted = {run.model_digest for run in runs} | {file["digest"] for run in runs for file in run.assets}
+    for run in runs:
+        wanted |= _kept_files(run, store.rounds(run.id), keep)
+    before_s = time.time() - ORPHAN_S
+    found = {file.digest for file in store.files.all() if file.written_at_s < before_s} - wanted
+    orphans = found - _in_use(store, found) if runs else set()
+    store.files.remove(orphans)
+    if orphans:
+        logger.info("files that no run keeps are removed", extra={"files": len(orphans)})
+
+
+def _kept_files(run: Run, rounds: Sequence[Round], keep: KeepModels) -> set[str]:
+    """Digests of what the policy keeps of a run."""
+    files = _files_of(rounds)
+    measured = {record.number: record.metrics for record in rounds}
+    metrics = {number: measured.get(number, {}) for number in files}
+    kept = kept_rounds(run.spec, metrics, keep)
+    return {name for number in kept for name in files[number]} | {run.model_digest}
+
+
+def _files_of(rounds: Sequence[Round]) -> dict[int, set[str]]:
+    """Of each round with a model, the model and the change that told it; the initial one is of round 0."""
+    files = {
+        record.number: {record.model_digest, record.delta_digest} - {""}
+        for record in rounds
+        if record.model_digest
+    }
+    if rounds:
+        files.setdefault(rounds[0].number - 1 if rounds[0].number else 0, {rounds[0].base_digest})
+    return files
+
+
+def _in_use(store: Store, digests: Collection[str]) -> set[str]:
+    """Those that a run, an unfinished round or an assignment works with, whatever is kept."""
+    unfinished = Round.state.not_in((RoundState.FINISHED, RoundState.FAILED))
+    yet_to_count = or_(Assignment.state == AssignmentState.OPEN, Assignment.round > Run.rounds_done)
+    return store.digests(
+        select(Run.model_digest).where(Run.model_digest.in_(digests)),
+        *(
+            select(column).where(unfinished, column.in_(digests))
+            for column in (Round.base_digest, Round.model_digest, Round.delta_digest)
+        ),
+        select(Assignment.model_digest)
+        .join(Run, Run.id == Assignment.run_id)
+        .where(yet_to_count, Assignment.model_digest.in_(digests)),
+    )
+
+
+def _of_other_runs(store: Store, run: Run, digests: Collection[str]) -> set[str]:
+    """Those that other runs name too: runs of one spec begin with the same model."""
+    columns = (Round.base_digest, Round.model_digest, Round.delta_digest)
+    return store.digests(
+        *(select(column).where(Round.run_id != run.id, column.in_(digests)) for column in columns)
+    )

@@ -1,0 +1,128 @@
+"""Which models are kept."""
+
+import os
+import time
+
+import pytest
+
+from fedloom_common.digests import digest_of_file
+from fedloom_common.errors import BadSpec, NotFound
+from fedloom_common.settings import load_settings
+from fedloom_server.app import coordinator
+from fedloom_server.config import CoordinatorConfig, KeepModels
+from fedloom_server.exports import export
+from fedloom_server.retention import kept_rounds
+
+LOSSES = {0: 9.0, 1: 5.0, 2: 3.0, 3: 4.0, 4: 2.5, 5: 2.5, 6: 7.0}
+METRICS = {number: {"loss": loss, "accuracy": loss / 10} for number, loss in LOSSES.items()}
+
+
+@pytest.mark.parametrize(
+    ("policy", "wanted"),
+    [
+        pytest.param({"last": 2, "best": 0}, {5, 6}, id="last"),
+        pytest.param({"last": 1, "best": 2}, {6, 4, 5}, id="best-by-loss"),
+        pytest.param({"last": 1, "best": 1}, {6, 4}, id="the-earlier-of-equals"),
+        pytest.param({"last": 1, "best": 0, "every": 3}, {6, 3}, id="every-third"),
+        pytest.param({"last": 100, "best": 100}, set(range(7)), id="more-than-there-are"),
+    ],
+)
+def test_the_policy_keeps(spec, policy, wanted):
+    assert kept_rounds(spec(), METRICS, KeepModels(**policy)) == wanted
+
+
+def test_the_best_are_best_by_the_metric_that_stops_the_run(spec):
+    stop = {"target": {"metric": "accuracy", "value": 0.99, "higher_is_better": True}}
+    assert kept_rounds(spec(stop=stop), METRICS, KeepModels(last=1, best=2)) == {6, 0}
+    stop = {"patience": {"metric": "accuracy", "evaluations": 3}}
+    assert kept_rounds(spec(stop=stop), METRICS, KeepModels(last=1, best=1)) == {6, 4}
+
+
+def test_rounds_that_nobody_measured_are_not_the_best(spec):
+    metrics = {1: {"train_loss": 0.1}, 2: {"loss": 2.0}, 3: {"loss": float("inf")}, 4: {}, 5: {}}
+    assert kept_rounds(spec(), metrics, KeepModels(last=1, best=5)) == {2, 5}
+
+
+def test_a_plain_number_is_the_newest_so_many(tmp_path, monkeypatch):
+    def keep(*flags: str) -> KeepModels:
+        always = ("--insecure", "--state-dir", str(tmp_path))
+        return load_settings(
+            CoordinatorConfig, None, env_prefix="FEDTEST_", flags=(*always, *flags)
+        ).keep_models
+
+    assert keep() == KeepModels(last=5, best=1, every=0)
+    assert keep("--keep-models", "3") == KeepModels(last=3, best=0, every=0)
+    assert keep("--keep-models.every", "10") == KeepModels(last=5, best=1, every=10)
+    monkeypatch.setenv("FEDTEST_KEEP_MODELS", '{"last": 2, "best": 4}')
+    assert keep() == KeepModels(last=2, best=4, every=0)
+    with pytest.raises(BadSpec, match=r"keep_models\.last"):
+        keep("--keep-models", "0")
+
+
+async def test_the_best_and_the_newest_models_are_kept_and_export_says_which(config, bench_of, spec):
+    keep = KeepModels(last=1, best=1, every=2)
+    async with coordinator(config.model_copy(update={"keep_models": keep})) as running:
+        bench = bench_of(running)
+        bench.site("a", step=-1.0)  # the loss is 10 - mean: the initial model is the best
+        run = await bench.ended(await bench.enqueue(spec(rounds=5)))
+        store = running.store
+        kept = [record.number for record in store.rounds(run.id) if store.files.has(record.model_digest)]
+        assert kept == [0, 2, 4, 5]
+        assert export(store, run.id, 2).files[0]["digest"] == store.rounds(run.id)[2].model_digest
+        with pytest.raises(NotFound, match=r"no longer keeps the model of round 3; .* those of 0, 2, 4, 5 "):
+            export(store, run.id, 3)
+
+
+async def test_an_initial_model_that_nobody_measured_is_removed_in_its_turn(config, bench_of, spec):
+    keep = KeepModels(last=2, best=0)
+    async with coordinator(config.model_copy(update={"keep_models": keep})) as running:
+        bench = bench_of(running)
+        bench.site("a")
+        run = await bench.enqueue(spec(rounds=3, evaluation={"initial": False}))
+        initial = run.model_digest
+        assert running.store.files.has(initial)
+        await bench.ended(run)
+        assert not running.store.files.has(initial)
+
+
+async def test_a_model_that_another_run_begins_with_stays(config, bench_of, spec):
+    keep = KeepModels(last=1, best=0)
+    async with coordinator(config.model_copy(update={"keep_models": keep})) as running:
+        bench = bench_of(running)
+        first, second = [await bench.enqueue(spec(rounds=3)) for _ in range(2)]
+        assert first.model_digest == second.model_digest
+        bench.site("a")
+        assert (await bench.ended(first)).state == "finished"
+        assert (await bench.ended(second)).state == "finished"
+
+
+async def test_what_a_kill_left_unnamed_is_removed_at_the_start_after_a_grace(config, bench_of, spec):
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        bench.site("a")
+        run = await bench.ended(await bench.enqueue(spec(rounds=2)))
+        kept = {file.digest for file in running.store.files.all()}
+    orphans = [unnamed(config, b"old", 7200), unnamed(config, b"new", 60)]
+    for digest in kept:
+        os.utime(config.state_dir / "files" / digest.replace(":", "-"), (1, 1))
+    async with coordinator(config) as running:
+        assert {file.digest for file in running.store.files.all()} == kept | {orphans[1]}
+        assert export(running.store, run.id, 0).files
+
+
+async def test_with_an_empty_database_no_file_is_removed(config):
+    async with coordinator(config):
+        pass
+    orphan = unnamed(config, b"of the database that was left behind", 1e6)
+    async with coordinator(config) as running:
+        assert running.store.files.has(orphan)
+
+
+def unnamed(config, content: bytes, age_s: float) -> str:
+    path = config.state_dir / "files" / "new"
+    path.write_bytes(content)
+    written_at_s = time.time() - age_s
+    os.utime(path, (written_at_s, written_at_s))
+    digest = digest_of_file(path)
+    path.rename(path.with_name(digest.replace(":", "-")))
+    return digest
