@@ -85,6 +85,7 @@ class PeerCertificate:
     """The certificate of whoever is at the other end, as far as it matters to us."""
 
     peer: Peer
+    uri: str
     serial: int
     expires: datetime
 
@@ -101,9 +102,19 @@ def certificate_of(auth_context: Mapping[str, Iterable[bytes]]) -> PeerCertifica
     identities = list(auth_context.get("peer_spiffe_id", ()))
     if len(certificates) != 1:
         raise NotIdentified("a client certificate is required; get one from whoever runs `fedloom provision`")
-    facts = _facts_of(certificates[0])
+    certificate = _certificate_of(certificates[0], tuple(identities))
+    if datetime.now(UTC) > certificate.expires:
+        raise NotIdentified(
+            f"the certificate of {certificate.uri} expired at {certificate.expires:%Y-%m-%d %H:%M} UTC"
+        )
+    return certificate
+
+
+@functools.lru_cache(maxsize=4096)  # every heartbeat of every site asks
+def _certificate_of(pem: bytes, identities: tuple[bytes, ...]) -> PeerCertificate:
+    facts = _facts_of(pem)
     # gRPC gives no identity for a certificate with several URIs: read the certificate, and let both agree.
-    if len(facts.uris) != 1 or identities != [facts.uris[0].encode()]:
+    if len(facts.uris) != 1 or identities != (facts.uris[0].encode(),):
         raise NotIdentified(
             f"the certificate names {len(facts.uris)} identities ({', '.join(facts.uris) or 'no URI'}); "
             "exactly one spiffe://<federation>/<role>/<name> is wanted"
@@ -111,11 +122,7 @@ def certificate_of(auth_context: Mapping[str, Iterable[bytes]]) -> PeerCertifica
     # A certificate without this extension passes gRPC's own check for any use.
     if not facts.for_clients:
         raise NotIdentified(f"the certificate of {facts.uris[0]} is not made for clients (clientAuth)")
-    if datetime.now(UTC) > facts.expires:
-        raise NotIdentified(
-            f"the certificate of {facts.uris[0]} expired at {facts.expires:%Y-%m-%d %H:%M} UTC"
-        )
-    return PeerCertificate(_parse_identity(facts.uris[0]), facts.serial, facts.expires)
+    return PeerCertificate(_parse_identity(facts.uris[0]), facts.uris[0], facts.serial, facts.expires)
 
 
 def peer_of(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
@@ -175,7 +182,6 @@ class _Facts:
     serial: int
 
 
-@functools.lru_cache(maxsize=4096)
 def _facts_of(pem: bytes) -> _Facts:
     try:
         certificate = x509.load_pem_x509_certificate(pem)

@@ -86,7 +86,7 @@ class Admission:
         """
         return self._release(name, SiteState.BLOCKED)
 
-    def forget(self, name: str) -> Site:
+    def forget(self, name: str) -> None:
         """Remove what is known of a site; what it did stays with its runs.
 
         Raises:
@@ -101,7 +101,6 @@ class Admission:
             )
         self._roster.remove(site)
         logger.info("site forgotten", extra={"site": name})
-        return site
 
     def label(self, name: str, labels: Mapping[str, str], drop: frozenset[str]) -> Site:
         """Set labels over the site's own, an empty value takes one away; ``drop`` leaves some to the site.

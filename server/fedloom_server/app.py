@@ -199,7 +199,7 @@ def _server(config: CoordinatorConfig, parts: "_Parts") -> grpc.aio.Server:
     server.add_generic_rpc_handlers((transfers.handlers(),))
     runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, federation.watching), server)
     audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditEdge(log), server)
-    sites_pb2_grpc.add_SiteServiceServicer_to_server(SiteEdge(access, parts.admission, store), server)
+    sites_pb2_grpc.add_SiteServiceServicer_to_server(SiteEdge(parts.admission, store), server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return server
 

@@ -63,7 +63,8 @@ class CoordinatorConfig(Strict):
     database: SecretStr | None = None
     """postgresql://USER:PASSWORD@HOST:PORT/NAME, a database of its own, instead of SQLite's file."""
     heartbeat_s: float = Field(default=10, gt=0)
-    """Seconds between a site's signs of life; three missed ones end its session."""
+    """Seconds between a site's signs of life, up to 60 where there are many sites; three missed ones end
+    its session."""
     concurrent_uploads: int = Field(default=8, ge=1)
     """Updates that may arrive at the same time; further sites wait their turn."""
     concurrent_downloads: int = Field(default=32, ge=1)

@@ -13,7 +13,7 @@ from fedloom_server.records import Assignment, Run, SiteRecord, SiteState
 from fedloom_server.store import Store
 
 FLUSH_S = 1.0  # attaching and detaching is written so much later, many at a time
-FLUSH_ROWS = 100  # of one transaction, so that it takes milliseconds
+FLUSH_ROWS = 50  # of one transaction, so that it takes milliseconds
 
 
 class Link(Protocol):
@@ -136,7 +136,7 @@ class Roster:
         # Before the attempt: if the disk is full, it is made again.
         self._flushing = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
         names = list(itertools.islice(self._unsaved, FLUSH_ROWS))
-        self._store.save(*(self._sites[name].record for name in names))
+        self._store.save_sites([self._sites[name].record for name in names])
         for name in names:
             del self._unsaved[name]
         if not self._unsaved:

@@ -21,6 +21,7 @@ class Sites:
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
         self._changed = asyncio.Event()
+        self.count_connected = 0
 
     @contextmanager
     def attached(
@@ -38,11 +39,13 @@ class Sites:
             site.link.close("the site has attached again")
         self._roster.introduced(site, description, labels or {})
         site.link = link
+        self.count_connected += 1
         logger.info("site attached", extra={"site": name, "data": ",".join(description.data_sets)})
         self.changed()
         try:
             yield site
         finally:
+            self.count_connected -= 1
             if site.link is link:
                 site.link = None
                 logger.info("site detached", extra={"site": name})

@@ -11,12 +11,11 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom.v1.sites_pb2_grpc import SiteServiceStub
 from fedloom_common.channels import open_channel
-from fedloom_common.errors import FederationError, NotPermitted
+from fedloom_common.errors import NotPermitted
 from fedloom_common.identity import Peer, Role
 from fedloom_common.transfer import TransferStub, download
 from fedloom_server import roster
 from fedloom_server.app import coordinator
-from fedloom_server.rpc import links
 
 
 class Operator:
@@ -102,17 +101,6 @@ async def test_a_blocked_site_can_neither_attach_nor_read_until_it_is_unblocked(
     assert (await operator("Unblock", "b")).state == runs_pb2.SITE_STATE_ACTIVE
     bench.attach(site)
     await attached(bench, "b")
-
-
-async def test_a_refused_site_that_does_not_read_why_is_cut_off(monkeypatch):
-    monkeypatch.setattr(links, "REFUSAL_S", 0.1)
-    cut_off: asyncio.Queue[FederationError] = asyncio.Queue()
-    link = links.SiteLink("model.safetensors", cut_off.put_nowait)
-    link.run_ended("r", may_resume=True)
-    link.refuse("blocked")
-    with pytest.raises(NotPermitted, match="blocked"):
-        await anext(aiter(link.messages()))  # before all that had yet to be sent
-    assert str(await asyncio.wait_for(cut_off.get(), 5)) == "blocked"
 
 
 async def test_a_run_taken_up_after_a_restart_does_not_wait_for_a_site_blocked_meanwhile(

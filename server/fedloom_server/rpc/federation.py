@@ -22,12 +22,14 @@ from fedloom_server.roster import Site
 from fedloom_server.rpc.access import Access
 from fedloom_server.rpc.endings import Endings, current_call
 from fedloom_server.rpc.hellos import description_of, labels_of, read_hello, short
-from fedloom_server.rpc.links import SiteLink
+from fedloom_server.rpc.links import Silence, SiteLink
 from fedloom_server.rpc.messages import phase_name
 from fedloom_server.sites import Sites
 from fedloom_server.watching import SiteProgress
 
 MISSED_HEARTBEATS = 3
+HEARTBEATS_PER_S = 20  # of all sites together, as far as LONGEST_HEARTBEAT_S allows
+LONGEST_HEARTBEAT_S = 60.0
 # What a site may say at most: it is kept, and shown to operators.
 TEXT_CHARACTERS = 16_000
 NUMBERS = 64
@@ -84,49 +86,51 @@ class FederationEdge(FederationServiceServicer):
                 self._sites.attached(site, description_of(hello), link, labels_of(hello)) as entry,
                 self._audited(peer, context),
             ):
-                link.welcome(site, self._heartbeat_s)
+                heartbeat_s = self._pace_s()
+                link.welcome(site, heartbeat_s)
+                silence = Silence(MISSED_HEARTBEATS * heartbeat_s, link.give_up, site)
                 self._assignments.attached(
                     site, hello.open_assignments[:OPEN_ASSIGNMENTS], hello.kept_runs[:KEPT_RUNS]
                 )
-                reading = asyncio.create_task(self._read(entry, request_iterator, link, context))
+                reading = asyncio.create_task(self._read(entry, request_iterator, link, silence, context))
                 try:
                     async for message in link.messages():
                         yield message
                 finally:
                     reading.cancel()
+                    silence.end()
         finally:
             if self._sites.link(site) is None:  # no newer session has taken its place
                 self._assignments.detached(site)
 
     async def _read(
-        self, site: Site, requests: AsyncIterator[pb.SiteMessage], link: SiteLink, context: Context
+        self,
+        site: Site,
+        requests: AsyncIterator[pb.SiteMessage],
+        link: SiteLink,
+        silence: Silence,
+        context: Context,
     ) -> None:
-        """Take a site's messages until it ends the session, misses its heartbeats or may no longer speak."""
+        """Take a site's messages until it ends the session or may no longer speak."""
         reason: FederationError = Unreachable("the connection was lost")
-        silence_s = MISSED_HEARTBEATS * self._heartbeat_s
         try:
-            while True:
-                # Not wait_for: it may swallow a cancellation, and once the call has ended its context may
-                # not be asked for anything, or gRPC takes the process down.
-                async with asyncio.timeout(silence_s):
-                    message = await anext(requests)
+            # Not wait_for: it may swallow a cancellation, and once the call has ended its context may
+            # not be asked for anything, or gRPC takes the process down.
+            async for message in requests:
                 if link.is_refused:
                     return
                 peer = self._access.peer(context)  # its certificate may have expired since it attached
                 site.heard()
+                silence.broken()
                 kind = message.WhichOneof("kind")
                 if kind in self._handlers:
                     told = getattr(message, kind)
                     self._note_foreign(peer, kind, getattr(told, "assignment_id", None))
                     self._handlers[kind](site.name, told)
-        except StopAsyncIteration:
             link.finish()
             return
         except grpc.aio.UsageError:
             pass  # the connection is gone
-        except TimeoutError:
-            logger.warning("site is silent", extra={"site": site.name, "silence_s": silence_s})
-            reason = Unreachable(f"the site was silent for {silence_s:g} s")
         except FederationError as error:
             reason = error
         except Exception:
@@ -150,6 +154,12 @@ class FederationEdge(FederationServiceServicer):
             facts = {"site": peer.name, "kind": kind, "assignment": short(assignment_id)}
             logger.warning("a site speaks of work that is not its own", extra=facts)
             self._log.audit_often(peer, "message.refused", short(assignment_id), kind=kind)
+
+    def _pace_s(self) -> float:
+        """Seconds between a new session's heartbeats: the more sites, the more seconds."""
+        return max(
+            self._heartbeat_s, min(LONGEST_HEARTBEAT_S, self._sites.count_connected / HEARTBEATS_PER_S)
+        )
 
     def _progress(self, site: str, progress: pb.Progress) -> None:
         self._assignments.progress(

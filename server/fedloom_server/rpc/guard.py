@@ -186,7 +186,12 @@ def _behaviour(handler: Any) -> tuple[str, Callable[..., Any]]:
 
 def _details(request: Message) -> dict[str, Any]:
     """A request's own facts; of long texts, such as a run spec, their SHA-256."""
-    details = {field.name: value for field, value in request.ListFields() if field.message_type is None}
+    details: dict[str, Any] = {}
+    for field, value in request.ListFields():
+        if field.message_type is None:
+            details[field.name] = list(value) if field.is_repeated else value
+        elif field.message_type.GetOptions().map_entry:
+            details[field.name] = dict(value)
     if isinstance(spec := details.pop("spec", None), str):
         details["spec_sha256"] = sha256(spec.encode()).hexdigest()
     return details

@@ -1,6 +1,7 @@
 """What the coordinator says to one site, as messages in order."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 
 from fedloom.v1 import session_pb2 as pb
@@ -11,7 +12,40 @@ from fedloom_server.rpc.hellos import PROTOCOL_VERSION
 from fedloom_server.rpc.messages import blob, delta_message, work_message
 
 OUTBOX_MESSAGES = 1000  # a site that reads nothing while so many wait is gone
-REFUSAL_S = 5.0  # a refused site that does not read why is cut off
+
+logger = logging.getLogger(__name__)
+
+
+class Silence:
+    """Gives up a session whose site says nothing for too long.
+
+    One timer a session, set again only when it fires: waiting with a timeout for each message costs a
+    task and a timer for each, and a thousand idle sites send a hundred a second.
+    """
+
+    def __init__(self, longest_s: float, give_up: Callable[[FederationError], object], site: str) -> None:
+        self._longest_s = longest_s
+        self._give_up = give_up
+        self._site = site
+        self._loop = asyncio.get_running_loop()
+        self._heard_at_s = self._loop.time()
+        self._timer = self._loop.call_later(longest_s, self._look)
+
+    def broken(self) -> None:
+        """The site has said something."""
+        self._heard_at_s = self._loop.time()
+
+    def end(self) -> None:
+        """The session has ended."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        over_at_s = self._heard_at_s + self._longest_s
+        if self._loop.time() < over_at_s:
+            self._timer = self._loop.call_at(over_at_s, self._look)
+            return
+        logger.warning("site is silent", extra={"site": self._site, "silence_s": self._longest_s})
+        self._give_up(Unreachable(f"the site was silent for {self._longest_s:g} s"))
 
 
 class SiteLink:
@@ -22,7 +56,7 @@ class SiteLink:
         self._model_name = model_name
         self.give_up = give_up
         self.is_refused = False
-        self._outbox: asyncio.Queue[pb.CoordinatorMessage | NotPermitted | None] = asyncio.Queue()
+        self._outbox: asyncio.Queue[pb.CoordinatorMessage | None] = asyncio.Queue()
 
     def assign(self, assignment: Assignment, run: Run, delta: Delta | None) -> None:
         """Send an assignment, with a smaller way to its model if there is one."""
@@ -61,11 +95,8 @@ class SiteLink:
 
     def refuse(self, reason: str) -> None:
         """End the session at once; the site may not attach again before a person has changed something."""
-        self.is_refused = True
-        while not self._outbox.empty():
-            self._outbox.get_nowait()
-        self._outbox.put_nowait(NotPermitted(reason))
-        asyncio.get_running_loop().call_later(REFUSAL_S, self.give_up, NotPermitted(reason))
+        self.is_refused = True  # what is on its way from it no longer counts
+        self.give_up(NotPermitted(reason))
 
     def welcome(self, site: str, heartbeat_s: float) -> None:
         """Accept the session."""
@@ -77,14 +108,8 @@ class SiteLink:
         self._outbox.put_nowait(None)
 
     async def messages(self) -> AsyncIterator[pb.CoordinatorMessage]:
-        """What is to be sent, until the link is closed.
-
-        Raises:
-            NotPermitted: the site has been refused.
-        """
+        """What is to be sent, until the link is closed."""
         while (message := await self._outbox.get()) is not None:
-            if isinstance(message, NotPermitted):
-                raise message
             yield message
 
     def _put(self, message: pb.CoordinatorMessage) -> None:

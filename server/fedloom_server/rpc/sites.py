@@ -1,4 +1,4 @@
-"""The gRPC edge of operators' calls about sites; what they decide stands in the audit log."""
+"""The gRPC edge of operators' calls about sites."""
 
 from typing import Any
 
@@ -9,7 +9,6 @@ from fedloom.v1 import sites_pb2 as pb
 from fedloom.v1.sites_pb2_grpc import SiteServiceServicer
 from fedloom_server.admission import Admission
 from fedloom_server.roster import Site
-from fedloom_server.rpc.access import Access
 from fedloom_server.rpc.messages import site_message
 from fedloom_server.store import Store
 
@@ -19,8 +18,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class SiteEdge(SiteServiceServicer):
     """Get, Drain, Undrain, Block, Unblock, Forget and Label."""
 
-    def __init__(self, access: Access, admission: Admission, store: Store) -> None:
-        self._access = access
+    def __init__(self, admission: Admission, store: Store) -> None:
         self._admission = admission
         self._store = store
 
@@ -30,38 +28,31 @@ class SiteEdge(SiteServiceServicer):
 
     async def Drain(self, request: pb.DrainSiteRequest, context: Context) -> runs_pb2.Site:  # noqa: N802
         """Give a site nothing new."""
-        site = self._admission.drain(request.name, request.reason)
-        return self._decided(context, "site.drain", site, reason=site.record.reason)
+        return self._message(self._admission.drain(request.name, request.reason))
 
     async def Undrain(self, request: pb.UndrainSiteRequest, context: Context) -> runs_pb2.Site:  # noqa: N802
         """Give a draining site work again."""
-        return self._decided(context, "site.undrain", self._admission.undrain(request.name))
+        return self._message(self._admission.undrain(request.name))
 
     async def Block(self, request: pb.BlockSiteRequest, context: Context) -> runs_pb2.Site:  # noqa: N802
         """Refuse a site."""
-        site = self._admission.block(request.name, request.reason)
-        return self._decided(context, "site.block", site, reason=site.record.reason)
+        return self._message(self._admission.block(request.name, request.reason))
 
     async def Unblock(self, request: pb.UnblockSiteRequest, context: Context) -> runs_pb2.Site:  # noqa: N802
         """Let a blocked site attach again."""
-        return self._decided(context, "site.unblock", self._admission.unblock(request.name))
+        return self._message(self._admission.unblock(request.name))
 
     async def Forget(  # noqa: N802
         self, request: pb.ForgetSiteRequest, context: Context
     ) -> pb.ForgetSiteResponse:
         """Remove what is known of a site."""
-        self._decided(context, "site.forget", self._admission.forget(request.name))
+        self._admission.forget(request.name)
         return pb.ForgetSiteResponse()
 
     async def Label(self, request: pb.LabelSiteRequest, context: Context) -> runs_pb2.Site:  # noqa: N802
         """Set a site's labels."""
         labels, dropped = dict(request.labels), frozenset(request.dropped)
-        site = self._admission.label(request.name, labels, dropped)
-        return self._decided(context, "site.label", site, labels=site.record.operator_labels)
-
-    def _decided(self, context: Context, action: str, site: Site, **details: object) -> runs_pb2.Site:
-        self._store.audit_log.audit(self._access.peer(context), action, site.name, **details)
-        return self._message(site)
+        return self._message(self._admission.label(request.name, labels, dropped))
 
     def _message(self, site: Site) -> runs_pb2.Site:
         mine = [work.id for work in self._store.open_assignments() if work.site == site.name]
