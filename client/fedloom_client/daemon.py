@@ -14,6 +14,7 @@ from fedloom_client import wire
 from fedloom_client.assignments import Assignments
 from fedloom_client.cache import Cache
 from fedloom_client.config import SiteConfig
+from fedloom_client.credential import keep_credential
 from fedloom_client.deliveries import Deliveries
 from fedloom_client.downloads import Downloads
 from fedloom_client.groups import Group, WarmGroups
@@ -30,6 +31,7 @@ from fedloom_common.channels import open_channel
 from fedloom_common.identity import Peer, Role
 from fedloom_common.memory import keep_freed_memory
 from fedloom_common.pace import Pace
+from fedloom_common.rotation import LiveCredential
 from fedloom_common.signals import asked_to_end
 from fedloom_common.systemd import feed_watchdog, notify
 
@@ -44,6 +46,7 @@ class Daemon:
     def __init__(self, config: SiteConfig, *, make_group: Callable[[str, Path], Group] | None = None) -> None:
         """``make_group`` gives the worker group for a data set and a folder; torchrun's if not given."""
         self._config = config
+        self._credential: LiveCredential | None = None
         self._state = StateDir(config.state_dir)
         self._status = Status(self._state.status)
         self._devices: tuple[Device, ...] = ()
@@ -84,6 +87,8 @@ class Daemon:
         """
         keep_freed_memory()
         with self._state.locked():
+            if self._config.tls is not None:
+                self._credential = LiveCredential(self._config.tls)
             await self._connect().close()  # mistakes in the config end the start, not the first session
             self._outbox.load()
             self._cache.tidy()
@@ -137,6 +142,8 @@ class Daemon:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(session.run())
                 tasks.create_task(self._assignments.run())
+                if self._credential is not None:
+                    tasks.create_task(keep_credential(self._credential, session.renew))
         finally:
             self._status.detached("it was stopped")
             await self._deliveries.stop()
@@ -160,7 +167,8 @@ class Daemon:
     def _connect(self) -> grpc.aio.Channel:
         config = self._config
         peer = None if config.insecure is None else Peer(Role.SITE, config.insecure)
-        return open_channel(config.coordinator, config.tls, peer, window_bytes=config.window_bytes)
+        tls = self._credential or config.tls
+        return open_channel(config.coordinator, tls, peer, window_bytes=config.window_bytes)
 
     def _worker_group(self, data_set: str, directory: Path) -> Group:
         return WorkerGroup(

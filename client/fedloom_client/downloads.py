@@ -9,7 +9,7 @@ import grpc
 
 from fedloom_client.backoff import Backoff
 from fedloom_client.messages import Blob
-from fedloom_common.errors import BadChunk, BadSpec, Unreachable
+from fedloom_common.errors import BadChunk, BadSpec, NotIdentified, Unreachable
 from fedloom_common.pace import Pace
 from fedloom_common.transfer import TransferStub, download
 
@@ -41,7 +41,7 @@ class Downloads:
                     return await download(
                         stub, blob.digest, blob.size_bytes, path, on_bytes=on_bytes, pace=self._pace
                     )
-            except (Unreachable, BadSpec) as error:  # BadSpec: certificates here, which may be renewed
+            except (Unreachable, BadSpec, NotIdentified) as error:  # certificates here may be renewed
                 logger.warning(
                     "a download waits for the coordinator", extra={"file": blob.name, "error": str(error)}
                 )

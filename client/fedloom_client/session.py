@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import NoReturn, Protocol
 
 import grpc
@@ -70,6 +71,7 @@ class Session:
         self._listener = listener
         self._mailbox = mailbox
         self._status = status
+        self._life: asyncio.Timeout | None = None
         self._trouble: object = None
         self._reminded_at_s = 0.0
 
@@ -79,13 +81,20 @@ class Session:
         while True:
             began_s = time.monotonic()
             error = await self._attach_once()
+            if error is None:
+                continue
             self._complain(error)
             if time.monotonic() - began_s > STEADY_S:
                 backoff.reset()
             await asyncio.sleep(backoff.slowest_s() if isinstance(error, NeverRetry) else backoff.next_s())
 
-    async def _attach_once(self) -> FederationError:
-        """One session from beginning to end; says why it ended."""
+    def renew(self) -> None:
+        """End the session, and attach again at once over a new channel; work goes on meanwhile."""
+        if self._life is not None:
+            self._life.reschedule(asyncio.get_running_loop().time())
+
+    async def _attach_once(self) -> FederationError | None:
+        """One session from beginning to end; says why it ended, None if we wanted another."""
         outgoing = _Outgoing()
         try:
             # A new channel reads the certificates anew: a renewed one is used without a restart.
@@ -94,8 +103,13 @@ class Session:
                 call = FederationServiceStub(channel).Attach(outgoing.messages())
                 try:
                     answers = aiter(call)
-                    await self._converse(answers, outgoing, await self._welcome(answers))
+                    welcome = await self._welcome(answers)
+                    with suppress(TimeoutError):  # nothing but ``renew`` gives it an end
+                        async with asyncio.timeout(None) as self._life:
+                            await self._converse(answers, outgoing, welcome)
+                    return None
                 finally:
+                    self._life = None
                     outgoing.end()
                     call.cancel()
         except grpc.RpcError as error:

@@ -3,7 +3,7 @@
 import ipaddress
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -165,6 +165,31 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
         return Credential(certificate.public_bytes(Encoding.PEM), _pem(key))
+
+    def list_revoked(self, revoked: Mapping[int, datetime], *, number: int, days: int) -> bytes:
+        """Sign a revocation list, in PEM form: since when each certificate, by its serial, no longer counts.
+
+        Raises:
+            BadSpec: the number of days is wrong.
+        """
+        now = datetime.now(UTC)
+        left = (self._certificate.not_valid_after_utc - now).days
+        if not 1 <= days <= left:
+            raise BadSpec(f"a revocation list must last from 1 to {left} days, where its CA ends, not {days}")
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self._certificate.subject)
+            .last_update(now - _CLOCK_SKEW)
+            .next_update(now + timedelta(days=days))
+            .add_extension(x509.CRLNumber(number), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
+            )
+        )
+        for serial, since in sorted(revoked.items()):
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(since).build()
+            builder = builder.add_revoked_certificate(entry)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def _builder(

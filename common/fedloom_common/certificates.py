@@ -41,6 +41,11 @@ def certificate_expiry(path: Path) -> datetime:
     return _certificates(path, _read(path, "certificate"))[0].not_valid_after_utc
 
 
+def expiry_of(pem: bytes) -> datetime:
+    """When the first of some certificates ends, in UTC."""
+    return x509.load_pem_x509_certificates(pem)[0].not_valid_after_utc
+
+
 def _check_dates(path: Path, certificate: x509.Certificate) -> None:
     now, begin, end = datetime.now(UTC), certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > end:

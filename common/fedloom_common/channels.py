@@ -8,6 +8,7 @@ import grpc
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.identity import Peer, TlsFiles, channel_credentials, insecure_metadata, require_loopback
+from fedloom_common.rotation import LiveCredential
 
 MESSAGE_BYTES = 8 << 20
 WINDOW_BYTES = 1 << 19
@@ -57,7 +58,11 @@ def window(window_bytes: int) -> tuple[str, int]:
 
 
 def open_channel(
-    address: str, tls: TlsFiles | None, insecure: Peer | None, *, window_bytes: int = WINDOW_BYTES
+    address: str,
+    tls: TlsFiles | LiveCredential | None,
+    insecure: Peer | None,
+    *,
+    window_bytes: int = WINDOW_BYTES,
 ) -> grpc.aio.Channel:
     """A channel to the coordinator at host:port, with a certificate or, on loopback only, a claimed identity.
 
@@ -69,7 +74,8 @@ def open_channel(
         raise BadSpec("tls and insecure are both given; keep tls, and drop insecure")
     options = [*CHANNEL_OPTIONS, window(window_bytes)]
     if tls is not None:
-        return grpc.aio.secure_channel(address, channel_credentials(tls), options=options)
+        credentials = tls.for_channels() if isinstance(tls, LiveCredential) else channel_credentials(tls)
+        return grpc.aio.secure_channel(address, credentials, options=options)
     if insecure is None:
         raise BadSpec("neither tls nor insecure is given; set tls to the files that `fedloom provision` made")
     require_loopback(address, "a channel without TLS")

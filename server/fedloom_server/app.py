@@ -24,7 +24,7 @@ from fedloom.v1 import (
 )
 from fedloom_common.channels import SERVER_OPTIONS, window
 from fedloom_common.errors import BadSpec
-from fedloom_common.identity import require_loopback, server_credentials
+from fedloom_common.identity import require_loopback
 from fedloom_common.memory import keep_freed_memory
 from fedloom_server.admission import Admission
 from fedloom_server.assignments import Assignments
@@ -35,13 +35,10 @@ from fedloom_server.ownership import owned_store
 from fedloom_server.retention import collect_orphans
 from fedloom_server.roster import Roster
 from fedloom_server.rounds import Federation
-from fedloom_server.rpc.access import Access
 from fedloom_server.rpc.audit import AuditEdge
 from fedloom_server.rpc.calls import Calls
-from fedloom_server.rpc.caps import Caps
-from fedloom_server.rpc.endings import Endings
 from fedloom_server.rpc.federation import FederationEdge
-from fedloom_server.rpc.guard import Guard
+from fedloom_server.rpc.gate import Gate
 from fedloom_server.rpc.runs import RunEdge
 from fedloom_server.rpc.sites import SiteEdge
 from fedloom_server.rpc.transfer import TransferEdge
@@ -81,6 +78,8 @@ class Coordinator:
     store: Store
     calls: Calls
     """The calls under way."""
+    gate: Gate
+    """Who may call."""
     working: asyncio.Task[None]
     """Works off the queue of runs."""
     owning: asyncio.Task[None]
@@ -101,10 +100,11 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
         async with coordinator_port(service) as http_port:
             server = _server(config, parts)
             health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-            port = _listen(server, config)
+            port = _listen(server, config, parts.gate)
             await server.start()
             working = asyncio.create_task(_work(parts.runs), name="runs")
             owning = asyncio.create_task(ownership.keep(), name="ownership")
+            keeping = asyncio.create_task(parts.gate.keep(), name="gate")
             for name in ("", *SERVICES):
                 await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
             facts = {"listen": config.listen, "port": port, "state_dir": config.state_dir}
@@ -112,11 +112,13 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
             try:
                 yield Coordinator(
                     port=port, http_port=http_port, sites=parts.federation.sites, runs=parts.runs,
-                    store=store, calls=parts.calls, working=working, owning=owning,
+                    store=store, calls=parts.calls, gate=parts.gate, working=working, owning=owning,
                 )  # fmt: skip
             finally:
                 owning.cancel()
                 await _drain(service, server, working)
+                keeping.cancel()
+                store.audit_log.settle(at_end=True)
                 parts.roster.flush()
 
 
@@ -146,6 +148,7 @@ class _Parts:
     roster: Roster
     admission: Admission
     calls: Calls
+    gate: Gate
 
     @classmethod
     def of(cls, config: CoordinatorConfig, store: Store) -> "_Parts":
@@ -164,10 +167,12 @@ class _Parts:
             store=store, sites=sites, assignments=assignments, watching=watching, meters=meters,
             keep_models=config.keep_models,
         )  # fmt: skip
-        admission = Admission(roster, sites, assignments)
+        calls = Calls()
         return cls(
-            federation=federation, runs=Runs(federation), roster=roster, admission=admission, calls=Calls()
-        )
+            federation=federation, runs=Runs(federation), roster=roster, calls=calls,
+            admission=Admission(roster, sites, assignments),
+            gate=Gate(config, calls, store.audit_log, sites.refusal),
+        )  # fmt: skip
 
 
 async def _work(runs: Runs) -> None:
@@ -184,13 +189,11 @@ def _server(config: CoordinatorConfig, parts: "_Parts") -> grpc.aio.Server:
     """The services behind their guard."""
     federation, runs, calls = parts.federation, parts.runs, parts.calls
     store, sites, assignments = federation.store, federation.sites, federation.assignments
-    access, log = Access(insecure=config.insecure, refusal=sites.refusal), store.audit_log
-    endings = Endings(access)
-    guard = Guard(access, Caps(config.limits), calls, endings, log)
+    gate, access, log = parts.gate, parts.gate.access, store.audit_log
     options = [*SERVER_OPTIONS, window(config.window_bytes)]
-    server = grpc.aio.server(interceptors=[guard], options=options)
+    server = grpc.aio.server(interceptors=[gate.guard], options=options)
     sessions = FederationEdge(
-        access, endings, sites, assignments, log, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE
+        gate, sites, assignments, log, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE
     )
     session_pb2_grpc.add_FederationServiceServicer_to_server(sessions, server)
     transfers = TransferEdge(
@@ -204,14 +207,14 @@ def _server(config: CoordinatorConfig, parts: "_Parts") -> grpc.aio.Server:
     return server
 
 
-def _listen(server: grpc.aio.Server, config: CoordinatorConfig) -> int:
+def _listen(server: grpc.aio.Server, config: CoordinatorConfig, gate: Gate) -> int:
     try:
-        if config.tls is None:
+        if (credentials := gate.credentials()) is None:
             require_loopback(config.listen, "the coordinator's listen address")
             logger.warning("INSECURE: no encryption, identities are believed; only for tests on this machine")
             port = server.add_insecure_port(config.listen)
         else:
-            port = server.add_secure_port(config.listen, server_credentials(config.tls))
+            port = server.add_secure_port(config.listen, credentials)
     except RuntimeError as error:
         raise BadSpec(
             f"cannot listen on {config.listen}: {error}; is another coordinator running?"

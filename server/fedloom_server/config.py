@@ -11,6 +11,13 @@ from fedloom_common.runspec import Strict
 from fedloom_common.settings import ConfigPath
 
 
+class CoordinatorTls(TlsFiles):
+    """The coordinator's TLS files."""
+
+    crl: ConfigPath | None = None
+    """Revocation list of the federation (PEM): certificates in it no longer count."""
+
+
 class Limits(Strict):
     """What one peer, by its certificate, may ask for; generous for honest ones."""
 
@@ -48,7 +55,7 @@ class CoordinatorConfig(Strict):
 
     listen: str = Field(default="0.0.0.0:7443", pattern=r"^.+:\d+$")
     """host:port to serve sites and operators on; port 0 takes a free one."""
-    tls: TlsFiles | None = None
+    tls: CoordinatorTls | None = None
     """The coordinator's certificate, its key and the federation's CA."""
     insecure: bool = False
     """Instead of ``tls``, for tests on one machine: no encryption, identities believed; loopback only."""

@@ -46,6 +46,8 @@ class Site:
     description: Description
     link: Link | None = None
     """None while it is not connected."""
+    certificate_expires_s: float = 0.0
+    """When the certificate with which it last attached ends, in seconds since 1970; 0 if not known."""
 
     @property
     def name(self) -> str:

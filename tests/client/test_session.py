@@ -2,14 +2,19 @@
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from fedloom_client import session as session_module
+from fedloom_client.credential import keep_credential
 from fedloom_client.status import ill_health
 from fedloom_client.training.orders import WorkerProgress
+from fedloom_common.authority import Authority
+from fedloom_common.identity import Role, TlsFiles
+from fedloom_common.rotation import LiveCredential
 
 
 async def test_hello_says_what_the_site_has(world: Any) -> None:
@@ -115,3 +120,51 @@ async def test_progress_is_coalesced_and_its_latest_value_arrives(world: Any) ->
     )
     assert progress[0].loss == 2.0
     assert len(world.coordinator.kinds("progress")) < 15
+
+
+async def test_a_new_certificate_is_used_over_a_new_session_and_the_work_goes_on(
+    world: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = []
+    monkeypatch.setattr(
+        "fedloom_client.daemon.Session",
+        lambda *args, **values: sessions.append(session_module.Session(*args, **values)) or sessions[-1],
+    )
+    caplog.set_level(logging.INFO, "fedloom_client")
+    world.group.gate.clear()
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    await world.group.started.wait()
+    sessions[0].renew()
+    assert list((await world.attached(2)).open_assignments) == ["r1-train"]
+    world.group.gate.set()
+    await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-train"])
+    assert len(world.group.orders) == 1
+    lines = [record.message for record in caplog.records if record.name == session_module.__name__]
+    assert lines == ["attached", "attached"]
+
+
+async def test_a_certificate_that_changes_is_used_and_a_wrong_one_is_told_and_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedloom_client.credential.LOOK_S", 0.01)
+    authority = Authority.create(tmp_path / "ca", "fed.test")
+    tls = TlsFiles(ca=tmp_path / "ca/ca.crt", certificate=tmp_path / "own.crt", key=tmp_path / "own.key")
+    authority.issue(Role.SITE, "ward-a", days=3).save(tls.certificate, tls.key)
+    credential, renewed = LiveCredential(tls), asyncio.Event()
+    before = credential.expires
+    keeping = asyncio.create_task(keep_credential(credential, renewed.set))
+    new = authority.issue(Role.SITE, "ward-a", days=99)
+    tls.certificate.write_bytes(new.certificate)  # and its key has yet to be copied
+    async with asyncio.timeout(10):
+        while not credential.failures:  # noqa: ASYNC110 (any condition at all)
+            await asyncio.sleep(0.01)
+    assert credential.expires == before
+    assert not renewed.is_set()
+    tls.key.write_bytes(new.key)
+    await asyncio.wait_for(renewed.wait(), 10)
+    assert credential.expires > before
+    keeping.cancel()
+    told = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert told == ["its validity ends soon", "a changed tls file is wrong; what was in use stays"]

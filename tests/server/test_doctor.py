@@ -12,7 +12,7 @@ from fedloom_common.authority import Authority
 from fedloom_common.doctor.reach import way
 from fedloom_common.identity import Role, TlsFiles
 from fedloom_server.app import coordinator
-from fedloom_server.config import CoordinatorConfig
+from fedloom_server.config import CoordinatorConfig, CoordinatorTls
 from fedloom_server.console.kit import create_kit
 from fedloom_server.doctor import examination
 
@@ -39,7 +39,10 @@ def config(kit):
     folder = kit / "coordinator"
     content = yaml.safe_load((folder / "coordinator.yaml").read_text())
     return CoordinatorConfig(
-        listen=content["listen"], tls=tls_of(folder, "coordinator"), state_dir=folder / "state", drain_s=0.2
+        listen=content["listen"],
+        tls=CoordinatorTls(**dict(tls_of(folder, "coordinator"))),
+        state_dir=folder / "state",
+        drain_s=0.2,
     )
 
 

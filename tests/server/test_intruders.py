@@ -22,7 +22,7 @@ from fedloom_common.chunks import Chunk
 from fedloom_common.identity import Role, TlsFiles
 from fedloom_common.transfer import TransferStub
 from fedloom_server.app import Coordinator, coordinator
-from fedloom_server.config import CoordinatorConfig
+from fedloom_server.config import CoordinatorConfig, CoordinatorTls
 from fedloom_server.records import Assignment
 
 DENIED, NOBODY, UNREACHED = (
@@ -79,7 +79,7 @@ async def place(tmp_path: Path, spec: Any, initial: Any) -> AsyncIterator[Place]
     certificate = authority.issue(Role.COORDINATOR, "coordinator")
     (tmp_path / "ca.crt").write_bytes(authority.certificate)
     certificate.save(tmp_path / "own.crt", tmp_path / "own.key")
-    tls = TlsFiles(ca=tmp_path / "ca.crt", certificate=tmp_path / "own.crt", key=tmp_path / "own.key")
+    tls = CoordinatorTls(ca=tmp_path / "ca.crt", certificate=tmp_path / "own.crt", key=tmp_path / "own.key")
     config = CoordinatorConfig(
         listen="127.0.0.1:0",
         tls=tls,

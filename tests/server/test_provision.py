@@ -11,8 +11,9 @@ from cryptography import x509
 from fedloom_client.config import SiteConfig
 from fedloom_common.channels import SERVER_OPTIONS, open_channel
 from fedloom_common.errors import BadSpec
-from fedloom_common.identity import TlsFiles, peer_of, server_credentials
+from fedloom_common.identity import Role, peer_of, server_credentials
 from fedloom_common.settings import load_settings
+from fedloom_server.config import CoordinatorTls
 from fedloom_server.console.config import OperatorConfig
 from fedloom_server.console.kit import Kit, create_kit
 
@@ -54,10 +55,10 @@ def test_the_commands_make_a_kit_with_one_folder_for_each_host(tmp_path: Path) -
     names = {str(path.relative_to(tmp_path / "kit")) for path in snapshot(tmp_path)}
     assert names == {
         "kit.yaml",
-        *(f"ca/ca.{end}" for end in ("crt", "key")),
+        *(f"ca/{name}" for name in ("ca.crt", "ca.key", "issued.jsonl", "revoked.crl")),
         *(
             f"coordinator/{name}"
-            for name in ("ca.crt", "coordinator.crt", "coordinator.key", "coordinator.yaml")
+            for name in ("ca.crt", "coordinator.crt", "coordinator.key", "coordinator.yaml", "revoked.crl")
         ),
         *(f"sites/ward-a/{name}" for name in ("ca.crt", "site.crt", "site.key", "site.yaml")),
         *(f"operators/ann/{name}" for name in ("ca.crt", "operator.crt", "operator.key", "operator.yaml")),
@@ -83,7 +84,7 @@ async def test_folders_that_were_copied_elsewhere_meet_over_tls(kit: Kit, tmp_pa
     server_folder = (tmp_path / "kit/coordinator").rename(tmp_path / "server")
     content = yaml.safe_load((server_folder / "coordinator.yaml").read_text())
     assert (content["listen"], content["state_dir"]) == ("0.0.0.0:7443", "state")
-    tls = TlsFiles.model_validate(content["tls"], context={"base": server_folder})
+    tls = CoordinatorTls.model_validate(content["tls"], context={"base": server_folder})
 
     async def who(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return str(peer_of(context.auth_context())).encode()
@@ -152,6 +153,17 @@ def test_data_given_on_the_command_line_is_in_the_site_config(kit: Kit, tmp_path
             ("site", "b", "--dir", "elsewhere"),
             "elsewhere holds no kit; make one with `fedloom provision init`",
         ),
+        (
+            ("renew", "site", "ward-b"),
+            "`fedloom provision site` makes the folder anew, with the same identity",
+        ),
+        (("renew", "site"), "which site? give its name"),
+        (("renew", "site", "ward-a", "--days", "0"), "a certificate must last from 1 to"),
+        (("revoke", "site", "ward-b"), "this kit has made no certificate for site ward-b"),
+        (("revoke", "coordinator", "x"), "'coordinator' cannot be revoked; wanted is site"),
+        (("revoke", "serial", "abc"), "this kit has made no certificate with serial abc"),
+        (("revoke", "serial", "xyz"), "'xyz' is no serial number"),
+        (("crl", "--days", "99999"), "a revocation list must last from 1 to"),
         (("init", "--dir", "new", "--host", "fed:7443"), "'fed:7443' is no host"),
         (("init", "--dir", "new", "--host", "fed", "--federation", "a/b"), "'a/b' cannot name a federation"),
         (("init", "--dir", "kit/kit.yaml/new", "--host", "fed"), "cannot be made: File exists"),
@@ -207,3 +219,68 @@ def test_a_kit_whose_ca_was_taken_offline_says_what_is_missing(kit: Kit, tmp_pat
 def test_an_ipv6_coordinator_is_dialled_in_brackets(tmp_path: Path) -> None:
     kit = create_kit(tmp_path / "kit", federation="fed.test", hosts=["fd00::7"], port=9443)
     assert operator_config(kit.add_operator("ann")).coordinator == "[fd00::7]:9443"
+
+
+def revoked(kit: Path) -> tuple[list[int], int]:
+    listed = x509.load_pem_x509_crl((kit / "ca/revoked.crl").read_bytes())
+    assert (kit / "coordinator/revoked.crl").read_bytes() == (kit / "ca/revoked.crl").read_bytes()
+    number = listed.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    return sorted(entry.serial_number for entry in listed), number
+
+
+def serial(certificate: Path) -> int:
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).serial_number
+
+
+def test_a_renewed_certificate_has_the_same_identity_and_another_key(kit: Kit, tmp_path: Path) -> None:
+    folder = kit.add_site("ward-a")
+    before = snapshot(folder)
+    done = provision(tmp_path, "renew", "site", "ward-a", "--days", "30")
+    assert done.returncode == 0, done.stderr
+    assert "without a restart" in done.stdout
+    after = snapshot(folder)
+    assert after[folder / "site.yaml"] == before[folder / "site.yaml"]
+    assert after[folder / "site.key"] != before[folder / "site.key"]
+    assert after[folder / "previous/site.key"] == before[folder / "site.key"]
+    assert after[folder / "previous/site.crt"] == before[folder / "site.crt"]
+    assert stat.S_IMODE((folder / "site.key").stat().st_mode) == 0o600
+    certificate = x509.load_pem_x509_certificate(after[folder / "site.crt"])
+    extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    assert [name.value for name in extension.value] == ["spiffe://fed.test/site/ward-a"]
+
+
+def test_every_certificate_that_somebody_was_given_is_revoked_by_name(kit: Kit, tmp_path: Path) -> None:
+    first = serial(kit.add_site("ward-a") / "site.crt")
+    kit.add_site("ward-b")
+    second = serial(kit.renew(Role.SITE, "ward-a") / "site.crt")
+    (tmp_path / "kit/sites/ward-a").rename(tmp_path / "moved")  # to its host
+    third = serial(kit.add_site("ward-a") / "site.crt")
+    done = provision(tmp_path, "revoke", "site", "ward-a")
+    assert done.returncode == 0, done.stderr
+    assert "3 certificates of site ward-a revoked" in done.stdout
+    assert revoked(tmp_path / "kit") == (sorted([first, second, third]), 2)
+
+
+def test_one_certificate_is_revoked_by_its_serial_and_a_new_list_keeps_it(kit: Kit, tmp_path: Path) -> None:
+    number = serial(kit.add_operator("ann") / "operator.crt")
+    assert provision(tmp_path, "revoke", "serial", f"{number:X}").returncode == 0
+    assert provision(tmp_path, "crl", "--days", "9").returncode == 0
+    assert revoked(tmp_path / "kit") == ([number], 3)
+
+
+def test_a_damaged_list_is_not_begun_anew(kit: Kit, tmp_path: Path) -> None:
+    kit.add_site("ward-a")
+    (tmp_path / "kit/ca/revoked.crl").write_text("nothing")
+    with pytest.raises(BadSpec, match="put back the copy that the coordinator has"):
+        kit.revoke(Role.SITE, "ward-a")
+
+
+def test_certificates_of_a_kit_from_before_there_was_a_ledger_can_be_revoked(
+    kit: Kit, tmp_path: Path
+) -> None:
+    number = serial(kit.add_site("ward-a") / "site.crt")
+    for name in ("issued.jsonl", "revoked.crl"):
+        (tmp_path / "kit/ca" / name).unlink()
+    (tmp_path / "kit/coordinator/revoked.crl").unlink()
+    assert kit.revoke(Role.SITE, "ward-a") == 1
+    assert revoked(tmp_path / "kit") == ([number], 1)

@@ -255,7 +255,7 @@ class ListSitesResponse(_message.Message):
     def __init__(self, sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ...) -> None: ...
 
 class Site(_message.Message):
-    __slots__ = ("name", "connected", "last_heard_at_s", "hello", "state", "reason", "first_heard_at_s", "labels", "operator_labels", "open_assignments")
+    __slots__ = ("name", "connected", "last_heard_at_s", "hello", "state", "reason", "first_heard_at_s", "labels", "operator_labels", "open_assignments", "certificate_expires_at_s")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -280,6 +280,7 @@ class Site(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     OPERATOR_LABELS_FIELD_NUMBER: _ClassVar[int]
     OPEN_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_EXPIRES_AT_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     connected: bool
     last_heard_at_s: float
@@ -290,4 +291,5 @@ class Site(_message.Message):
     labels: _containers.ScalarMap[str, str]
     operator_labels: _containers.ScalarMap[str, str]
     open_assignments: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., connected: bool = ..., last_heard_at_s: _Optional[float] = ..., hello: _Optional[_Union[_session_pb2.Hello, _Mapping]] = ..., state: _Optional[_Union[SiteState, str]] = ..., reason: _Optional[str] = ..., first_heard_at_s: _Optional[float] = ..., labels: _Optional[_Mapping[str, str]] = ..., operator_labels: _Optional[_Mapping[str, str]] = ..., open_assignments: _Optional[_Iterable[str]] = ...) -> None: ...
+    certificate_expires_at_s: float
+    def __init__(self, name: _Optional[str] = ..., connected: bool = ..., last_heard_at_s: _Optional[float] = ..., hello: _Optional[_Union[_session_pb2.Hello, _Mapping]] = ..., state: _Optional[_Union[SiteState, str]] = ..., reason: _Optional[str] = ..., first_heard_at_s: _Optional[float] = ..., labels: _Optional[_Mapping[str, str]] = ..., operator_labels: _Optional[_Mapping[str, str]] = ..., open_assignments: _Optional[_Iterable[str]] = ..., certificate_expires_at_s: _Optional[float] = ...) -> None: ...

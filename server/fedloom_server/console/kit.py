@@ -3,85 +3,36 @@
 ```
 kit/
 ├── kit.yaml        the coordinator's address
-├── ca/             ca.crt, ca.key: whoever has the key can admit anybody
-├── coordinator/    ca.crt, coordinator.crt, coordinator.key, coordinator.yaml
+├── ca/             ca.crt, ca.key: whoever has the key can admit anybody; issued.jsonl, revoked.crl
+├── coordinator/    ca.crt, coordinator.crt, coordinator.key, coordinator.yaml, revoked.crl
 ├── sites/NAME/     ca.crt, site.crt, site.key, site.yaml
 ├── operators/NAME/ ca.crt, operator.crt, operator.key, operator.yaml
 └── viewers/NAME/   ca.crt, viewer.crt, viewer.key, operator.yaml
 ```
 
-Every folder appears whole or not at all, and nothing that exists is touched.
+Every folder appears whole or not at all, and nothing that exists is touched, but for what is renewed:
+then the certificate and key before lie in the folder's ``previous``.
 """
 
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from pydantic import Field
 
-from fedloom_common.authority import LEAF_DAYS, Authority
+from fedloom_common.authority import LEAF_DAYS, Authority, Credential
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import sync_folder, write_text
 from fedloom_common.identity import Role
 from fedloom_common.runspec import Strict
 from fedloom_common.settings import load_settings
+from fedloom_server.console.kitconfigs import COORDINATOR_YAML, OPERATOR_YAML, SITE_YAML, data_section
+from fedloom_server.console.kitledger import CRL, CRL_DAYS, Ledger
 
 PORT = 7443
-
-_COORDINATOR_YAML = """\
-# Config of the coordinator: fedloom coordinator --config coordinator.yaml
-# Relative paths start at this file's folder.
-
-listen: 0.0.0.0:{port}
-tls:
-  ca: ca.crt
-  certificate: coordinator.crt
-  key: coordinator.key
-# Runs, models and updates; needs room for a few models.
-state_dir: state
-"""
-
-_SITE_YAML = """\
-# Config of site {name}: fedloom client --config site.yaml
-# Relative paths start at this file's folder.
-
-coordinator: "{coordinator}"
-tls:
-  ca: ca.crt
-  certificate: site.crt
-  key: site.key
-# Models, packed data and updates that wait for delivery.
-state_dir: state
-
-# EDIT: this site's data sets, by the names under which run specs ask for them.
-# format is text (one document a file), jsonl or parquet (one document a record, in the field
-# text_field), or dataset (a directory that the datasets library saved).
-{data}
-# What this site permits, and how it trains; remove the # to change a value.
-# labels:
-#   ward: icu
-# policy:
-#   max_model_bytes: 4000000000
-#   max_steps_per_round: 1000
-# workers:
-#   nproc_per_node: 2
-"""
-
-_OPERATOR_YAML = """\
-# Config of {role} {name}: fedloom run list --config operator.yaml
-# Relative paths start at this file's folder.
-
-coordinator: "{coordinator}"
-tls:
-  ca: ca.crt
-  certificate: {role}.crt
-  key: {role}.key
-"""
-
-_SUFFIX_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
 class KitFile(Strict):
@@ -109,6 +60,7 @@ class Kit:
         self._directory = directory
         self._file = load_settings(KitFile, directory / "kit.yaml", env_prefix="FEDLOOM_KIT_")
         self._authority = Authority.load(directory / "ca")
+        self._ledger = Ledger(directory / "ca", self._authority)
 
     @property
     def coordinator(self) -> str:
@@ -123,7 +75,7 @@ class Kit:
 
     def add_coordinator(self, *, days: int = LEAF_DAYS) -> Path:
         """Make the coordinator's folder, again if the old one was moved away."""
-        config = _COORDINATOR_YAML.format(port=self._file.port)
+        config = COORDINATOR_YAML.format(port=self._file.port)
         return self._add(Role.COORDINATOR, "coordinator", "coordinator", ("coordinator.yaml", config), days)
 
     def add_site(
@@ -134,7 +86,7 @@ class Kit:
         Raises:
             BadSpec: the name is wrong or taken.
         """
-        config = _SITE_YAML.format(name=name, coordinator=self.coordinator, data=_data_section(data))
+        config = SITE_YAML.format(name=name, coordinator=self.coordinator, data=data_section(data))
         return self._add(Role.SITE, name, f"sites/{name}", ("site.yaml", config), days)
 
     def add_operator(self, name: str, *, may_change: bool = True, days: int = LEAF_DAYS) -> Path:
@@ -144,16 +96,87 @@ class Kit:
             BadSpec: the name is wrong or taken.
         """
         role = Role.OPERATOR if may_change else Role.VIEWER
-        config = _OPERATOR_YAML.format(role=role, name=name, coordinator=self.coordinator)
+        config = OPERATOR_YAML.format(role=role, name=name, coordinator=self.coordinator)
         return self._add(role, name, f"{role}s/{name}", ("operator.yaml", config), days)
 
+    def renew(self, role: Role, name: str, *, days: int = LEAF_DAYS) -> Path:
+        """Make a new certificate and key for somebody who has a folder; those before move into ``previous``.
+
+        Raises:
+            BadSpec: there is no such folder, or the days are wrong.
+        """
+        folder = self._folder(role, name)
+        if not folder.is_dir():
+            raise BadSpec(
+                f"{folder} is not there any more; `fedloom provision {role}` makes the folder anew, with the "
+                "same identity"
+            )
+        credential = self._issue(role, name, days)
+        certificate, key = folder / f"{role}.crt", folder / f"{role}.key"
+        (folder / "previous").mkdir(mode=0o700, exist_ok=True)
+        for file in (certificate, key):
+            if file.exists():
+                file.replace(folder / "previous" / file.name)
+        credential.save(certificate, key)
+        return folder
+
+    def revoke(self, role: Role, name: str) -> int:
+        """Revoke every certificate that somebody was ever given; tells how many.
+
+        Raises:
+            BadSpec: none is known.
+        """
+        folder, file = self._folder(role, name), f"{role}.crt"
+        serials = self._ledger.of(role, name, (folder / file, folder / "previous" / file))
+        if not serials:
+            raise BadSpec(f"this kit has made no certificate for {role} {name}; names are case-sensitive")
+        self.sign_revocations(serials)
+        return len(serials)
+
+    def revoke_serial(self, serial: str) -> None:
+        """Revoke one certificate, by its serial number in hexadecimal digits.
+
+        Raises:
+            BadSpec: it is no such number, or this kit has not made it.
+        """
+        try:
+            number = int(serial.replace(":", ""), 16)
+        except ValueError as error:
+            raise BadSpec(f"{serial!r} is no serial number; wanted are hexadecimal digits") from error
+        if not self._ledger.knows(number):
+            raise BadSpec(f"this kit has made no certificate with serial {serial}")
+        self.sign_revocations([number])
+
+    def sign_revocations(self, serials: Iterable[int] = (), *, days: int = CRL_DAYS) -> Path:
+        """Sign the revocation list anew, with further serials; the coordinator's folder gets a copy."""
+        self._ledger.revoke(serials, days=days)
+        copy = self._directory / "coordinator" / CRL
+        if copy.parent.is_dir():
+            write_text(copy, self._ledger.crl.read_text())
+        return self._ledger.crl
+
+    def _folder(self, role: Role, name: str) -> Path:
+        return self._directory / ("coordinator" if role is Role.COORDINATOR else f"{role}s/{name}")
+
+    def _hosts(self, role: Role) -> tuple[str, ...]:
+        return self._file.hosts if role is Role.COORDINATOR else ()
+
+    def _issue(self, role: Role, name: str, days: int) -> Credential:
+        credential = self._authority.issue(role, name, hosts=self._hosts(role), days=days)
+        self._ledger.issued(role, name, credential.certificate)
+        return credential
+
     def _add(self, role: Role, name: str, place: str, config: tuple[str, str], days: int) -> Path:
-        hosts = self._file.hosts if role is Role.COORDINATOR else ()
-        credential = self._authority.issue(role, name, hosts=hosts, days=days)
+        credential = self._authority.issue(role, name, hosts=self._hosts(role), days=days)
         with _new_folder(self._directory / place) as folder:
             (folder / "ca.crt").write_bytes(self._authority.certificate)
             credential.save(folder / f"{role}.crt", folder / f"{role}.key")
             write_text(folder / config[0], config[1])
+            if role is Role.COORDINATOR:
+                if not self._ledger.crl.exists():  # a kit of before there were such lists
+                    self._ledger.revoke()
+                write_text(folder / CRL, self._ledger.crl.read_text())
+            self._ledger.issued(role, name, credential.certificate)
         return self._directory / place
 
 
@@ -169,7 +192,9 @@ def create_kit(
         Authority.create(folder / "ca", federation)
         (folder / "ca").chmod(0o700)
         write_text(folder / "kit.yaml", yaml.safe_dump({"hosts": list(hosts), "port": port}, sort_keys=False))
-        Kit(folder).add_coordinator(days=days)
+        kit = Kit(folder)
+        kit.sign_revocations()
+        kit.add_coordinator(days=days)
     return Kit(directory)
 
 
@@ -210,16 +235,3 @@ def _taken(path: Path) -> BadSpec:
     return BadSpec(
         f"{path} exists and is left as it is; move it away to have it made anew, or choose another name"
     )
-
-
-def _data_section(data: Mapping[str, Sequence[str]] | None) -> str:
-    sets = {}
-    for name, files in (data or {"texts": ["data/*.txt"]}).items():
-        formats = {_SUFFIX_FORMATS.get(Path(file).suffix, "text") for file in files}
-        if len(formats) != 1:
-            raise BadSpec(
-                f"the files of data set {name} have several formats ({', '.join(sorted(formats))}); "
-                "give each its own name"
-            )
-        sets[name] = {"format": formats.pop(), "files": list(files)}
-    return yaml.safe_dump({"data": sets}, sort_keys=False, default_flow_style=False)

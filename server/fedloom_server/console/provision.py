@@ -1,7 +1,7 @@
 """``fedloom provision``: certificates and configs for everybody in a federation."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from pydantic import TypeAdapter, ValidationError
@@ -10,8 +10,10 @@ from rich.markup import escape
 
 from fedloom_common.authority import LEAF_DAYS
 from fedloom_common.errors import BadSpec
+from fedloom_common.identity import Role
 from fedloom_common.runspec import Name
 from fedloom_server.console.kit import PORT, Kit, create_kit
+from fedloom_server.console.kitledger import CRL, CRL_DAYS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +22,10 @@ app = typer.Typer(
 
 Directory = Annotated[Path, typer.Option("--dir", help="The kit's directory.")]
 Days = Annotated[int, typer.Option("--days", help="Days until the certificate ends.")]
+Who = Annotated[
+    Literal["site", "operator", "viewer", "coordinator"], typer.Argument(help="Role of the holder.")
+]
+OwnName = Annotated[str, typer.Argument(help="Name of the holder; none for the coordinator.")]
 WhoseName = Annotated[str, typer.Argument(help="Small letters, digits, dots, dashes and underscores.")]
 
 
@@ -93,6 +99,64 @@ def viewer(name: WhoseName, directory: Directory = Path("kit"), days: Days = LEA
     _say_operator("Viewer", name, Kit(directory).add_operator(name, may_change=False, days=days))
 
 
+@app.command()
+def renew(who: Who, name: OwnName = "", directory: Directory = Path("kit"), days: Days = LEAF_DAYS) -> None:
+    """Make a new certificate for somebody, with the same identity; the one before counts until it ends."""
+    role = Role(who)
+    folder = Kit(directory).renew(role, _name_of(role, name), days=days)
+    _say(
+        f"New certificate of {role} [bold]{name}[/]:",
+        (folder, f"copy {role}.crt and {role}.key to the host, over the old ones: they are used at once,"),
+        (None, "without a restart; to end the old certificate now, revoke its serial"),
+    )
+
+
+@app.command()
+def revoke(
+    who: Annotated[str, typer.Argument(metavar="ROLE|serial", help="site, operator, viewer, or: serial")],
+    name: Annotated[str, typer.Argument(help="Name of the holder, or the serial number.")],
+    directory: Directory = Path("kit"),
+) -> None:
+    """Revoke all certificates of somebody, or one by its serial number as the audit log tells it."""
+    kit = Kit(directory)
+    if who == "serial":
+        kit.revoke_serial(name)
+        count = 1
+    elif who in (Role.SITE, Role.OPERATOR, Role.VIEWER):
+        count = kit.revoke(Role(who), name)
+    else:
+        raise BadSpec(f"{who!r} cannot be revoked; wanted is site, operator or viewer, or serial")
+    _say_revocations(f"{count} certificate{'s'[: count > 1]} of {who} [bold]{name}[/] revoked:", directory)
+
+
+@app.command()
+def crl(
+    directory: Directory = Path("kit"),
+    days: Annotated[int, typer.Option("--days", help="Days until the list ends.")] = CRL_DAYS,
+) -> None:
+    """Sign the revocation list anew before it ends: the coordinator takes no list that has."""
+    Kit(directory).sign_revocations(days=days)
+    _say_revocations("New revocation list:", directory)
+
+
+def _say_revocations(title: str, directory: Path) -> None:
+    _say(
+        title,
+        (
+            directory / "ca" / CRL,
+            "copy to the coordinator's host, where tls.crl names it: it is read at once",
+        ),
+    )
+
+
+def _name_of(role: Role, name: str) -> str:
+    if role is Role.COORDINATOR:
+        return "coordinator"
+    if not name:
+        raise BadSpec(f"which {role}? give its name")
+    return name
+
+
 def _say_operator(title: str, name: str, folder: Path) -> None:
     _say(
         f"{title} [bold]{name}[/]:",
@@ -122,5 +186,5 @@ def _say(title: str, *lines: tuple[Path | None, str]) -> None:
     console.print(title)
     width = max(len(str(folder)) for folder, _ in lines if folder) + 3
     for folder, text in lines:
-        place = f"{folder}/" if folder else ""
+        place = f"{folder}{'' if folder.suffix else '/'}" if folder else ""
         console.print(f"  [cyan]{escape(place.ljust(width))}[/]{text}")

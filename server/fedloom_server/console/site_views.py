@@ -9,10 +9,23 @@ from fedloom.v1.runs_pb2 import SITE_STATE_ACTIVE, SITE_STATE_BLOCKED, SITE_STAT
 from fedloom.v1.session_pb2 import Device, Hello
 from fedloom_server.console.formats import FittingTable, bytes_text, plain, seconds_text, time_text
 
+DAY_S = 86_400
+SOON_DAYS, URGENT_DAYS = 30, 7
+
 
 def sites_table(sites: Iterable[Site], now_s: float) -> Table:
     """One line a site: whether it is there, what it may do, and what it said of itself."""
-    columns = ("site", "session", ">last heard", "labels", "devices", ">memory", "data sets", "software")
+    columns = (
+        "site",
+        "session",
+        ">last heard",
+        "certificate",
+        "labels",
+        "devices",
+        ">memory",
+        "data sets",
+        "software",
+    )
     table = FittingTable(*columns)
     for site in sites:
         style = "green" if site.connected and site.state == SITE_STATE_ACTIVE else "yellow"
@@ -20,6 +33,7 @@ def sites_table(sites: Iterable[Site], now_s: float) -> Table:
             Text(plain(site.name)),
             Text(_session(site), style="red" if site.state == SITE_STATE_BLOCKED else style),
             _heard(site, now_s),
+            _certificate(site, now_s),
             Text(plain(_labels(site)) or "–"),
             Text(plain(_devices(site.hello))),
             bytes_text(site.hello.memory_bytes) if site.hello.memory_bytes else "–",
@@ -41,6 +55,7 @@ def site_facts(site: Site, now_s: float) -> Table:
         "open work": "\n".join(site.open_assignments) or "none",
         "first heard": time_text(site.first_heard_at_s),
         "last heard": _heard(site, now_s),
+        "certificate": f"{_certificate(site, now_s)}",
         "labels": _labels(site) or "–",
         "by operators": ", ".join(_operator_label(*item) for item in sorted(site.operator_labels.items()))
         or "–",
@@ -79,6 +94,17 @@ def _heard(site: Site, now_s: float) -> str:
     if not site.last_heard_at_s:
         return "never"
     return f"{seconds_text(max(0.0, now_s - site.last_heard_at_s))} ago"
+
+
+def _certificate(site: Site, now_s: float) -> Text:
+    """How long the certificate still counts: in colour when it is to be renewed."""
+    if not site.certificate_expires_at_s:
+        return Text("–")
+    days = (site.certificate_expires_at_s - now_s) / DAY_S
+    if days <= 0:
+        return Text("expired", style="red")
+    style = "red" if days <= URGENT_DAYS else "yellow" if days <= SOON_DAYS else ""
+    return Text(f"{days:.0f} days" if days >= 2 else f"{days * 24:.0f} h", style=style)
 
 
 def _labels(site: Site) -> str:

@@ -19,8 +19,8 @@ from fedloom_server.assignments import Assignments, Result
 from fedloom_server.audit import AuditLog
 from fedloom_server.records import Work, site_of
 from fedloom_server.roster import Site
-from fedloom_server.rpc.access import Access
-from fedloom_server.rpc.endings import Endings, current_call
+from fedloom_server.rpc.endings import current_call
+from fedloom_server.rpc.gate import Gate
 from fedloom_server.rpc.hellos import description_of, labels_of, read_hello, short
 from fedloom_server.rpc.links import Silence, SiteLink
 from fedloom_server.rpc.messages import phase_name
@@ -49,8 +49,7 @@ class FederationEdge(FederationServiceServicer):
 
     def __init__(
         self,
-        access: Access,
-        endings: Endings,
+        gate: Gate,
         sites: Sites,
         assignments: Assignments,
         log: AuditLog,
@@ -58,8 +57,8 @@ class FederationEdge(FederationServiceServicer):
         heartbeat_s: float,
         model_name: str,
     ) -> None:
-        self._access = access
-        self._endings = endings
+        self._gate = gate
+        self._access = gate.access
         self._sites = sites
         self._assignments = assignments
         self._heartbeat_s = heartbeat_s
@@ -80,11 +79,11 @@ class FederationEdge(FederationServiceServicer):
         peer = self._access.peer(context)
         site = peer.name
         hello = await read_hello(request_iterator)
-        link = SiteLink(self._model_name, partial(self._endings.end, current_call()))
+        link = SiteLink(self._model_name, partial(self._gate.endings.end, current_call()))
         try:
             with (
                 self._sites.attached(site, description_of(hello), link, labels_of(hello)) as entry,
-                self._audited(peer, context),
+                self._audited(entry, context),
             ):
                 heartbeat_s = self._pace_s()
                 link.welcome(site, heartbeat_s)
@@ -139,9 +138,12 @@ class FederationEdge(FederationServiceServicer):
         link.give_up(reason)
 
     @contextmanager
-    def _audited(self, peer: Peer, context: Context) -> Iterator[None]:
-        certificate = self._access.certificate(context)
+    def _audited(self, site: Site, context: Context) -> Iterator[None]:
+        peer, certificate = self._access.peer(context), self._access.certificate(context)
         facts = {} if certificate is None else {"certificate": f"{certificate.serial:x}"}
+        if certificate is not None and self._gate.trust is not None:
+            site.certificate_expires_s = certificate.expires.timestamp()
+            self._gate.trust.noticed(certificate)
         self._log.audit_often(peer, "session.began", peer.name, caller=context.peer(), **facts)
         try:
             yield

@@ -141,4 +141,5 @@ def site_message(site: Site, open_assignments: Iterable[str]) -> runs_pb2.Site:
         labels=site.labels,
         operator_labels=record.operator_labels,
         open_assignments=open_assignments,
+        certificate_expires_at_s=site.certificate_expires_s,
     )
