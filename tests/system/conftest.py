@@ -69,11 +69,14 @@ class Processes:
         )
 
     def _start(self, name: str, command: str, config: Path, *flags: str) -> None:
+        self.spawn(name, FEDLOOM, command, "--config", config, *flags)
+
+    def spawn(self, name: str, *command: str | Path) -> None:
+        """Start a process of any kind that belongs to the federation."""
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
-                [FEDLOOM, command, "--config", config, *flags],
-                stdout=log, stderr=log, start_new_session=True, env=ENVIRONMENT,
-            )  # fmt: skip
+                command, stdout=log, stderr=log, start_new_session=True, env=ENVIRONMENT
+            )
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
