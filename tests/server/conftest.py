@@ -59,6 +59,9 @@ class Fault(Enum):
     EVALUATES_THE_WORLD = auto()
 
 
+Tensors = dict[str, np.ndarray]
+
+
 class FakeSite:
     """A site whose training adds ``step`` to every value, by the contract alone."""
 
@@ -71,6 +74,12 @@ class FakeSite:
         self.fault = fault
         self.gate: asyncio.Semaphore | None = None
         """Lets so many trainings end; all do at once without it."""
+        self.seconds = 0.0
+        """How long a training takes."""
+        self.learn: Callable[[Tensors, int], Tensors] | None = None
+        """What the n-th training makes of a model; adds ``step`` if not given."""
+        self.measure: Callable[[Tensors], float] | None = None
+        """A model's held-out loss."""
         self.folder = folder
         self.trained: list[str] = []
         self.asked: list[pb.Assignment] = []
@@ -149,8 +158,11 @@ class FakeSite:
         if assignment.work == pb.WORK_EVALUATE and self.fault is Fault.NEVER_EVALUATES:
             return
         if assignment.work == pb.WORK_EVALUATE:
-            mean = float(np.mean([tensor.mean() for tensor in load_file(model).values()]))
-            metrics = {"loss": 10.0 - mean, "perplexity": float(np.exp(10.0 - mean))}
+            tensors = load_file(model)
+            loss = 10.0 - float(np.mean([tensor.mean() for tensor in tensors.values()]))
+            if self.measure is not None:
+                loss = self.measure(tensors)
+            metrics = {"loss": loss, "perplexity": float(np.exp(loss))}
             examples, tokens, seconds = self.examples, 10, {"evaluate": 0.1}
             if self.fault is Fault.ODD_NAMES:
                 metrics |= {"name": 1.0, "message": 2.0, "a\nb\x1b[31m": 3.0}
@@ -181,13 +193,18 @@ class FakeSite:
         elif self.fault is not Fault.SILENT:
             if self.gate is not None:
                 await self.gate.acquire()
+            await asyncio.sleep(self.seconds)
             self._train(assignment, model)
 
     def _train(self, assignment: pb.Assignment, model: Path) -> None:
         if assignment.id not in self._updates:
             self.trained.append(assignment.id)
             path = self.folder / f"{assignment.id}.safetensors"
-            tensors = {name: tensor + np.float32(self.step) for name, tensor in load_file(model).items()}
+            tensors = load_file(model)
+            if self.learn is not None:
+                tensors = self.learn(tensors, assignment.round)
+            else:
+                tensors = {name: tensor + np.float32(self.step) for name, tensor in tensors.items()}
             _spoil(tensors, self.fault)
             save_file(tensors, path, metadata={"format": "pt"})
             if self.fault is Fault.NOT_SAFETENSORS:
