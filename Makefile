@@ -8,7 +8,7 @@ PEERS ?= $(filter --quick,$(BENCH))
 
 SECONDS ?= 60
 
-.PHONY: setup demo test test-slow test-docker test-gpu fuzz bench bench-peers check protos clean help
+.PHONY: setup demo test test-slow test-docker test-gpu fuzz deploy-check bench bench-peers check protos clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ test-docker: $(READY) ## docker compose with a real engine
 
 test-gpu: $(READY) ## training on CUDA devices
 	$(BIN)/python -m pytest -m gpu
+
+deploy-check: $(READY) ## systemd units, Kubernetes manifests and Prometheus files, by their own tools
+	$(BIN)/python -m pytest -rs tests/deploy
 
 fuzz: $(READY) ## coverage-guided fuzzing of the parsers, SECONDS=60 for each
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'

@@ -39,7 +39,7 @@ async def site_port(address: str, observed: Observed) -> AsyncIterator[int]:
         BadSpec: the address cannot be listened on.
     """
     config, lag = observed.config, LoopLag()
-    vitals = Vitals(lag=lag, checks=_readiness(observed), metrics=_Page(observed, lag).render)
+    vitals = Vitals(lag=lag, checks=_readiness(observed), metrics=SitePage(observed, lag).render)
     async with http_port(address, http_encryption(address, config.http_tls, config.tls), vitals) as port:
         yield port
 
@@ -52,7 +52,7 @@ def _readiness(observed: Observed) -> dict[str, Check]:
     return {"session": session, "disk": disk_above(config.state_dir, config.disk_floor_bytes)}
 
 
-class _Page:
+class SitePage:
     """The page /metrics."""
 
     def __init__(self, observed: Observed, lag: LoopLag) -> None:
