@@ -129,14 +129,23 @@ async def _drain(service: Service, server: grpc.aio.Server, working: "asyncio.Ta
     for site in service.federation.sites.all():
         if site.link is not None:
             site.link.close("the coordinator shuts down")
-    try:  # rounds go on meanwhile: without them an update that arrives would not count
-        async with asyncio.timeout(service.config.drain_s):
-            await service.calls.until_ended()
-    except TimeoutError:
+    # Rounds go on meanwhile: without them an update that arrives would not count.
+    if not await _ended(service.calls, service.config.drain_s):
         logger.warning("calls are cut off", extra={"calls": dict(+service.calls.under_way)})
     working.cancel()
     await asyncio.wait([working])
     await server.stop(STOP_S)
+    await _ended(service.calls, STOP_S)  # what was cut off lets go of its files
+
+
+async def _ended(calls: Calls, seconds: float) -> bool:
+    """Whether all calls that end by themselves have done so in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            await calls.until_ended()
+    except TimeoutError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
