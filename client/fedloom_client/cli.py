@@ -53,6 +53,23 @@ def health(context: typer.Context, config: ConfigFile = None) -> None:
 
 
 @app.command(context_settings=FLAGS)
+def policy(
+    context: typer.Context,
+    spec: Annotated[Path, typer.Option("--spec", help="File of a run spec.")],
+    config: ConfigFile = None,
+) -> None:
+    """Tell whether this site would take part in a run now; if not, which rules refuse it, and exit with 1."""
+    from fedloom_client.consent import foretell
+
+    reasons = foretell(_settings(config, context.args), spec)
+    for reason in reasons:
+        typer.echo(f"refused: {reason}")
+    if not reasons:
+        typer.echo("permitted, as far as the run spec tells; the model's size and digests are judged later")
+    sys.exit(1 if reasons else 0)
+
+
+@app.command(context_settings=FLAGS)
 def node(context: typer.Context, config: ConfigFile = None) -> None:
     """Lend this further host's devices to the site's worker group (workers.nnodes)."""
     settings = _settings(config, context.args)

@@ -1,15 +1,19 @@
 """What one site's own file says: where the coordinator is, what data there is, what is permitted."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fedloom_common.channels import WINDOW_BYTES
+from fedloom_common.codecs.spec import StageName
 from fedloom_common.httpport import http_encryption
 from fedloom_common.identity import TlsFiles
 from fedloom_common.requirements import MOST_LABELS, Label
 from fedloom_common.runspec import Name, Strict
 from fedloom_common.settings import ConfigGlob, ConfigPath
+
+HOURS = r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$"
+Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
 
 
 class DataSource(Strict):
@@ -49,19 +53,41 @@ class Workers(Strict):
     """Name of the meeting, the same on every host of the site."""
 
 
+class Privacy(Strict):
+    """The least privacy that a run must give to this site's records."""
+
+    max_clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm to which the site's contribution is clipped."""
+    min_noise_multiplier: float | None = Field(default=None, gt=0)
+    """Smallest standard deviation of the noise, in units of that norm."""
+
+
 class Policy(Strict):
-    """What this site permits; an assignment beyond it is refused with the reason."""
+    """What this site permits; an assignment beyond it is refused with the rule that refuses it."""
 
     tasks: tuple[str, ...] = ("causal_lm",)
     """Kinds of task."""
+    data_sets: tuple[Name, ...] | None = None
+    """Data sets that runs may use; all of ``data`` if not given."""
     model_types: tuple[str, ...] | None = None
     """Model families by transformers' ``model_type``; any if not given."""
+    models: tuple[Digest, ...] | None = None
+    """Models by digest, as `fedloom run show` tells it: of config.json, which is one all through a run, or of
+    the first model.safetensors, whose run this site must then join at its beginning; any if not given."""
     max_model_bytes: int | None = Field(default=None, ge=1)
     """Largest model file, in bytes."""
     max_steps_per_round: int | None = Field(default=None, ge=1)
     """Most optimizer steps in one round."""
     max_epochs_per_round: float | None = Field(default=None, gt=0)
     """Most passes over the data in one round."""
+    max_rounds_per_day: int | None = Field(default=None, ge=0)
+    """Most trainings that begin on one day, from midnight to midnight UTC, whatever is restarted."""
+    hours_utc: str | None = Field(default=None, pattern=HOURS)
+    """When trainings may begin, such as ``20:00-06:00``, in UTC; always if not given."""
+    codecs: tuple[StageName, ...] | None = None
+    """Codecs in which updates may leave, by the names of ``transport.up``; any if not given."""
+    privacy: Privacy | None = None
+    """The least privacy that a run must give; none if not given."""
 
 
 class SiteConfig(Strict):
@@ -101,10 +127,19 @@ class SiteConfig(Strict):
     """The training processes."""
     policy: Policy = Policy()
     """What this site permits."""
+    policy_file: ConfigPath | None = None
+    """Instead of ``policy``, a file of its own with the same keys, which the owner of the data keeps. It is
+    read for every assignment; while it is missing or wrong, everything is refused."""
     log_format: Literal["human", "json"] = "human"
     """How log lines look on standard error."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe lines that are logged."""
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Self:
+        if self.policy_file is not None and "policy" in self.model_fields_set:
+            raise ValueError("policy and policy_file are both given; keep one of them")
+        return self
 
     @model_validator(mode="after")
     def _http_has_its_certificate(self) -> Self:

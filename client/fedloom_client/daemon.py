@@ -14,6 +14,7 @@ from fedloom_client import wire
 from fedloom_client.assignments import Assignments
 from fedloom_client.cache import Cache
 from fedloom_client.config import SiteConfig
+from fedloom_client.consent import Consent
 from fedloom_client.credential import keep_credential
 from fedloom_client.deliveries import Deliveries
 from fedloom_client.downloads import Downloads
@@ -68,7 +69,12 @@ class Daemon:
         )
         self._assignments = Assignments(
             Performer(
-                config, cache=self._cache, outbox=self._outbox, residuals=residuals, groups=self._groups
+                config,
+                Consent(config, self._state),
+                cache=self._cache,
+                outbox=self._outbox,
+                residuals=residuals,
+                groups=self._groups,
             ),
             mailbox=self._mailbox,
             outbox=self._outbox,

@@ -23,6 +23,7 @@ class StateDir:
         self.outbox = root / "outbox"
         self.runs = root / "runs"
         self.packed = root / "packed"
+        self.trainings = root / "trainings.json"
         self.status = root / "status.json"
         self._lock = root / "lock"
 

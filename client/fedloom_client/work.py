@@ -12,10 +12,10 @@ from pathlib import Path
 
 from fedloom_client.cache import Cache, OnProgress, model_type, require_space, size_bytes
 from fedloom_client.config import SiteConfig
+from fedloom_client.consent import Consent
 from fedloom_client.groups import WarmGroups
 from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress, Refusal
 from fedloom_client.outbox import Outbox
-from fedloom_client.policy import refusal_of_model, refusal_of_run
 from fedloom_client.residuals import Residuals
 from fedloom_client.training.orders import SPARE_UPDATE, Order, WorkerProgress, WorkerResult
 from fedloom_common.codecs.spec import AS_IS
@@ -33,9 +33,17 @@ class Performer:
     """Turns assignments into answers."""
 
     def __init__(
-        self, config: SiteConfig, *, cache: Cache, outbox: Outbox, residuals: Residuals, groups: WarmGroups
+        self,
+        config: SiteConfig,
+        consent: Consent,
+        *,
+        cache: Cache,
+        outbox: Outbox,
+        residuals: Residuals,
+        groups: WarmGroups,
     ) -> None:
         self._config = config
+        self._consent = consent
         self._cache = cache
         self._outbox = outbox
         self._residuals = residuals
@@ -68,19 +76,12 @@ class Performer:
 
     async def _do(self, assignment: Assignment, report: Report) -> Answer:
         spec = read_run_spec(assignment.spec_json)
-        reason = refusal_of_run(
-            spec,
-            policy=self._config.policy,
-            data_sets=self._config.data,
-            model_bytes=assignment.model.size_bytes,
-        )
-        if reason:
+        if reason := self._consent.refusal(assignment, spec):
             return Refusal(assignment_id=assignment.id, reason=reason)
         began_s = time.monotonic()
         report(Progress(assignment_id=assignment.id, phase="download", total=assignment.model.size_bytes))
         assets = await self._cache.assets(assignment.assets)
-        reason = refusal_of_model(model_type(assets), policy=self._config.policy)
-        if reason:
+        if reason := self._consent.refusal_of_family(model_type(assets)):
             return Refusal(assignment_id=assignment.id, reason=reason)
         model = await self._cache.model(
             assignment.model,

@@ -1,12 +1,24 @@
 """What a site permits."""
 
 import json
+from datetime import UTC, datetime, time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedloom_client.config import Policy
-from fedloom_client.policy import refusal_of_model, refusal_of_run
+from fedloom_client.config import Policy, Privacy, SiteConfig
+from fedloom_client.consent import Consent, foretell
+from fedloom_client.messages import Assignment, Blob
+from fedloom_client.policy import (
+    Circumstances,
+    is_within,
+    refusal_of_model,
+    refusal_of_run,
+    refusal_of_training,
+)
+from fedloom_client.statedir import StateDir
+from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import RunSpec, parse_run_spec
 
 
@@ -21,6 +33,15 @@ def spec(**local: Any) -> RunSpec:
     return parse_run_spec(json.dumps(facts))
 
 
+NOON = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+WEIGHTS, CONFIG, OTHER = (f"blake3:{digit * 64}" for digit in "123")
+
+
+def here(**changes: Any) -> Circumstances:
+    facts = {"data_sets": ["plays"], "model_bytes": 100, "digests": [WEIGHTS, CONFIG], "now": NOON}
+    return Circumstances(**facts | changes)
+
+
 @pytest.mark.parametrize(
     ("policy", "local", "reason"),
     [
@@ -30,12 +51,22 @@ def spec(**local: Any) -> RunSpec:
         pytest.param({"max_epochs_per_round": 0.5}, {"epochs": 2}, "is 0.5, the run wants 2", id="epochs"),
         pytest.param({"max_steps_per_round": 9}, {"epochs": 1}, "give local.steps", id="step-limit"),
         pytest.param({"max_epochs_per_round": 1}, {"steps": 1}, "give local.epochs", id="epoch-limit"),
+        pytest.param({"data_sets": ("notes",)}, {"steps": 1}, "data_sets permits notes, the run", id="data"),
+        pytest.param({"models": (OTHER,)}, {"steps": 1}, "policy.models names none of", id="digest"),
+        pytest.param({"codecs": ("int8",)}, {"steps": 1}, "would leave as fp32", id="codec"),
+        pytest.param(
+            {"privacy": Privacy(max_clip_norm=1, min_noise_multiplier=0.5)},
+            {"steps": 1},
+            "policy.privacy demands clipping to a norm of at most 1 and noise of at least 0.5 times the "
+            "clipping norm, the run gives no privacy",
+            id="privacy",
+        ),
     ],
 )
 def test_what_is_beyond_the_policy_is_refused_with_rule_and_value(
     policy: dict[str, Any], local: dict[str, Any], reason: str
 ) -> None:
-    answer = refusal_of_run(spec(**local), policy=Policy(**policy), data_sets=["plays"], model_bytes=100)
+    answer = refusal_of_run(spec(**local), Policy(**policy), here())
     assert reason in str(answer)
 
 
@@ -45,22 +76,22 @@ def test_what_is_beyond_the_policy_is_refused_with_rule_and_value(
         pytest.param({}, {"steps": 10**6}, id="no-limits"),
         pytest.param({"max_model_bytes": 100, "max_steps_per_round": 10}, {"steps": 10}, id="at-the-limits"),
         pytest.param({"max_epochs_per_round": 1, "max_steps_per_round": 10}, {"epochs": 1}, id="both-limits"),
+        pytest.param({"models": (OTHER, CONFIG), "codecs": ("fp32",)}, {"steps": 1}, id="named"),
+        pytest.param({"data_sets": ("plays", "notes")}, {"steps": 1}, id="data"),
     ],
 )
 def test_what_is_within_the_policy_is_not_refused(policy: dict[str, Any], local: dict[str, Any]) -> None:
-    assert (
-        refusal_of_run(spec(**local), policy=Policy(**policy), data_sets=["plays"], model_bytes=100) is None
-    )
+    assert refusal_of_run(spec(**local), Policy(**policy), here()) is None
 
 
 def test_a_data_set_that_the_site_does_not_have_is_refused() -> None:
-    answer = refusal_of_run(spec(), policy=Policy(), data_sets=["letters", "essays"], model_bytes=1)
+    answer = refusal_of_run(spec(), Policy(), here(data_sets=["letters", "essays"]))
     assert answer == "data has essays, letters, the run wants plays"
 
 
 def test_every_objection_is_named_at_once() -> None:
     policy = Policy(max_model_bytes=1, max_steps_per_round=1)
-    answer = refusal_of_run(spec(steps=2), policy=policy, data_sets=[], model_bytes=2)
+    answer = refusal_of_run(spec(steps=2), policy, here(data_sets=[], model_bytes=2))
     assert str(answer).count(";") == 2
 
 
@@ -72,3 +103,131 @@ def test_only_listed_model_families_are_permitted() -> None:
         == "policy.model_types permits gpt2, llama, the model is a mamba"
     )
     assert refusal_of_model("mamba", policy=Policy()) is None
+
+
+def test_a_run_whose_model_was_permitted_when_it_was_joined_stays_permitted() -> None:
+    policy = Policy(models=(WEIGHTS,))
+    later = here(digests=[OTHER, CONFIG])
+    assert "names none of" in str(refusal_of_run(spec(), policy, later))
+    assert refusal_of_run(spec(), policy, here(digests=[OTHER, CONFIG], joined_permitted=True)) is None
+
+
+def test_trainings_beyond_the_day_or_the_hours_are_refused() -> None:
+    policy = Policy(max_rounds_per_day=2, hours_utc="20:00-06:00")
+    assert "is 2, 2 have begun" in str(refusal_of_training(policy, here(trainings_today=2)))
+    assert "is 20:00-06:00, it is 12:00 UTC" in str(refusal_of_training(policy, here(trainings_today=1)))
+    night = NOON.replace(hour=23)
+    assert refusal_of_training(policy, here(trainings_today=1, now=night)) is None
+    assert refusal_of_training(Policy(), here(trainings_today=10**6)) is None
+
+
+@pytest.mark.parametrize(
+    ("hours", "moment", "within"),
+    [
+        ("09:00-17:00", time(9, 0), True),
+        ("09:00-17:00", time(16, 59), True),
+        ("09:00-17:00", time(17, 0), False),
+        ("20:00-06:00", time(5, 59), True),
+        ("20:00-06:00", time(6, 0), False),
+        ("20:00-06:00", time(20, 0), True),
+    ],
+)
+def test_hours_may_reach_over_midnight(hours: str, moment: time, within: bool) -> None:
+    assert is_within(hours, moment) is within
+
+
+def assignment(name: str = "r1.1.1.train.a", *, weights: str = WEIGHTS, work: Any = "train") -> Assignment:
+    return Assignment(
+        id=name, work=work, run_id=name.partition(".")[0], round=1, attempt=1,
+        model=Blob(name="model.safetensors", digest=weights, size_bytes=100),
+        assets=(Blob(name="config.json", digest=CONFIG, size_bytes=10),),
+        spec_json=spec().model_dump_json(), deadline_s=0,
+    )  # fmt: skip
+
+
+def site(tmp_path: Path, **rules: Any) -> SiteConfig:
+    content = {"coordinator": "localhost:1", "insecure": "a", "state_dir": str(tmp_path / "state")}
+    return SiteConfig.model_validate(content | {"data": {"plays": {"files": ["*.txt"]}}} | rules)
+
+
+def consent(config: SiteConfig) -> Consent:
+    return Consent(config, StateDir(config.state_dir))
+
+
+def test_trainings_of_a_day_are_counted_once_each_and_over_restarts(tmp_path: Path) -> None:
+    config = site(tmp_path, policy={"max_rounds_per_day": 2})
+    first, second, third = (assignment(f"r1.{number}.1.train.a") for number in (1, 2, 3))
+    assert consent(config).refusal(first, spec()) is None
+    assert consent(config).refusal(first, spec()) is None  # the daemon was killed, and does it again
+    assert consent(config).refusal(assignment("r1.1.1.evaluate.a", work="evaluate"), spec()) is None
+    assert consent(config).refusal(second, spec()) is None
+    assert "policy.max_rounds_per_day is 2, 2 have begun" in str(consent(config).refusal(third, spec()))
+    assert consent(config).refusal(second, spec()) is None
+
+
+def test_the_next_day_begins_at_midnight_utc_and_a_clock_set_back_does_not_begin_one_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, zone: Any = None) -> datetime:
+            return datetime(2026, 3, cls.day, 23, 59, tzinfo=UTC)
+
+    monkeypatch.setattr("fedloom_client.consent.datetime", Clock)
+    config = site(tmp_path, policy={"max_rounds_per_day": 1})
+    for day, number, refused in [(1, 1, False), (1, 2, True), (2, 2, False), (1, 3, True), (2, 3, True)]:
+        Clock.day = day
+        answer = consent(config).refusal(assignment(f"r1.{number}.1.train.a"), spec())
+        assert (answer is not None) is refused, (day, number)
+
+
+def test_a_damaged_record_of_trainings_permits_nothing(tmp_path: Path) -> None:
+    config = site(tmp_path, policy={"max_rounds_per_day": 2})
+    assert consent(config).refusal(assignment(), spec()) is None
+    (config.state_dir / "trainings.json").write_text('{"days": 7}')
+    assert "is damaged" in str(consent(config).refusal(assignment(), spec()))
+
+
+def test_a_model_named_by_its_first_weights_is_permitted_all_through_the_run(tmp_path: Path) -> None:
+    config = site(tmp_path, policy={"models": [WEIGHTS]})
+    late = assignment("r2.5.1.train.a", weights=OTHER)
+    assert "names none" in str(consent(config).refusal(late, spec()))
+    assert consent(config).refusal(assignment("r1.1.1.train.a"), spec()) is None
+    assert consent(config).refusal(assignment("r1.2.1.train.a", weights=OTHER), spec()) is None
+
+
+def test_a_policy_file_is_read_as_it_stands_and_permits_nothing_while_it_is_wrong(tmp_path: Path) -> None:
+    rules = tmp_path / "policy.yaml"
+    config = site(tmp_path, policy_file=str(rules))
+    judge = consent(config)
+    assert "cannot be read, so everything is refused" in str(judge.refusal(assignment(), spec()))
+    assert "cannot be read" in str(judge.refusal_of_family("gpt2"))
+    rules.write_text("max_steps_per_round: 5\nmodel_types: [llama]\n")
+    assert "max_steps_per_round is 5" in str(judge.refusal(assignment(), spec()))
+    assert "permits llama" in str(judge.refusal_of_family("gpt2"))
+    rules.write_text("max_steps_per_round: 10\n")
+    assert judge.refusal(assignment(), spec()) is None
+    for wrong in ("max_step: 5", "just words", "{", "max_steps_per_round: many"):
+        rules.write_text(wrong)
+        assert "everything is refused" in str(judge.refusal(assignment(), spec()))
+
+
+def test_a_policy_in_two_places_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="policy and policy_file are both given"):
+        site(tmp_path, policy={}, policy_file="p.yaml")
+
+
+def test_what_would_be_refused_is_told_beforehand(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(spec(steps=10).model_dump_json())
+    rules = {"max_steps_per_round": 5, "model_types": ["llama"], "max_rounds_per_day": 0}
+    assert foretell(site(tmp_path, policy=rules), path) == [
+        "policy.max_steps_per_round is 5, the run wants 10 steps",
+        "policy.model_types permits llama, the model is a gpt2",
+        "policy.max_rounds_per_day is 0, 0 have begun today (UTC)",
+    ]
+    assert foretell(site(tmp_path), path) == []
+    with pytest.raises(BadSpec, match="cannot be read"):
+        foretell(site(tmp_path), tmp_path / "none.yaml")

@@ -1,0 +1,162 @@
+"""Whether this site does what it is asked: its policy as it stands now, and what it has done today."""
+
+import json
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fedloom_client.config import Policy, SiteConfig
+from fedloom_client.messages import Assignment
+from fedloom_client.policy import (
+    Circumstances,
+    names_model,
+    objections,
+    refusal_of_model,
+    refusal_of_run,
+    refusal_of_training,
+)
+from fedloom_client.statedir import StateDir
+from fedloom_common.errors import BadSpec
+from fedloom_common.files import write_text
+from fedloom_common.runspec import RunSpec, describe, parse_run_spec
+
+MOST_RUNS = 1000  # remembered as joined with a permitted model; the oldest is forgotten
+
+MOST_DAYS = 7
+
+logger = logging.getLogger(__name__)
+
+
+class Consent:
+    """Judges assignments, and remembers those that it let begin."""
+
+    def __init__(self, config: SiteConfig, state: StateDir) -> None:
+        self._config = config
+        self._trainings = Trainings(state.trainings)
+
+    def refusal(self, assignment: Assignment, spec: RunSpec) -> str | None:
+        """Why an assignment is refused before anything is downloaded; if it is not, it counts from now on."""
+        try:
+            policy = current_policy(self._config)
+            return self._judge(policy, assignment, spec)
+        except BadSpec as error:
+            # What cannot be read permits nothing: neither the policy, nor how much was done today.
+            logger.error("everything is refused", extra={"reason": str(error)})
+            return str(error)
+
+    def refusal_of_family(self, model_type: str) -> str | None:
+        """Why a family of models is refused."""
+        try:
+            return refusal_of_model(model_type, policy=current_policy(self._config))
+        except BadSpec as error:
+            return str(error)
+
+    def _judge(self, policy: Policy, assignment: Assignment, spec: RunSpec) -> str | None:
+        now, is_training = datetime.now(UTC), assignment.work == "train"
+        done = self._trainings.read(now)
+        digests = {assignment.model.digest, *(asset.digest for asset in assignment.assets)}
+        here = Circumstances(
+            data_sets=self._config.data, model_bytes=assignment.model.size_bytes, digests=digests, now=now,
+            joined_permitted=assignment.run_id in done.joined,
+            trainings_today=len(set(done.today) - {assignment.id}),
+        )  # fmt: skip
+        reason = refusal_of_run(spec, policy, here)
+        if reason is None and is_training:
+            reason = refusal_of_training(policy, here)
+        if reason is None and (is_training or names_model(policy, digests)):
+            done.add(assignment, is_training=is_training, is_named=names_model(policy, digests))
+        return reason
+
+
+def foretell(config: SiteConfig, path: Path) -> list[str]:
+    """Every reason for which this site would refuse a run now, as far as its spec tells.
+
+    Raises:
+        BadSpec: the spec, the policy or the record of trainings cannot be read.
+    """
+    try:
+        spec = parse_run_spec(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadSpec(f"the run spec {path} cannot be read: {error}") from error
+    policy, now = current_policy(config), datetime.now(UTC)
+    done = Trainings(StateDir(config.state_dir).trainings).read(now)
+    here = Circumstances(data_sets=config.data, trainings_today=len(set(done.today)), now=now)
+    model_type = (spec.model.config or {}).get("model_type")
+    last = [
+        refusal_of_model(model_type, policy=policy) if model_type else None,
+        refusal_of_training(policy, here),
+    ]
+    return [*objections(spec, policy, here), *(reason for reason in last if reason)]
+
+
+def current_policy(config: SiteConfig) -> Policy:
+    """The policy as it stands now.
+
+    Raises:
+        BadSpec: its file is missing or wrong.
+    """
+    path = config.policy_file
+    if path is None:
+        return config.policy
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise BadSpec(f"policy_file {path} is no mapping of rules; until it is, everything is refused")
+        return Policy.model_validate(content)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadSpec(f"policy_file {path} cannot be read, so everything is refused: {error}") from error
+    except ValidationError as error:
+        mistakes = describe(error)
+        raise BadSpec(f"policy_file {path} has mistakes, so everything is refused:\n{mistakes}") from error
+
+
+class Trainings:
+    """The trainings that have begun, in a file that outlives the daemon."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self, now: datetime) -> "Done":
+        """What has been done, as of now.
+
+        Raises:
+            BadSpec: the file is damaged; to begin anew would permit more than the policy does.
+        """
+        try:
+            content: Any = json.loads(self._path.read_text()) if self._path.exists() else {}
+            days = {str(day): [str(name) for name in names] for day, names in content.get("days", {}).items()}
+            return Done(self._path, f"{now:%Y-%m-%d}", days, [str(run) for run in content.get("joined", ())])
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise BadSpec(
+                f"{self._path} is damaged ({error}), so everything is refused; remove it if you know that "
+                "policy.max_rounds_per_day is kept without it"
+            ) from error
+
+
+class Done:
+    """The trainings of each of the last days, and the runs that were joined with a model the policy names."""
+
+    def __init__(self, path: Path, day: str, days: dict[str, list[str]], joined: list[str]) -> None:
+        self._path = path
+        self._day = day
+        self._days = days
+        self.joined = joined
+
+    @property
+    def today(self) -> list[str]:
+        """Assignments whose training has begun since midnight UTC."""
+        return self._days.get(self._day, [])
+
+    def add(self, assignment: Assignment, *, is_training: bool, is_named: bool) -> None:
+        """Count an assignment, durably, before it begins."""
+        if is_training and assignment.id not in self.today:
+            self._days.setdefault(self._day, []).append(assignment.id)
+        if is_named and assignment.run_id not in self.joined:
+            self.joined.append(assignment.run_id)
+        # More days than one, as a clock that is set back and forth must not begin a day anew.
+        days = {day: self._days[day] for day in sorted(self._days)[-MOST_DAYS:]}
+        write_text(self._path, json.dumps({"days": days, "joined": self.joined[-MOST_RUNS:]}))
