@@ -12,6 +12,7 @@ FederationError
 └── AttemptFailed          this attempt failed; another may succeed
     ├── BadChunk           a chunk is out of order, corrupt or too large
     ├── TrainingFailed     the worker group at a site could not finish
+    ├── TooFewSites        fewer sites are connected than a round needs
     ├── TooFewUpdates      fewer sites reported than the quorum asks for
     ├── Unreachable        the peer does not answer
     ├── TooManyCalls       the peer has too many calls under way
@@ -84,6 +85,10 @@ class BadChunk(AttemptFailed):
 
 class TrainingFailed(AttemptFailed):
     """The worker group at a site could not finish an assignment."""
+
+
+class TooFewSites(AttemptFailed):
+    """Fewer sites are connected than a round needs."""
 
 
 class TooFewUpdates(AttemptFailed):

@@ -52,6 +52,15 @@ class CausalLM(Strict):
     """Length of one training example, in tokens; texts are joined and cut to this length."""
 
 
+class Staleness(Strict):
+    """What an update counts that began τ versions of the model ago, or whose round went on τ rounds ago."""
+
+    exponent: float = Field(default=0.5, ge=0, le=10)
+    """a of the factor (1 + τ)^−a on the update's change; 0 counts old and new alike."""
+    max: int = Field(default=20, ge=0)
+    """Largest τ: a training that falls further behind is given up, and its site begins anew."""
+
+
 class Cohort(Strict):
     """Which sites take part in a round, and how many must."""
 
@@ -66,12 +75,20 @@ class Cohort(Strict):
     """A round begins when so many sites that fit are connected, and picks no fewer."""
     quorum: int | None = Field(default=None, ge=1)
     """Updates needed for a round to count; ``min_sites`` if not given."""
+    over_select: float = Field(default=0.0, ge=0, le=10)
+    """Share of further sites that a round asks: it goes on as soon as as many updates have come as it would
+    have asked for without them. 0.25 asks 10 sites for 8 updates."""
+    late: Literal["refuse", "carry"] = "refuse"
+    """What becomes of sites that are still at work when a round goes on: their work is called off, or
+    they finish it and a later round takes their updates, as changes of the model that they began with."""
+    staleness: Staleness = Staleness(max=4)
+    """What late updates count, with ``late: carry``."""
     deadline_s: float | None = Field(default=None, gt=0)
     """Seconds after which a round goes on with the updates that have come; none if not given."""
     stall_s: float = Field(default=300, gt=0)
     """Seconds without any progress after which a site's assignment is given up."""
     attempts: int = Field(default=3, ge=1)
-    """Times that a round with too few updates is tried before the run fails."""
+    """Times that a round with too few updates is tried at once; then the run waits for its sites."""
 
     @property
     def needed(self) -> int:
@@ -212,6 +229,8 @@ class Evaluation(Strict):
     """Whether the initial model is evaluated before round 1."""
     max_examples: int | None = Field(default=None, ge=1)
     """Most held-out examples that each site measures; all if not given."""
+    deadline_s: float = Field(default=3600, gt=0)
+    """Seconds after which a model's metrics are those of the sites that have measured it."""
 
 
 class Target(Strict):
@@ -242,15 +261,6 @@ class Sync(Strict):
     """Rounds: the sites of a cohort train from the same model, and the round waits for their updates."""
 
     kind: Literal["sync"] = "sync"
-
-
-class Staleness(Strict):
-    """What an update counts that began τ versions of the model ago."""
-
-    exponent: float = Field(default=0.5, ge=0, le=10)
-    """a of the factor (1 + τ)^−a on the update's change; 0 counts old and new alike."""
-    max: int = Field(default=20, ge=0)
-    """Largest τ: a training that falls further behind is given up, and its site begins anew."""
 
 
 class Async(Strict):
@@ -284,6 +294,9 @@ class Stop(Strict):
 _ONLY_IN_ROUNDS = (
     ("cohort", "fraction", "mode.concurrency says how many sites train at a time"),
     ("cohort", "quorum", "mode.buffer says how many updates make a version"),
+    ("cohort", "over_select", "mode.concurrency says how many sites train at a time"),
+    ("cohort", "late", "every update counts when it comes; mode.staleness says how much"),
+    ("cohort", "staleness", "mode.staleness says what an update counts"),
     ("cohort", "deadline_s", "nobody waits for a site; mode.staleness.max says how late it may be"),
     ("cohort", "attempts", "a site that fails is replaced at once, and nothing is tried again"),
     ("aggregation", "deterministic", "which updates make a version depends on when they come"),
@@ -343,6 +356,15 @@ class RunSpec(Strict):
     def _stop_metric_is_measured(self) -> Self:
         if self.evaluation.every_rounds == 0 and (self.stop.target or self.stop.patience):
             raise ValueError("stop.target and stop.patience need evaluation.every_rounds of 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _late_updates_are_not_deterministic(self) -> Self:
+        if self.cohort.late == "carry" and self.aggregation.deterministic:
+            raise ValueError(
+                "cohort.late: carry and aggregation.deterministic contradict each other: which round takes a "
+                "late update depends on when it comes; drop one of them"
+            )
         return self
 
 

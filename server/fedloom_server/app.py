@@ -29,12 +29,12 @@ from fedloom_common.memory import keep_freed_memory
 from fedloom_server.admission import Admission
 from fedloom_server.assignments import Assignments
 from fedloom_server.config import CoordinatorConfig
+from fedloom_server.federation import Federation
 from fedloom_server.meters import Meters
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.ownership import owned_store
 from fedloom_server.retention import collect_orphans
 from fedloom_server.roster import Roster
-from fedloom_server.rounds import Federation
 from fedloom_server.rpc.audit import AuditEdge
 from fedloom_server.rpc.calls import Calls
 from fedloom_server.rpc.federation import FederationEdge
@@ -178,7 +178,8 @@ class _Parts:
         )  # fmt: skip
         calls = Calls()
         return cls(
-            federation=federation, runs=Runs(federation), roster=roster, calls=calls,
+            federation=federation, roster=roster, calls=calls,
+            runs=Runs(federation, concurrent_runs=config.concurrent_runs),
             admission=Admission(roster, sites, assignments),
             gate=Gate(config, calls, store.audit_log, sites.refusal),
         )  # fmt: skip

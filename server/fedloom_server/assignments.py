@@ -7,78 +7,25 @@ one that makes none for ``stall_s`` is lost.
 
 import asyncio
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-from fedloom_common.digests import DIGEST, is_digest
 from fedloom_common.errors import NotPermitted, Unreachable, WrongState
 from fedloom_common.partial import discard, held_bytes
-from fedloom_server.downlink import Delta
+from fedloom_server.failures import FAILED, failure_of
 from fedloom_server.meters import Meters
+from fedloom_server.patience import Patience
+from fedloom_server.pending import Pending, Terms
 from fedloom_server.records import Assignment, AssignmentState, Run, RunState, Work
+from fedloom_server.results import Result, objection
 from fedloom_server.sites import Sites
 from fedloom_server.store import Store
 from fedloom_server.turns import UploadTurns
 from fedloom_server.watching import SiteProgress, Watching
 
-WORKING_PHASES = frozenset({"start", "prepare", "train", "evaluate"})
-"""Phases whose progress the site alone can tell; transfers are alive by the bytes that we see."""
-
-MOST_ANNOUNCEMENTS = (
-    5  # a site that lost its update trains again; endless announcements must not hold a round
-)
-
-LARGEST_COUNT = 1 << 53  # beyond it a count is no longer exact as a float, nor ever honest
+MOST_ANNOUNCEMENTS = 5  # a site that lost its update trains again; without end they must not hold a round
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms:
-    """What holds for every assignment of a batch: how long it is waited for, and what may pass."""
-
-    needed: int
-    """Results without which the rest is not worth waiting for."""
-    deadline_s: float | None
-    """Seconds after which what is open is lost."""
-    stall_s: float
-    """Seconds without progress after which an assignment is lost."""
-    most_update_bytes: int = 0
-    """Size of the largest file that an update of the batch's model can be."""
-    delta: Delta | None = None
-    """A smaller way to the batch's model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a site says of its finished work."""
-
-    examples: int
-    tokens: int
-    metrics: Mapping[str, float]
-    phase_seconds: Mapping[str, float]
-    update_digest: str = ""
-    update_bytes: int = 0
-
-
-@dataclass(kw_only=True, eq=False)
-class _Open:
-    """An assignment that has not ended."""
-
-    assignment: Assignment
-    run: Run
-    terms: Terms
-    alive_at_s: float
-    ended: asyncio.Future[None]
-    batch: Sequence[Assignment]
-    """All that were open with it, in cohort order."""
-    on_end: Callable[[], None]
-    last: SiteProgress | None = None
-    announcements: int = 0
-    """Different updates that the site has said it will send."""
-    trouble: str = ""
-    """The latest error of a transfer that may yet be retried."""
 
 
 class Assignments:
@@ -98,13 +45,14 @@ class Assignments:
         self._sites = sites
         self._watching = watching
         self._meters = meters
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, Pending] = {}
         self.staged_updates = staged_updates
         self.turns = UploadTurns(
             concurrent_uploads=concurrent_uploads,
             staged_updates=staged_updates,
             on_turn=self._grant,
             is_next=self._is_next,
+            on_stuck=self._look_all,
         )
 
     async def carry_out(
@@ -114,11 +62,11 @@ class Assignments:
         terms: Terms,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Give assignments, in cohort order, to their sites and wait until every one has ended.
+        """Give assignments, in cohort order, to their sites and wait until nobody is waited for any more.
 
-        Those of the batch that have ended before stay as they are. If this is
-        cancelled the open ones stay open in the store, to be taken up again.
-        ``on_end`` is called when one has ended.
+        That is when every one has ended, when enough are done, or at the deadline. Those of the batch that
+        have ended before stay as they are. If this is cancelled the open ones stay open in the store, to be
+        taken up again. ``on_end`` is called when one has ended.
         """
         self.stage(batch)
         try:
@@ -132,17 +80,49 @@ class Assignments:
         """Do as ``carry_out``, for a caller who stages and releases updates."""
         still = [assignment for assignment in batch if assignment.state is AssignmentState.OPEN]
         opened = [self._begin(run, assignment, still, terms, on_end) for assignment in still]
+        patience = Patience(
+            batch, opened, terms, end=self._end, is_held_up=self._is_held_up, is_connected=self._is_connected
+        )
         try:
-            await self._until_ended(batch, opened, terms)
-        finally:
+            await patience.until_over()
+        except BaseException:
             for entry in opened:
                 self._forget(entry)
+            raise
+        for entry in opened:
+            entry.leave_behind()
 
     def stage(self, batch: Iterable[Assignment]) -> None:
         """Count the updates that lie on disk."""
         for assignment in batch:
             if assignment.has_spooled_update:
                 self.turns.stage(assignment.id)
+
+    def drop(self, run_id: str) -> None:
+        """Wait for nothing of a run any more; what is open in the store stays so."""
+        for entry in [entry for entry in self._open.values() if entry.run.id == run_id]:
+            self._forget(entry)
+
+    def call_off(self, run_id: str, reason: str) -> None:
+        """Have sites stop what they do for a run, which will be asked for again.
+
+        A training that a site has announced is finished: it keeps that until it is asked for again.
+        """
+        self.drop(run_id)
+        for assignment in self._store.assignments(run_id):
+            if assignment.state is AssignmentState.OPEN and not assignment.update_digest:
+                self._tell(assignment, reason)
+
+    def expire(self, assignment: Assignment, reason: str) -> None:
+        """End an assignment whose update has become, or will be, of no use."""
+        entry = self._open.get(assignment.id)
+        if entry is not None:
+            self._end(entry, AssignmentState.LOST, entry.why_lost(reason, is_connected=True))
+            return
+        assignment.state, assignment.reason = AssignmentState.LOST, reason
+        self._save(assignment)
+        discard(self._store.spool.update_path(assignment))
+        self._tell(assignment, reason)
 
     def release(self, batch: Iterable[Assignment]) -> None:
         """Updates lie no longer on disk, or need no longer be waited for: others may arrive."""
@@ -155,6 +135,11 @@ class Assignments:
             if entry := self._open.get(assignment.id):
                 self._end(entry, AssignmentState.CANCELLED, reason)
 
+    def present(self, stored: Assignment) -> Assignment:
+        """The assignment that a site works on, in place of what the store has of it; else the same."""
+        entry = self._open.get(stored.id)
+        return stored if entry is None else entry.assignment
+
     def attached(self, site: str, open_ids: Iterable[str] = (), kept_runs: Sequence[str] = ()) -> None:
         """Send a site its open assignments again: it may have missed them, or that others have ended."""
         self._tell_ended_runs(site, kept_runs)
@@ -162,6 +147,8 @@ class Assignments:
             self._entry(site, assignment_id)
         for entry in self._of(site):
             self._send(entry)
+        for assignment_id in open_ids:
+            self._hold(site, assignment_id)
 
     def detached(self, site: str) -> None:
         """Let other sites upload in place of one that has gone."""
@@ -173,11 +160,9 @@ class Assignments:
         entry = self._open.get(progress.assignment_id)
         if entry is None or entry.assignment.site != site:
             return  # it crossed with our word that the assignment has ended
-        moved = entry.last is None or (progress.phase, progress.done) != (entry.last.phase, entry.last.done)
-        if moved and progress.phase in WORKING_PHASES:
-            entry.alive_at_s = _now_s()
-        entry.last = replace(progress, round=entry.assignment.round, work=entry.assignment.work)
-        self._watching.tell(entry.run.id, entry.last)
+        told = replace(progress, round=entry.assignment.round, work=entry.assignment.work)
+        entry.told(told, _now_s())
+        self._watching.tell(entry.run.id, told)
 
     def names(self, site: str, digest: str) -> bool:
         """Whether an assignment of a site, open or ended, names a file that it then may read."""
@@ -209,7 +194,11 @@ class Assignments:
         if entry is None:
             return
         assignment = entry.assignment
-        if (wrong := _objection(result, entry, self._data_bytes(entry))) is not None:
+        wrong = objection(
+            result, assignment, entry.run.spec,
+            most_update_bytes=entry.terms.most_update_bytes, data_bytes=self._data_bytes(entry),
+        )  # fmt: skip
+        if wrong is not None:
             self._reject(entry, wrong)
             return
         if assignment.update_digest and assignment.update_digest == result.update_digest:
@@ -308,8 +297,13 @@ class Assignments:
         batch: Sequence[Assignment],
         terms: Terms,
         on_end: Callable[[], None],
-    ) -> _Open:
-        entry = _Open(
+    ) -> Pending:
+        if (entry := self._open.get(assignment.id)) is not None:  # late, and at work since an earlier round
+            entry.batch, entry.on_end = batch, on_end
+            return entry
+        if assignment.staleness:
+            terms = replace(terms, delta=None)  # it leads to another model
+        entry = Pending(
             assignment=assignment, run=run, terms=terms, alive_at_s=_now_s(),
             ended=asyncio.get_running_loop().create_future(), batch=batch, on_end=on_end,
         )  # fmt: skip
@@ -320,65 +314,37 @@ class Assignments:
             self._send(entry)
         return entry
 
-    def _send(self, entry: _Open) -> None:
+    def _send(self, entry: Pending) -> None:
         if link := self._sites.link(entry.assignment.site):
             link.assign(entry.assignment, entry.run, entry.terms.delta)
 
-    async def _until_ended(self, batch: Sequence[Assignment], opened: list[_Open], terms: Terms) -> None:
-        deadline_at_s = _now_s() + (terms.deadline_s or math.inf)
-        while still := [entry for entry in opened if not entry.ended.done()]:
-            done = sum(assignment.state is AssignmentState.DONE for assignment in batch)
-            if done + len(still) < terms.needed:
-                self._give_up(
-                    still, f"{terms.needed} results are needed and only {done + len(still)} can still come"
-                )
-                return
-            wake_at_s = min(deadline_at_s, *(entry.alive_at_s + terms.stall_s for entry in still))
-            timeout_s = None if math.isinf(wake_at_s) else max(0.0, wake_at_s - _now_s())
-            await asyncio.wait(
-                [entry.ended for entry in still], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            self._lose_silent(opened, deadline_at_s)
+    def _is_held_up(self, entry: Pending) -> bool:
+        """Whether a site waits for its turn to upload, or does other work of ours first.
 
-    def _lose_silent(self, opened: list[_Open], deadline_at_s: float) -> None:
-        now_s = _now_s()
-        for entry in opened:
-            if entry.ended.done():
-                continue
-            if self.turns.is_waiting(entry.assignment.id) and self._sites.link(entry.assignment.site):
-                entry.alive_at_s = now_s  # it waits for us
-            stall_s = entry.terms.stall_s
-            if now_s >= deadline_at_s:
-                self._lose(entry, f"not finished by the deadline of {entry.terms.deadline_s:g} s")
-            elif now_s >= entry.alive_at_s + stall_s:
-                self._lose(entry, f"no progress for {stall_s:g} s")
+        That other work is lost in turn if it makes no progress.
+        """
+        assignment = entry.assignment
+        if not self._is_connected(assignment.site):
+            return False
+        busy = entry.is_queued and any(not other.is_queued for other in self._of(assignment.site))
+        return busy or self.turns.is_waiting(assignment.id)
 
-    def _lose(self, entry: _Open, reason: str) -> None:
-        if entry.last is not None:
-            reason += (
-                f"; last seen in {entry.last.phase}, {entry.last.done} of {entry.last.total or '?'} done"
-            )
-        if self._sites.link(entry.assignment.site) is None:
-            reason += "; the site is not connected"
-        if entry.trouble:
-            reason += f"; last error: {entry.trouble}"
-        self._end(entry, AssignmentState.LOST, reason)
+    def _is_connected(self, site: str) -> bool:
+        return self._sites.link(site) is not None
 
-    def _give_up(self, entries: list[_Open], reason: str) -> None:
-        for entry in entries:
-            self._end(entry, AssignmentState.CANCELLED, reason)
-
-    def _reject(self, entry: _Open, reason: str) -> None:
+    def _reject(self, entry: Pending, reason: str) -> None:
         self._end(entry, AssignmentState.REJECTED, reason)
 
-    def _end(self, entry: _Open, state: AssignmentState, reason: str = "") -> None:
+    def _end(self, entry: Pending, state: AssignmentState, reason: str = "") -> None:
         """The one place where an assignment ends: in the store first, then for those who wait."""
         assignment = entry.assignment
         assignment.state, assignment.reason = state, reason
+        was_late = assignment.is_late
+        assignment.is_late = was_late and state is AssignmentState.DONE
         try:
-            self._store.save(assignment)
+            self._save(assignment)
         except Exception:
-            assignment.state, assignment.reason = AssignmentState.OPEN, ""
+            assignment.state, assignment.reason, assignment.is_late = AssignmentState.OPEN, "", was_late
             raise
         if assignment.has_spooled_update:
             self.turns.stage(assignment.id)
@@ -386,6 +352,7 @@ class Assignments:
             discard(self._store.spool.update_path(assignment))
         self._forget(entry)
         self._meters.assignment_ended(assignment)
+        self._revive_queued(assignment.site)
         if not entry.ended.done():
             entry.ended.set_result(None)
         entry.on_end()
@@ -396,13 +363,40 @@ class Assignments:
             }
             logger.info("site done", extra=facts)
             return
-        logger.warning("site did not finish", extra=_facts(assignment) | {"state": state, "reason": reason})
+        facts = _facts(assignment) | {"state": state, "reason": reason}
+        logger.log(logging.WARNING if state in FAILED else logging.INFO, "site did not finish", extra=facts)
+        self._tell(assignment, reason)
+
+    def _save(self, assignment: Assignment) -> None:
+        """An assignment that has ended, with a record of what went wrong if something did."""
+        failure = failure_of(assignment)
+        self._store.save(assignment, *([] if failure is None else [failure]))
+
+    def _revive_queued(self, site: str) -> None:
+        """A site's next work begins only now."""
+        for entry in self._of(site):
+            if entry.is_queued:
+                entry.alive_at_s = _now_s()
+
+    def _tell(self, assignment: Assignment, reason: str) -> None:
+        """Say to a site that an assignment is no longer wanted."""
         if link := self._sites.link(assignment.site):
             link.cancel(assignment.id, reason)
 
-    def _forget(self, entry: _Open) -> None:
+    def _forget(self, entry: Pending) -> None:
         self._open.pop(entry.assignment.id, None)
         self.turns.leave(entry.assignment.id)
+
+    @property
+    def is_short_of_room(self) -> bool:
+        """Whether sites wait for room that only folding can make, if it is of few updates."""
+        return self.turns.is_stuck
+
+    def _look_all(self) -> None:
+        """Every run's folding is to look again: several may have a few updates each, and none enough."""
+        for entry in list(self._open.values()):
+            if entry.assignment.state is AssignmentState.OPEN:  # one that ends just now is told by itself
+                entry.on_end()
 
     def _is_next(self, assignment_id: str) -> bool:
         """Whether the fold waits for an update: the first of the cohort that is still open."""
@@ -426,13 +420,13 @@ class Assignments:
         held = held_bytes(self._store.spool.update_path(assignment))
         return held if held <= assignment.update_bytes else 0
 
-    def _data_bytes(self, entry: _Open) -> int:
+    def _data_bytes(self, entry: Pending) -> int:
         return self._sites.data_bytes(entry.assignment.site, entry.run.spec.data)
 
-    def _of(self, site: str) -> list[_Open]:
+    def _of(self, site: str) -> list[Pending]:
         return [entry for entry in self._open.values() if entry.assignment.site == site]
 
-    def _entry(self, site: str, assignment_id: str) -> _Open | None:
+    def _entry(self, site: str, assignment_id: str) -> Pending | None:
         """The open assignment that a site speaks of; tells the site what became of any other."""
         entry = self._open.get(assignment_id)
         if entry is not None and entry.assignment.site == site:
@@ -446,11 +440,21 @@ class Assignments:
             link.cancel(assignment_id, "it is not, or no longer, wanted from this site")
         return None
 
+    def _hold(self, site: str, assignment_id: str) -> None:
+        """Ask a site for a finished training of a paused run, so that it keeps it."""
+        stored, link = self._store.assignment(assignment_id), self._sites.link(site)
+        if stored is None or link is None or not self._may_be_taken_up(site, stored):
+            return
+        run = self._store.run(stored.run_id)
+        if run.state is RunState.PAUSED:
+            link.assign(stored, run, None)
+
     def _may_be_taken_up(self, site: str, stored: Assignment) -> bool:
-        """Whether a run that has yet to go on after a restart will want the assignment."""
+        """Whether a run that has yet to go on, after a restart or a pause, will want the assignment."""
         if stored.site != site or stored.state is not AssignmentState.OPEN:
             return False
-        return self._store.run(stored.run_id).state in (RunState.RUNNING, RunState.QUEUED)
+        state = self._store.run(stored.run_id).state
+        return state.goes_on_by_itself or (state is RunState.PAUSED and bool(stored.update_digest))
 
 
 def _counts(assignment: Assignment, site: str) -> bool:
@@ -458,36 +462,6 @@ def _counts(assignment: Assignment, site: str) -> bool:
     return (
         assignment.site == site and assignment.work is Work.TRAIN and assignment.state is AssignmentState.DONE
     )
-
-
-def _objection(result: Result, entry: _Open, data_bytes: int) -> str | None:
-    """What is wrong with a result; None if nothing is. ``data_bytes`` is the size of the site's data set."""
-    assignment, spec = entry.assignment, entry.run.spec
-    if not 0 < result.examples <= LARGEST_COUNT:
-        return f"it claims {result.examples} examples, wanted a positive number"
-    most_tokens = result.examples * spec.task.context_tokens
-    if not 0 <= result.tokens <= most_tokens:
-        return f"it claims {result.tokens} tokens, {result.examples} examples have at most {most_tokens}"
-    wrong = [name for name, value in result.metrics.items() if not math.isfinite(value)]
-    if wrong:
-        return f"its metric {wrong[0]} is {result.metrics[wrong[0]]}, wanted a finite number"
-    if assignment.work is Work.EVALUATE:
-        most = min(spec.evaluation.max_examples or data_bytes, data_bytes)
-        return None if result.examples <= most else f"it claims {result.examples} examples of at most {most}"
-    if not is_digest(result.update_digest):
-        return f"its update's digest is {result.update_digest[:100]!r}, wanted {DIGEST}"
-    if spec.local.steps is not None and result.examples > spec.local.steps * spec.local.batch_examples:
-        most = spec.local.steps * spec.local.batch_examples
-        return f"it claims {result.examples} examples, {spec.local.steps} steps use at most {most}"
-    most_examples = spec.aggregation.max_examples
-    if most_examples is not None and result.examples > most_examples:
-        return f"it claims {result.examples} examples, aggregation.max_examples is {most_examples}"
-    if not 8 < result.update_bytes <= entry.terms.most_update_bytes:
-        return (
-            f"its update has {result.update_bytes} bytes, the model has {assignment.model_bytes} and "
-            f"transport.up makes at most {entry.terms.most_update_bytes} of it"
-        )
-    return None
 
 
 def _facts(assignment: Assignment) -> dict[str, object]:

@@ -13,12 +13,12 @@ from typing import Any
 
 from fedloom_common.errors import TooFewUpdates
 from fedloom_common.runspec import Async
-from fedloom_server.assignments import Terms
 from fedloom_server.codecs import most_update_bytes
+from fedloom_server.federation import Federation
 from fedloom_server.folding import Folding
 from fedloom_server.idle import IdleSites
+from fedloom_server.pending import Terms
 from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work
-from fedloom_server.rounds import Federation
 from fedloom_server.versions import ALL_MADE, Versions
 
 logger = logging.getLogger(__name__)

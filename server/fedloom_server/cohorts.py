@@ -41,4 +41,7 @@ async def draw_cohort(
         ),
         last_picked={site: when for site, when, _ in history},
     )
-    return select(draw, spec.cohort)
+    cohort = spec.cohort
+    if count is not None:  # the caller has seen to it that others take part besides
+        cohort = cohort.model_copy(update={"min_sites": min(cohort.min_sites, draw.count)})
+    return select(draw, cohort)

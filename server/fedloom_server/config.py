@@ -72,6 +72,8 @@ class CoordinatorConfig(Strict):
     heartbeat_s: float = Field(default=10, gt=0)
     """Seconds between a site's signs of life, up to 60 where there are many sites; three missed ones end
     its session."""
+    concurrent_runs: int = Field(default=4, ge=1)
+    """Runs that may be under way at the same time; further ones wait for their turn, by priority."""
     concurrent_uploads: int = Field(default=8, ge=1)
     """Updates that may arrive at the same time; further sites wait their turn."""
     concurrent_downloads: int = Field(default=32, ge=1)

@@ -28,13 +28,7 @@ def export(store: Store, run_id: str, round_number: int | None) -> Export:
         NotFound: there is no such run or round, or its model is no longer kept.
     """
     run = store.run(run_id)
-    rounds = [record for record in store.rounds(run.id) if record.model_digest]
-    if round_number is not None:
-        until = [record for record in rounds if record.number <= round_number]
-        if not until or until[-1].number != round_number:
-            numbers = ", ".join(str(record.number) for record in rounds) or "none yet"
-            raise NotFound(f"run {run.id} has no model of round {round_number}; it has {numbers}")
-        rounds = until
+    rounds = rounds_up_to(store, run, round_number)
     digest = rounds[-1].model_digest if rounds else run.model_digest
     if not store.files.has(digest):
         models = {
@@ -50,11 +44,29 @@ def export(store: Store, run_id: str, round_number: int | None) -> Export:
     return Export(run, [model, *run.assets], model_card(_facts(run, rounds, store.assignments(run.id))))
 
 
+def rounds_up_to(store: Store, run: Run, round_number: int | None) -> list[Round]:
+    """A run's rounds that have a model, up to one of them or to the latest.
+
+    Raises:
+        NotFound: that round has no model.
+    """
+    rounds = [record for record in store.rounds(run.id) if record.model_digest]
+    if round_number is None:
+        return rounds
+    until = [record for record in rounds if record.number <= round_number]
+    if not until or until[-1].number != round_number:
+        numbers = ", ".join(str(record.number) for record in rounds) or "none yet"
+        raise NotFound(f"run {run.id} has no model of round {round_number}; it has {numbers}")
+    return until
+
+
 def _facts(run: Run, rounds: Sequence[Round], assignments: Sequence[Assignment]) -> CardFacts:
     last = rounds[-1].number if rounds else 0
     final_attempts = {(record.number, record.attempt) for record in rounds}
     counted = [
-        a for a in assignments if a.state is AssignmentState.DONE and (a.round, a.attempt) in final_attempts
+        a
+        for a in assignments
+        if a.state is AssignmentState.DONE and (a.round, a.attempt) in final_attempts and not a.is_late
     ]
     whole = last == run.rounds_done
     return CardFacts(

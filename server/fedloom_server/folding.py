@@ -14,6 +14,7 @@ from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import FederationError, StorageUnavailable
 from fedloom_common.partial import discard
 from fedloom_common.runspec import Sync
+from fedloom_common.threads import until_done
 from fedloom_server.aggregation import BaseModel, Update, aggregator_for, staleness_factor
 from fedloom_server.assignments import Assignments
 from fedloom_server.downlink import Published, publish
@@ -50,7 +51,7 @@ class Folding:
         self._batch = batch
         if is_awaited is not None:
             self._is_awaited = is_awaited
-        spoilt = await asyncio.to_thread(self._spoilt)
+        spoilt = await until_done(self._spoilt)
         for assignment in spoilt:
             logger.warning("an update was lost and is asked for again", extra={"assignment": assignment.id})
             discard(self._store.spool.update_path(assignment))
@@ -72,12 +73,16 @@ class Folding:
         if self._working is not None:
             await self._working
 
-    async def aggregate(self, done: Sequence[Assignment], out: Path) -> Published:
+    async def aggregate(self, done: Sequence[Assignment]) -> Published:
         """Take the mean of what was folded and of what was not, and make it the model that sites are told."""
+        return await until_done(self._aggregate, done)
+
+    def _aggregate(self, done: Sequence[Assignment]) -> Published:
         updates = [self._update(assignment) for assignment in done if not assignment.is_folded]
         base = self._store.files.path(self._record.base_digest)
-        await asyncio.to_thread(self._rule.aggregate, base, updates, out, earlier=self._earlier())
-        return await asyncio.to_thread(publish, self._store, self._run, self._record, out)
+        out = self._store.spool.mean_path(self._run.id, self._record.number)
+        self._rule.aggregate(base, updates, out, earlier=self._earlier())
+        return publish(self._store, self._run, self._record, out)
 
     async def _work(self) -> None:
         try:
@@ -105,6 +110,8 @@ class Folding:
             if assignment.has_spooled_update:
                 ready.append(assignment)
         enough = min(FOLD_UPDATES, max(1, self._assignments.staged_updates // 2))
+        if self._assignments.is_short_of_room:  # other runs' updates take it: these may never be enough
+            enough = 1
         return ready if len(ready) >= enough and self._is_awaited() else []
 
     def _some_are_open(self) -> bool:
@@ -115,7 +122,7 @@ class Folding:
         base = self._store.files.path(self._record.base_digest)
         out = self._store.spool.folder / f"{group[0].id}.sum"
         updates, earlier = [self._update(assignment) for assignment in group], self._earlier()
-        digest = await asyncio.to_thread(self._make_sum, base, updates, out, earlier)
+        digest = await until_done(self._make_sum, base, updates, out, earlier)
         self._save_fold(group, digest)
         for update in updates:
             self._store.spool.spares.keep(update.path)
@@ -140,7 +147,7 @@ class Folding:
     def _make_sum(self, base: Path, updates: Sequence[Update], out: Path, earlier: Path | None) -> str:
         self._rule.fold(base, updates, out, earlier=earlier)
         digest = digest_of_file(out)
-        out.replace(self._store.spool.sum_path(digest))
+        out.replace(self._store.spool.sum_path(self._run.id, digest))
         return digest
 
     def _update(self, assignment: Assignment) -> Update:
@@ -158,11 +165,12 @@ class Folding:
 
     def _factor(self, staleness: int) -> float:
         if isinstance(self._mode, Sync):
-            return 1.0
+            return staleness_factor(staleness, self._run.spec.cohort.staleness.exponent)
         return self._mode.server_lr * staleness_factor(staleness, self._mode.staleness.exponent)
 
     def _earlier(self) -> Path | None:
-        return self._store.spool.sum_path(self._record.sum_digest) if self._record.sum_digest else None
+        digest = self._record.sum_digest
+        return self._store.spool.sum_path(self._run.id, digest) if digest else None
 
     def _spoilt(self) -> list[Assignment]:
         """Assignments whose update counted but is no longer what it was."""

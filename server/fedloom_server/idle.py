@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from fedloom_server.cohorts import wanted
 from fedloom_server.eligibility import shortfall
+from fedloom_server.federation import Federation
 from fedloom_server.records import Assignment, AssignmentState, Run
 from fedloom_server.roster import Link
-from fedloom_server.rounds import CAUSES_TOLD, Federation
+from fedloom_server.rounds import CAUSES_TOLD
 from fedloom_server.selection import Draw, known_weights, pick
 from fedloom_server.versions import Versions
 

@@ -15,10 +15,12 @@ from fedloom_server.columns import Characters, Numbers
 
 
 class RunState(StrEnum):
-    """The life of a run."""
+    """The life of a run; docs/operations/runs.md draws it."""
 
     QUEUED = "queued"
     RUNNING = "running"
+    WAITING = "waiting"
+    PAUSED = "paused"
     FINISHED = "finished"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -27,6 +29,11 @@ class RunState(StrEnum):
     def is_end(self) -> bool:
         """Whether nothing more happens unless an operator resumes the run."""
         return self in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED)
+
+    @property
+    def goes_on_by_itself(self) -> bool:
+        """Whether nobody needs to do anything for the run to go on."""
+        return self in (RunState.QUEUED, RunState.RUNNING, RunState.WAITING)
 
 
 class RoundState(StrEnum):
@@ -103,8 +110,16 @@ class Run(Base):
     started_at_s: Mapped[float] = mapped_column(default=0.0)
     ended_at_s: Mapped[float] = mapped_column(default=0.0)
     paused_s: Mapped[float] = mapped_column(default=0.0)
-    """Time between an end and an operator's resume, which does not count for stop.wall_s."""
+    """Time between an end or a pause and an operator's resume, which does not count for stop.wall_s."""
+    paused_at_s: Mapped[float] = mapped_column(default=0.0)
+    """When it was paused; 0 while it is not."""
     rounds_done: Mapped[int] = mapped_column(default=0)
+    priority: Mapped[int] = mapped_column(default=0)
+    """Runs of a higher one begin first."""
+    cloned_from: Mapped[str] = mapped_column(default="")
+    """Id of the run whose spec, changed or not, this one began with."""
+    cloned_round: Mapped[int | None] = mapped_column(default=None)
+    """The round of that run whose model this one began with; None if it began with a model of its own."""
 
     @property
     def spec(self) -> RunSpec:
@@ -126,8 +141,10 @@ class Round(Base):
     started_at_s: Mapped[float]
     attempt: Mapped[int] = mapped_column(default=1)
     first_attempt: Mapped[int] = mapped_column(default=1)
-    """Where counting began when an operator last resumed the run."""
+    """Where counting began when the run last went on after it had ended or waited."""
     cohort: Mapped[list[str]] = mapped_column(default_factory=list)
+    target: Mapped[int] = mapped_column(default=0)
+    """Updates with which the round goes on, whoever is still at work; 0 if it goes on when all have ended."""
     reason: Mapped[str] = mapped_column(default="")
     model_digest: Mapped[str] = mapped_column(default="")
     """The model after the round."""
@@ -168,6 +185,8 @@ class Assignment(Base):
     """Models that the run makes between the one that the site starts from and ``round``."""
     is_folded: Mapped[bool] = mapped_column(default=False)
     """Whether the round's sum holds the update, and no file of its own."""
+    is_late: Mapped[bool] = mapped_column(default=False)
+    """Whether ``round`` went on without it; the next one takes it over, at work or done."""
     bytes_down: Mapped[int] = mapped_column(BigInteger, default=0)
     bytes_up: Mapped[int] = mapped_column(BigInteger, default=0)
     metrics: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
@@ -177,6 +196,30 @@ class Assignment(Base):
     def has_spooled_update(self) -> bool:
         """Whether an update that counts lies in the spool, or should."""
         return self.state is AssignmentState.DONE and self.work is Work.TRAIN and not self.is_folded
+
+
+class Failure(Base):
+    """One thing that went wrong in a run, at a site or at the coordinator."""
+
+    __tablename__ = "failures"
+    __table_args__ = (ForeignKeyConstraint(["run_id"], ["runs.id"]),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """Made of what failed, so that saying it twice is saying it once."""
+    run_id: Mapped[str] = mapped_column(index=True)
+    at_s: Mapped[float]
+    """Seconds since 1970."""
+    cause: Mapped[str]
+    """How it ended: an AssignmentState for a site's work, a RunState for the run's own."""
+    message: Mapped[str]
+    """What went wrong, in a line."""
+    log: Mapped[str] = mapped_column(default="")
+    """The last lines of the log or traceback, if any came."""
+    site: Mapped[str] = mapped_column(default="")
+    """Empty for what went wrong at the coordinator."""
+    work: Mapped[str] = mapped_column(default="")
+    round: Mapped[int] = mapped_column(default=0)
+    attempt: Mapped[int] = mapped_column(default=0)
 
 
 class AuditRow(Base):

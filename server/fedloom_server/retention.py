@@ -88,7 +88,9 @@ def _files_of(rounds: Sequence[Round]) -> dict[int, set[str]]:
 def _in_use(store: Store, digests: Collection[str]) -> set[str]:
     """Those that a run, an unfinished round or an assignment works with, whatever is kept."""
     unfinished = Round.state.not_in((RoundState.FINISHED, RoundState.FAILED))
-    yet_to_count = or_(Assignment.state == AssignmentState.OPEN, Assignment.round > Run.rounds_done)
+    yet_to_count = or_(
+        Assignment.state == AssignmentState.OPEN, Assignment.is_late, Assignment.round > Run.rounds_done
+    )
     return store.digests(
         select(Run.model_digest).where(Run.model_digest.in_(digests)),
         *(

@@ -10,23 +10,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from fedloom_common.errors import TooFewUpdates
-from fedloom_server.assignments import Assignments, Terms
-from fedloom_server.codecs import most_update_bytes
-from fedloom_server.cohorts import draw_cohort, wanted
-from fedloom_server.config import KeepModels
-from fedloom_server.downlink import delta_to
+from fedloom_server.batches import evaluations, terms_of_evaluation, terms_of_training, trainings
 from fedloom_server.evaluation import SiteMetrics, combine
+from fedloom_server.failures import FAILURES_KEPT, failure_of_attempt
+from fedloom_server.federation import Federation
 from fedloom_server.folding import Folding
-from fedloom_server.meters import Meters
-from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
+from fedloom_server.pending import sites_done
+from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run
 from fedloom_server.retention import drop_old_models
-from fedloom_server.sites import Sites
 from fedloom_server.stopping import RoundResult, stop_reason
-from fedloom_server.store import Store
-from fedloom_server.watching import RoundChange, Watching
+from fedloom_server.watching import RoundChange
 
 ATTEMPT_PAUSE_S = 2.0  # sites that all failed at once are given a moment before they are asked again
 CAUSES_TOLD = 20  # a round's reason is for people; every cause stands with its assignment
@@ -34,23 +29,12 @@ CAUSES_TOLD = 20  # a round's reason is for people; every cause stands with its 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Federation:
-    """What rounds work with."""
-
-    store: Store
-    sites: Sites
-    assignments: Assignments
-    watching: Watching
-    meters: Meters
-    keep_models: KeepModels
-
-
 async def run_rounds(run: Run, federation: Federation) -> str:
     """Federated averaging: rounds until a stop condition holds; returns which.
 
     Raises:
-        TooFewUpdates: a round failed in every attempt.
+        TooFewSites: fewer are connected than the next round needs.
+        TooFewUpdates: a round failed in every attempt; called again, it is tried as often again.
     Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1.
     """
     if run.spec.evaluation.initial and not federation.store.rounds(run.id):
@@ -66,77 +50,64 @@ async def _play(run: Run, record: Round, federation: Federation) -> None:
     """One round from wherever it stands to its end."""
     if record.state in (RoundState.TRAINING, RoundState.AGGREGATING):
         folding = Folding(run, record, federation.store, federation.assignments)
-        done = await _train(run, record, federation, folding)
-        _advance(run, record, RoundState.AGGREGATING, federation)
-        await _aggregate(run, record, done, federation, folding)
+        done, late = await _train(run, record, federation, folding)
+        _advance(run, record, RoundState.AGGREGATING, federation, *late)
+        await _aggregate(run, record, done, folding)
         _advance(run, record, RoundState.EVALUATING, federation)
     if record.state is RoundState.EVALUATING and _is_evaluated(run, record):
         await _evaluate(run, record, federation)
     record.ended_at_s = time.time()
     run.rounds_done = record.number
     _advance(run, record, RoundState.FINISHED, federation)
-    federation.store.clear_spool()
+    federation.store.clear_spool(run.id)
     drop_old_models(federation.store, run, federation.keep_models)
     metrics = {name: round(value, 4) for name, value in record.metrics.items()}
     logger.info("round finished", extra={"run": run.id, "round": record.number, "metrics": metrics})
 
 
-async def _train(run: Run, record: Round, federation: Federation, folding: Folding) -> list[Assignment]:
-    """Assignments whose updates count, in cohort order, from the first attempt that meets the quorum."""
+async def _train(
+    run: Run, record: Round, federation: Federation, folding: Folding
+) -> tuple[list[Assignment], list[Assignment]]:
+    """Trainings whose updates count, and late ones, of the first attempt that brings enough."""
     cohort = run.spec.cohort
     while True:
-        if not record.cohort:
-            fitting = await _fitting(run, federation)
-            record.cohort = list(
-                await draw_cohort(run, record, fitting, store=federation.store, sites=federation.sites)
-            )
-        batch = _assignments(run, record, Work.TRAIN, record.cohort, federation)
+        batch = await trainings(run, record, federation)
         _advance(run, record, record.state, federation)
-        terms = _terms(run, record.base_digest, federation, needed=cohort.needed)
+        terms = terms_of_training(run, record, federation)
         await folding.begin(batch)
         try:
             await federation.assignments.carry_out(run, batch, terms, folding.look)
         finally:
             await folding.end()
-        done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
-        if len(done) >= cohort.needed:
-            return done
+        if sites_done(batch) >= cohort.needed:
+            done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
+            late = [assignment for assignment in batch if assignment.state is AssignmentState.OPEN]
+            return done, late
         record.reason = _shortfall(record, batch, cohort.needed)
         logger.warning(
             "round attempt failed", extra={"run": run.id, "round": record.number, "reason": record.reason}
         )
-        if record.attempt - record.first_attempt + 1 >= cohort.attempts:
-            _advance(run, record, RoundState.FAILED, federation)
+        is_last = record.attempt - record.first_attempt + 1 >= cohort.attempts
+        _begin_attempt(run, record, federation, starts_count=is_last)
+        if is_last:
             raise TooFewUpdates(record.reason)
-        record.attempt, record.cohort, record.sum_digest = record.attempt + 1, [], ""
-        _advance(run, record, record.state, federation)
-        federation.store.clear_spool()
         await asyncio.sleep(ATTEMPT_PAUSE_S)
 
 
-async def _fitting(run: Run, federation: Federation) -> list[str]:
-    """Connected sites that fit the run, as soon as they are enough."""
-    spec = run.spec
-
-    def tell(lacking: str) -> None:
-        run.reason = f"waits for sites: {lacking}"
-        logger.info("waiting for sites", extra={"run": run.id, "reason": run.reason})
-        _save_run(run, federation)
-
-    fitting = await federation.sites.wait_for(spec.cohort.min_sites, wanted(spec), tell)
-    if run.reason:
-        run.reason = ""
-        _save_run(run, federation)
-    return fitting
+def _begin_attempt(run: Run, record: Round, federation: Federation, *, starts_count: bool) -> None:
+    """Leave a failed attempt behind, with all that came of it."""
+    failure = failure_of_attempt(record)
+    record.attempt, record.cohort, record.target, record.sum_digest = record.attempt + 1, [], 0, ""
+    if starts_count:
+        record.first_attempt = record.attempt
+    _advance(run, record, record.state, federation, failure)
+    federation.store.trim_failures(run.id, FAILURES_KEPT)
+    federation.store.clear_spool(run.id)
 
 
-async def _aggregate(
-    run: Run, record: Round, done: Sequence[Assignment], federation: Federation, folding: Folding
-) -> None:
+async def _aggregate(run: Run, record: Round, done: Sequence[Assignment], folding: Folding) -> None:
     """The next global model, durable under its digest, named by round and run."""
-    published = await folding.aggregate(
-        done, federation.store.spool.folder / f"{run.id}.{record.number}.model"
-    )
+    published = await folding.aggregate(done)
     record.metrics = {f"train_{name}": value for name, value in _combined(done).items()}
     model, delta = published.model, published.delta
     record.model_digest, record.model_bytes, record.reason = model.digest, model.size_bytes, ""
@@ -145,17 +116,10 @@ async def _aggregate(
 
 
 async def _evaluate(run: Run, record: Round, federation: Federation) -> None:
-    """Metrics of the round's model, by every connected site that fits the run."""
-    batch = federation.store.assignments(run.id, record.number)
-    batch = [assignment for assignment in batch if assignment.work is Work.EVALUATE]
-    if not batch:
-        if record.number == 0:
-            await _fitting(run, federation)  # nobody may be there yet when a run begins
-        sites = federation.sites.fitting(wanted(run.spec))
-        batch = _assignments(run, record, Work.EVALUATE, sites, federation)
-    terms = _terms(run, record.model_digest, federation, needed=0)
+    """Metrics of the round's model."""
+    batch = evaluations(run, record, federation)
     _advance(run, record, record.state, federation)
-    await federation.assignments.carry_out(run, batch, terms)
+    await federation.assignments.carry_out(run, batch, terms_of_evaluation(run, record, federation))
     done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
     if done:
         record.metrics = record.metrics | _combined(done)
@@ -177,49 +141,15 @@ def _new_round(run: Run, number: int, state: RoundState) -> Round:
     )
 
 
-def _assignments(
-    run: Run, record: Round, work: Work, sites: Sequence[str], federation: Federation
-) -> list[Assignment]:
-    """This attempt's assignments, in the order of ``sites``: those stored, and new ones for the rest."""
-    digest = record.base_digest if work is Work.TRAIN else record.model_digest
-    size = federation.store.files.path(digest).stat().st_size
-    stored = {assignment.id: assignment for assignment in federation.store.assignments(run.id, record.number)}
-    batch = []
-    for site in sites:
-        name = assignment_id(run.id, record.number, record.attempt, work, site)
-        fresh = Assignment(
-            id=name, run_id=run.id, round=record.number, attempt=record.attempt, work=work, site=site,
-            model_digest=digest, model_bytes=size,
-        )  # fmt: skip
-        batch.append(stored.get(name, fresh))
-    federation.store.save(run, record, *batch)
-    return batch
-
-
-def _terms(run: Run, model_digest: str, federation: Federation, *, needed: int) -> Terms:
-    """What holds for all who start from a model."""
-    cohort, store = run.spec.cohort, federation.store
-    return Terms(
-        needed=needed, deadline_s=cohort.deadline_s, stall_s=cohort.stall_s,
-        most_update_bytes=most_update_bytes(run.spec.transport.up, store.files.path(model_digest)),
-        delta=delta_to(store, run, model_digest),
-    )  # fmt: skip
-
-
-def _advance(run: Run, record: Round, state: RoundState, federation: Federation) -> None:
+def _advance(run: Run, record: Round, state: RoundState, federation: Federation, *more: Base) -> None:
     """Make a step durable, and tell it."""
     record.state = state
-    federation.store.save(run, record)
+    federation.store.save(run, record, *more)
     if state in (RoundState.FINISHED, RoundState.FAILED):
         federation.meters.round_ended(record)
     federation.watching.tell(run.id, run)
     assignments = federation.store.assignments(run.id, record.number)
     federation.watching.tell(run.id, RoundChange(record, assignments))
-
-
-def _save_run(run: Run, federation: Federation) -> None:
-    federation.store.save(run)
-    federation.watching.tell(run.id, run)
 
 
 def _stop_reason(run: Run, federation: Federation) -> str | None:

@@ -1,37 +1,67 @@
 """The queue of runs and the life of each, from submission to its end."""
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
-from fedloom_common.errors import FederationError, StorageUnavailable, WrongState
+from fedloom_common.errors import (
+    AttemptFailed,
+    BadSpec,
+    FederationError,
+    StorageUnavailable,
+    TooFewSites,
+    WrongState,
+)
 from fedloom_common.runspec import RunSpec, Sync, parse_run_spec
+from fedloom_server.batches import require_sites
 from fedloom_server.buffered import run_buffered
 from fedloom_server.codecs import require_codable
+from fedloom_server.cohorts import wanted
+from fedloom_server.exports import rounds_up_to
+from fedloom_server.failures import failure_of_run
+from fedloom_server.federation import Federation
 from fedloom_server.models import MODEL_FILE, prepare_model
-from fedloom_server.records import AssignmentState, Run, RunState
-from fedloom_server.rounds import Federation, run_rounds
+from fedloom_server.records import AssignmentState, Base, Run, RunState
+from fedloom_server.rounds import run_rounds
 from fedloom_server.selection import find_policy
+from fedloom_server.sites import LOOK_S
 from fedloom_server.store import new_run_id
+from fedloom_server.waiting import Wait
+
+RESUMABLE = (RunState.PAUSED, RunState.WAITING, RunState.STOPPED, RunState.FAILED)
+WAIT_LOOK_S = 1.0  # between two looks at runs that wait for time to pass
+BROKEN_S = 10.0
 
 logger = logging.getLogger(__name__)
 
 
 class Runs:
-    """Takes runs, works them off in order of submission, ends them."""
+    """Takes runs, works them off by priority and in order of submission, ends them."""
 
-    def __init__(self, federation: Federation) -> None:
+    def __init__(self, federation: Federation, *, concurrent_runs: int) -> None:
         self._federation = federation
         self._store = federation.store
-        self._queue_changed = asyncio.Event()
-        self._under_way: tuple[str, asyncio.Task[str]] | None = None
-        self._idle = asyncio.Event()
-        self._stopping: dict[str, str] = {}
+        self._concurrent_runs = concurrent_runs
+        self._changed = asyncio.Event()
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._asked_for: dict[str, tuple[RunState, str]] = {}
+        """What operators want of runs that are under way: a state, and why."""
+        self._waits: dict[str, Wait] = {}
+        self._failures: dict[str, int] = {}
+        """Times in a row that a run has had to wait because its sites, or the disk, failed it."""
+        self._not_before_s: dict[str, float] = {}
+        federation.sites.when_changed(self._sites_changed)
 
-    async def submit(self, spec_text: str) -> Run:
+    def _sites_changed(self) -> None:
+        if self._waits:
+            self._changed.set()
+
+    async def submit(self, spec_text: str, *, priority: int = 0, cloned_from: str = "") -> Run:
         """Check a run spec, make its initial model and queue the run.
 
         Raises:
@@ -42,11 +72,11 @@ class Runs:
         folder = self._store.spool.new_workshop()
         try:
             await prepare_model(spec, folder)
-            return await self.enqueue(spec, folder)
+            return await self.enqueue(spec, folder, priority=priority, cloned_from=cloned_from)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    async def enqueue(self, spec: RunSpec, folder: Path) -> Run:
+    async def enqueue(self, spec: RunSpec, folder: Path, *, priority: int = 0, cloned_from: str = "") -> Run:
         """Queue a run whose initial model, a folder of files, is made; the files move into the store.
 
         Raises:
@@ -59,14 +89,56 @@ class Runs:
         run = Run(
             id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
             submitted_at_s=time.time(), assets=[file for file in files if file is not model],
-            model_digest=model["digest"], model_bytes=model["size_bytes"],
+            model_digest=model["digest"], model_bytes=model["size_bytes"], priority=priority,
+            cloned_from=cloned_from,
         )  # fmt: skip
+        self._queue(run)
+        return run
+
+    async def clone(self, run_id: str, spec_text: str, *, priority: int = 0) -> Run:
+        """Queue a new run in place of another, with a model of its own.
+
+        Raises:
+            NotFound, WrongState: there is no such run.
+            BadSpec: as for :meth:`submit`.
+        """
+        origin = self._store.run(run_id)
+        return await self.submit(spec_text, priority=priority, cloned_from=origin.id)
+
+    def clone_from_model(
+        self, run_id: str, spec_text: str, round_number: int | None, *, priority: int = 0
+    ) -> Run:
+        """Queue a new run that goes on from a model of another: after a round, or the latest.
+
+        Raises:
+            NotFound, WrongState: there is no such run, or its model of that round is not kept.
+            BadSpec: the spec is wrong, or is of another model.
+        """
+        origin, spec = self._store.run(run_id), parse_run_spec(spec_text)
+        if spec.model != origin.spec.model:
+            raise BadSpec(
+                f"model differs from that of run {origin.id}: a clone that goes on from a model keeps its "
+                "model; leave it as it was, or clone without a round"
+            )
+        find_policy(spec.cohort.policy)
+        rounds = rounds_up_to(self._store, origin, round_number)
+        digest, number = (rounds[-1].model_digest, rounds[-1].number) if rounds else (origin.model_digest, 0)
+        model = self._store.files.path(digest)
+        require_codable(spec.transport, model)
+        run = Run(
+            id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
+            submitted_at_s=time.time(), assets=origin.assets, model_digest=digest,
+            model_bytes=model.stat().st_size, priority=priority, cloned_from=origin.id, cloned_round=number,
+        )  # fmt: skip
+        self._queue(run)
+        return run
+
+    def _queue(self, run: Run) -> None:
         self._store.save(run)
-        self._queue_changed.set()
+        self._changed.set()
         logger.info(
             "run submitted", extra={"run": run.id, "name_of_run": run.name, "model_bytes": run.model_bytes}
         )
-        return run
 
     def _take_in(self, folder: Path) -> list[dict[str, Any]]:
         files = []
@@ -81,89 +153,227 @@ class Runs:
         Raises:
             NotFound, WrongState: there is no such run, or it has ended.
         """
+        return await self._interrupt(run_id, RunState.STOPPED, reason or "stopped by an operator")
+
+    async def pause(self, run_id: str, reason: str) -> Run:
+        """Hold a run where it is until it is resumed: the round under way keeps the updates that have come.
+
+        Raises:
+            NotFound, WrongState: there is no such run, or it has ended or is paused already.
+        """
+        if self._store.run(run_id).state is RunState.PAUSED:
+            raise WrongState(f"run {self._store.run(run_id).id} is paused already")
+        return await self._interrupt(run_id, RunState.PAUSED, reason or "paused by an operator")
+
+    async def _interrupt(self, run_id: str, state: RunState, reason: str) -> Run:
+        """Take a run out of work into a state that an operator asked for."""
         run = self._store.run(run_id)
         if run.state.is_end:
             raise WrongState(f"run {run.id} has ended already: {run.state}, {run.reason}")
-        self._stopping[run.id] = reason or "stopped by an operator"
-        if self._under_way is not None and self._under_way[0] == run.id:
-            rounds = self._under_way[1]
-            rounds.cancel()
-            await asyncio.wait([rounds])
-            await self._idle.wait()
-            return self._store.run(run.id)
-        return self._end(run, RunState.STOPPED, self._stopping.pop(run.id))
+        if run.id not in self._under_way:
+            self._leave(run, state, reason)
+            return run
+        self._asked_for[run.id] = (state, reason)
+        self._under_way[run.id].cancel()
+        await asyncio.wait([self._under_way[run.id]])
+        return self._store.run(run.id)
 
     def resume(self, run_id: str) -> Run:
-        """Queue a stopped or failed run again, to go on after its last finished round.
+        """Queue a run again: a paused or waiting one goes on in its round, an ended one after its last.
 
         Raises:
-            NotFound, WrongState: there is no such run, or it is not stopped or failed.
+            NotFound, WrongState: there is no such run, or it goes on anyway, or is finished.
         """
         run = self._store.run(run_id)
-        if run.state not in (RunState.STOPPED, RunState.FAILED):
-            raise WrongState(f"run {run.id} is {run.state}; only a stopped or failed run can be resumed")
-        run.paused_s += time.time() - run.ended_at_s
-        run.state, run.reason, run.ended_at_s = RunState.QUEUED, "", 0.0
-        self._store.begin_again(run)
-        self._queue_changed.set()
+        if run.state not in RESUMABLE:
+            raise WrongState(
+                f"run {run.id} is {run.state}; only a paused, waiting, stopped or failed run can be resumed"
+            )
+        begins_again, interrupted_at_s = run.state.is_end, run.paused_at_s or run.ended_at_s
+        run.paused_s += time.time() - interrupted_at_s if interrupted_at_s else 0.0
+        run.state, run.reason, run.ended_at_s, run.paused_at_s = RunState.QUEUED, "", 0.0, 0.0
+        if begins_again:
+            self._store.begin_again(run)
+        else:
+            self._store.save(run)
+        self._waits.pop(run.id, None)
+        self._tell(run)
+        self._changed.set()
         return run
 
     async def work(self) -> None:
         """Work off the queue, for ever. Cancelling keeps every run as it is, to go on after a restart."""
         self._store.clear_spool()
-        while True:
-            waiting = self._store.runs(RunState.RUNNING) or self._store.runs(RunState.QUEUED)
-            if waiting:
-                await self._perform(waiting[0])
-            else:
-                await self._queue_changed.wait()
-            self._queue_changed.clear()
+        try:
+            while True:
+                self._changed.clear()
+                self._end_waits()
+                self._begin_next()
+                await self._until_changed()
+        finally:
+            await self._let_go()
+
+    async def _until_changed(self) -> None:
+        """Sleep until something may be done; to runs that wait, many sites at once are one change."""
+        due_s = WAIT_LOOK_S if self._waits or self._not_before_s else None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(due_s):
+                await self._changed.wait()
+        if self._waits:
+            await asyncio.sleep(LOOK_S)
+
+    def _begin_next(self) -> None:
+        """Begin as many runs as may be under way: those that were, then by priority, then as submitted."""
+        broken = {name for name, until_s in self._not_before_s.items() if _now_s() < until_s}
+        self._not_before_s = {name: self._not_before_s[name] for name in broken}
+        under_way = [run for run in self._store.runs(RunState.RUNNING) if run.id not in self._under_way]
+        queued = sorted(self._store.runs(RunState.QUEUED), key=lambda run: -run.priority)
+        for run in [run for run in (*under_way, *queued) if run.id not in broken]:
+            if len(self._under_way) < self._concurrent_runs:
+                self._begin(run)
+            elif run.state is RunState.QUEUED and not run.reason:
+                run.reason = (
+                    f"waits for one of {self._concurrent_runs} runs under way to end (concurrent_runs)"
+                )
+                self._save(run)
+
+    def _begin(self, run: Run) -> None:
+        task = asyncio.create_task(self._perform(run), name=f"run {run.id}")
+        self._under_way[run.id] = task
+        task.add_done_callback(lambda task: self._performed(run.id, task))
+
+    def _performed(self, run_id: str, task: asyncio.Task[None]) -> None:
+        """A run is no longer under way; if its end could not be written, it is taken up again."""
+        del self._under_way[run_id]
+        self._asked_for.pop(run_id, None)
+        self._changed.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.critical("a run broke off; it goes on in a while", extra={"run": run_id}, exc_info=error)
+            self._not_before_s[run_id] = _now_s() + BROKEN_S
 
     async def _perform(self, run: Run) -> None:
         run.state, run.reason = RunState.RUNNING, ""
         run.started_at_s = run.started_at_s or time.time()
-        self._store.save(run)
-        self._federation.watching.tell(run.id, run)
+        self._save(run)
+        rounds_before = run.rounds_done
         logger.info("run under way", extra={"run": run.id, "rounds_done": run.rounds_done})
-        play = run_rounds if isinstance(run.spec.mode, Sync) else run_buffered
-        rounds = asyncio.create_task(play(run, self._federation))
-        self._under_way = (run.id, rounds)
-        self._idle.clear()
         try:
-            reason = await rounds
+            play = run_rounds if isinstance(run.spec.mode, Sync) else run_buffered
+            reason = await play(run, self._federation)
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if run.id not in self._stopping or (task is not None and task.cancelling()):
+            if run.id not in self._asked_for:
                 raise  # the coordinator shuts down: the run goes on after the next start
-            self._end(run, RunState.STOPPED, self._stopping.pop(run.id))
+            self._leave(run, *self._asked_for[run.id])
         except StorageUnavailable:
             raise  # the run goes on when the database is back
+        except AttemptFailed as error:
+            if run.rounds_done > rounds_before:
+                self._failures.pop(run.id, None)
+            self._wait(run, error)
         except FederationError as error:
-            self._end(run, RunState.FAILED, str(error))
+            self._leave(run, RunState.FAILED, str(error))
         except Exception as error:
             logger.exception("run failed by an error of the coordinator's own", extra={"run": run.id})
-            self._end(run, RunState.FAILED, f"internal error of the coordinator, see its log: {error!r}")
+            reason = f"internal error of the coordinator, see its log: {error!r}"
+            self._leave(run, RunState.FAILED, reason, log=traceback.format_exc())
         else:
-            self._end(run, RunState.FINISHED, reason)
-        finally:
-            self._under_way = None
-            self._stopping.pop(run.id, None)
-            self._idle.set()
+            self._leave(run, RunState.FINISHED, reason)
 
-    def _end(self, run: Run, state: RunState, reason: str) -> Run:
-        run.state, run.reason, run.ended_at_s = state, reason, time.time()
-        still_open = [a for a in self._store.assignments(run.id) if a.state is AssignmentState.OPEN]
-        for assignment in still_open:
-            assignment.state, assignment.reason = AssignmentState.CANCELLED, f"the run was {state}"
-        rounds = [] if state is RunState.FINISHED else self._store.close_rounds(run)
-        self._store.save(run, *rounds, *still_open)
-        self._store.clear_spool()
-        self._store.spool.spares.clear()
-        if state is RunState.FINISHED:
+    def _leave(self, run: Run, state: RunState, reason: str, log: str = "") -> None:
+        """Take a run out of work: it has ended or is paused."""
+        self._waits.pop(run.id, None)
+        self._failures.pop(run.id, None)
+        run.state, run.reason = state, reason
+        if state is RunState.PAUSED:
+            run.paused_at_s = time.time()
+            self._save(run)
+            self._federation.assignments.call_off(run.id, "the run is paused")
+        else:
+            self._end(run, log)
+        logger.info("run left", extra={"run": run.id, "state": state, "reason": reason})
+
+    def _end(self, run: Run, log: str) -> None:
+        run.ended_at_s = time.time()
+        self._federation.assignments.drop(run.id)
+        rows: list[Base] = [run]
+        for assignment in self._store.unsettled(run.id):
+            if assignment.state is AssignmentState.OPEN:
+                assignment.state, assignment.reason = AssignmentState.CANCELLED, f"the run was {run.state}"
+            assignment.is_late = False
+            rows.append(assignment)
+        if run.state is not RunState.FINISHED:
+            rows += self._store.close_rounds(run)
+        if run.state is RunState.FAILED:
+            rows.append(failure_of_run(run, log))
+        self._store.save(*rows)
+        self._store.clear_spool(run.id)
+        if len(self._under_way) <= 1:
+            self._store.spool.spares.clear()  # nobody is left who would write over them
+        if run.state is RunState.FINISHED:
             shutil.rmtree(self._store.spool.residual_folder(run.id), ignore_errors=True)
         for site in self._federation.sites.all():
             if site.link is not None:
-                site.link.run_ended(run.id, may_resume=state is not RunState.FINISHED)
+                site.link.run_ended(run.id, may_resume=run.state is not RunState.FINISHED)
+        self._tell(run)
+
+    def _wait(self, run: Run, error: AttemptFailed) -> None:
+        """Let a run wait: another attempt may succeed when sites have come or time has passed."""
+        failures = 0
+        if not isinstance(error, TooFewSites):
+            failures = self._failures[run.id] = self._failures.get(run.id, 0) + 1
+        wait = self._waits[run.id] = self._new_wait(run, failures)
+        run.state, run.reason = RunState.WAITING, str(error)
+        if failures:
+            run.reason = f"{error}; {wait.text(_now_s())}"
+            self._store.save(run, failure_of_run(run))
+            logger.warning("run waits", extra={"run": run.id, "reason": run.reason})
+        else:
+            self._store.save(run)
+            logger.info("waiting for sites", extra={"run": run.id, "reason": run.reason})
+        self._tell(run)
+
+    def _new_wait(self, run: Run, failures: int) -> Wait:
+        sessions = self._federation.sites.sessions(wanted(run.spec))
+        return Wait(min_sites=run.spec.cohort.min_sites, sessions=sessions, failures=failures, now_s=_now_s())
+
+    def _end_waits(self) -> None:
+        """Queue the waiting runs that may go on, and say of the others how many sites are there."""
+        for run in self._store.runs(RunState.WAITING):
+            wait = self._waits.get(run.id)
+            if wait is None:  # the coordinator was started again
+                wait = self._waits[run.id] = self._new_wait(run, 0)
+            sessions = self._federation.sites.sessions(wanted(run.spec))
+            if wait.is_over(sessions, _now_s()):
+                del self._waits[run.id]
+                run.state, run.reason = RunState.QUEUED, ""
+                self._save(run)
+            elif wait.is_for_sites:
+                self._say_who_is_missing(run)
+
+    def _say_who_is_missing(self, run: Run) -> None:
+        try:
+            require_sites(run, self._federation.sites)
+        except TooFewSites as error:
+            if run.reason != str(error):
+                run.reason = str(error)
+                self._save(run)
+
+    def _save(self, run: Run) -> None:
+        self._store.save(run)
+        self._tell(run)
+
+    def _tell(self, run: Run) -> None:
         self._federation.watching.tell(run.id, run)
-        logger.info("run ended", extra={"run": run.id, "state": state, "reason": reason})
-        return run
+
+    async def _let_go(self) -> None:
+        """Break off what is under way; it goes on when work begins again."""
+        tasks = list(self._under_way.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._waits.clear()
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

@@ -22,6 +22,7 @@ class Sites:
         self._roster = roster
         self._changed = asyncio.Event()
         self.count_connected = 0
+        self._listeners: list[Callable[[], None]] = []
 
     @contextmanager
     def attached(
@@ -82,28 +83,25 @@ class Sites:
         """Names of the connected sites that may be given a run's work, in order."""
         return sorted(site.name for site in self.connected() if fits(site, wanted))
 
-    async def wait_for(self, count: int, wanted: Wanted, on_wait: Callable[[str], None]) -> list[str]:
-        """Names of the sites that fit, as soon as there are ``count``.
+    def sessions(self, wanted: Wanted) -> dict[str, Link]:
+        """The present session of each connected site that fits; a new one is another object."""
+        return {site.name: site.link for site in self.connected() if site.link and fits(site, wanted)}
 
-        ``on_wait`` hears how many there are and what the others lack, each time that changes.
-        """
-        loop, told = asyncio.get_running_loop(), ""
-        while True:
-            changed, looked_at_s = self._changed, loop.time()
-            if len(names := self.fitting(wanted)) >= count:
-                return names
-            lacking = shortfall(self.connected(), wanted, needed=count)
-            if lacking != told:
-                on_wait(lacking)
-                told = lacking
-            await changed.wait()
-            await asyncio.sleep(looked_at_s + LOOK_S - loop.time())
+    def shortfall(self, wanted: Wanted, needed: int) -> str:
+        """How many of the connected sites fit, and what the others lack, for people."""
+        return shortfall(self.connected(), wanted, needed=needed)
+
+    def when_changed(self, notify: Callable[[], None]) -> None:
+        """Have ``notify`` called whenever a site has come or gone, or may do other than before."""
+        self._listeners.append(notify)
 
     async def until_changed(self) -> None:
         """Wait until a site has come or gone, or may do other than before."""
         await self._changed.wait()
 
     def changed(self) -> None:
-        """Wake whoever waits for sites: one came or went, or may do other than before."""
+        """Tell whoever waits for sites: one came or went, or may do other than before."""
         self._changed.set()
         self._changed = asyncio.Event()
+        for notify in self._listeners:
+            notify()

@@ -38,9 +38,13 @@ class Spool:
             overwrite(spare, path)
         return path
 
-    def sum_path(self, digest: str) -> Path:
+    def sum_path(self, run_id: str, digest: str) -> Path:
         """Where the sum of a round's folded updates lies."""
-        return self.folder / f"{plain_name(digest)}.sum"
+        return self.folder / f"{run_id}.{plain_name(digest)}.sum"
+
+    def mean_path(self, run_id: str, round_number: int) -> Path:
+        """Where a round's mean is written."""
+        return self.folder / f"{run_id}.{round_number}.model"
 
     def residual_folder(self, run_id: str) -> Path:
         """Where a run keeps what its way down has left out so far."""
@@ -50,12 +54,17 @@ class Spool:
         """A folder to make an initial model in; the caller removes it."""
         return Path(tempfile.mkdtemp(dir=self._workshop))
 
-    def keep_only(self, wanted: Iterable[Path]) -> None:
-        """Remove files that nobody counts on any more; updates among them become spares."""
+    def keep_only(self, wanted: Iterable[Path], run_id: str = "") -> None:
+        """Remove files that nobody counts on any more; updates among them become spares.
+
+        With a ``run_id`` only files of that run, whose names begin with it: other runs may write theirs.
+        """
         names = {path.name for path in wanted}
         for path in self.folder.iterdir():
-            if path.suffix == UPDATE_SUFFIX and path.name not in names:
+            bare = path.name.removeprefix(".")
+            if not bare.startswith(run_id) or path.name in names or bare.removesuffix(".held") in names:
+                continue
+            if path.suffix == UPDATE_SUFFIX:
                 self.spares.keep(path)
-        for path in self.folder.iterdir():
-            if path.name not in names and path.name.removeprefix(".").removesuffix(".held") not in names:
-                path.unlink()
+            else:
+                path.unlink(missing_ok=True)

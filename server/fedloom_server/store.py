@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import BigInteger, Select, case, cast, delete, func, literal, select, tuple_
+from sqlalchemy import BigInteger, Select, case, cast, delete, func, literal, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from fedloom_common.errors import NotFound, WrongState
@@ -16,6 +16,7 @@ from fedloom_server.records import (
     Assignment,
     AssignmentState,
     Base,
+    Failure,
     Round,
     RoundState,
     Run,
@@ -169,6 +170,29 @@ class Store:
 
         return self.database.do(look)
 
+    def unsettled(self, run_id: str) -> list[Assignment]:
+        """A run's assignments that are open, or late and not yet taken by a round."""
+        query = select(Assignment).where(Assignment.run_id == run_id)
+        return self._all(query.where(or_(Assignment.state == AssignmentState.OPEN, Assignment.is_late)))
+
+    def late(self, run_id: str) -> list[Assignment]:
+        """Trainings whose round went on without them and that no later one has taken yet, oldest first."""
+        alive = Assignment.state.in_((AssignmentState.OPEN, AssignmentState.DONE))
+        query = select(Assignment).where(Assignment.run_id == run_id, alive)
+        query = query.where(Assignment.is_late)
+        return self._all(query.order_by(Assignment.round, Assignment.attempt, Assignment.site))
+
+    def failures(self, run_id: str) -> list[Failure]:
+        """What went wrong in a run, first to last."""
+        return self._all(select(Failure).where(Failure.run_id == run_id).order_by(Failure.at_s, Failure.id))
+
+    def trim_failures(self, run_id: str, keep: int) -> None:
+        """Keep only the newest failures of a run."""
+        newest = select(Failure.id).where(Failure.run_id == run_id)
+        newest = newest.order_by(Failure.at_s.desc(), Failure.id.desc()).limit(keep)
+        old = delete(Failure).where(Failure.run_id == run_id, Failure.id.not_in(newest))
+        self.database.do(lambda session: session.execute(old))
+
     def close_rounds(self, run: Run) -> list[Round]:
         """The unfinished round of a run that ends early, closed: training is lost, later steps can go on."""
         unfinished = [record for record in self.rounds(run.id) if record.state is not RoundState.FINISHED]
@@ -206,21 +230,25 @@ class Store:
             lambda session: {name for query in queries for name in session.scalars(query)}
         )
 
-    def clear_spool(self) -> None:
-        """Remove spooled files that no unfinished round's present attempt counts on."""
-        unfinished = (RoundState.TRAINING, RoundState.AGGREGATING)
-        counted = (AssignmentState.OPEN, AssignmentState.DONE)
-        rounds = self._all(select(Round).where(Round.state.in_(unfinished)))
+    def clear_spool(self, run_id: str = "") -> None:
+        """Remove spooled files, all or a run's, that no round's present attempt and no later one counts on.
+
+        Nothing may be writing files of that run.
+        """
+        unfinished = select(Round).where(Round.state.in_((RoundState.TRAINING, RoundState.AGGREGATING)))
+        rounds = self._all(unfinished.where(Round.run_id.startswith(run_id)))
+        late = select(Assignment).where(Assignment.is_late)
+        counted = self._all(late.where(Assignment.run_id.startswith(run_id)))
+        for record in rounds:
+            present = self.assignments(record.run_id, record.number)
+            counted += [assignment for assignment in present if assignment.attempt == record.attempt]
         wanted = [
             self.spool.update_path(assignment)
-            for record in rounds
-            for assignment in self.assignments(record.run_id, record.number)
-            if assignment.attempt == record.attempt
-            and assignment.state in counted
-            and not assignment.is_folded
+            for assignment in counted
+            if assignment.state in (AssignmentState.OPEN, AssignmentState.DONE) and not assignment.is_folded
         ]
-        wanted += [self.spool.sum_path(record.sum_digest) for record in rounds if record.sum_digest]
-        self.spool.keep_only(wanted)
+        wanted += [self.spool.sum_path(item.run_id, item.sum_digest) for item in rounds if item.sum_digest]
+        self.spool.keep_only(wanted, run_id)
 
     def _all(self, query: Select[Row]) -> list[Row]:
         return self.database.do(lambda session: list(session.scalars(query)))

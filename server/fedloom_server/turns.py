@@ -13,15 +13,19 @@ class UploadTurns:
         staged_updates: int,
         on_turn: Callable[[str], bool],
         is_next: Callable[[str], bool],
+        on_stuck: Callable[[], None],
     ) -> None:
         """``on_turn`` hears whose turn has come, and says whether it can be taken.
 
         ``is_next`` tells of an update that all staged ones wait for: it may arrive beyond their number.
+        ``on_stuck`` is called when nobody can go on before a staged update is released.
         """
         self._concurrent_uploads = concurrent_uploads
         self._staged_updates = staged_updates
         self._on_turn = on_turn
         self._is_next = is_next
+        self._on_stuck = on_stuck
+        self._was_stuck = False
         self._waiting: list[str] = []
         self._under_way: set[str] = set()
         self._staged: set[str] = set()
@@ -65,11 +69,19 @@ class UploadTurns:
         """Whether one's turn has yet to come."""
         return name in self._waiting
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether somebody waits, for nothing but room on disk."""
+        return bool(self._waiting) and not self._under_way
+
     def _go_on(self) -> None:
         while (name := self._first()) is not None:
             self._waiting.remove(name)
             if self._on_turn(name):
                 self._under_way.add(name)
+        was_stuck, self._was_stuck = self._was_stuck, self.is_stuck
+        if self._was_stuck and not was_stuck:
+            self._on_stuck()
 
     def _first(self) -> str | None:
         if len(self._under_way) >= self._concurrent_uploads:

@@ -130,8 +130,7 @@ class Versions:
         """Make the closed version's model, durable under its digest, named by round and run."""
         run, record = self._run, self.closed
         assert record is not None
-        out = self._store.spool.folder / f"{run.id}.{record.number}.model"
-        model = (await folding.aggregate(taken, out)).model
+        model = (await folding.aggregate(taken)).model
         record.metrics = _training_metrics(taken)
         record.model_digest, record.model_bytes, record.reason = model.digest, model.size_bytes, ""
         run.model_digest, run.model_bytes, run.rounds_done = model.digest, model.size_bytes, record.number
@@ -147,7 +146,7 @@ class Versions:
         self._store.save(run, record, *following)
         self._watching.tell(run.id, run)
         self._tell(record)
-        self._store.clear_spool()
+        self._store.clear_spool(run.id)
         drop_old_models(self._store, run, self._keep_models)
         facts = {name: round(value, 4) for name, value in record.metrics.items()}
         logger.info("version made", extra={"run": run.id, "round": record.number, "metrics": facts})

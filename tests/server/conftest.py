@@ -96,6 +96,7 @@ class FakeSite:
         self.errors: list[str] = []
         self.receipts: list[transfer_pb2.Receipt] = []
         self._port = port
+        self._downloading = asyncio.Lock()
         self._outbox: asyncio.Queue[pb.SiteMessage] = asyncio.Queue()
         self._updates: dict[str, Path] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -152,9 +153,10 @@ class FakeSite:
 
     async def _do(self, assignment: pb.Assignment) -> None:
         model = self.folder / assignment.model.digest.removeprefix("blake3:")
-        if not model.exists():
-            await download(self.transfer, assignment.model.digest, assignment.model.size_bytes, model)
-            self.downloads += 1
+        async with self._downloading:  # several runs may begin with the same model
+            if not model.exists():
+                await download(self.transfer, assignment.model.digest, assignment.model.size_bytes, model)
+                self.downloads += 1
         if assignment.work == pb.WORK_EVALUATE and self.fault is Fault.NEVER_EVALUATES:
             return
         if assignment.work == pb.WORK_EVALUATE:
@@ -338,13 +340,15 @@ class Bench:
         self.tasks[name].cancel()
         await asyncio.wait([self.tasks[name]])
 
-    async def enqueue(self, spec: RunSpec, tensors: dict[str, np.ndarray] | None = None) -> Run:
+    async def enqueue(
+        self, spec: RunSpec, tensors: dict[str, np.ndarray] | None = None, *, priority: int = 0
+    ) -> Run:
         folder = self.folder / "initial"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         save_file(tensors or INITIAL, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
-        return await self.running.runs.enqueue(spec, folder)
+        return await self.running.runs.enqueue(spec, folder, priority=priority)
 
     async def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
         async with asyncio.timeout(seconds):
@@ -354,6 +358,15 @@ class Bench:
     async def ended(self, run: Run, seconds: float = 20) -> Run:
         await self.until(lambda: self.running.store.run(run.id).state.is_end, seconds)
         return self.running.store.run(run.id)
+
+    async def in_state(self, run: Run, *states: str, seconds: float = 20) -> Run:
+        await self.until(lambda: self.running.store.run(run.id).state in states, seconds)
+        return self.running.store.run(run.id)
+
+    async def waits(self, run: Run, why: str, seconds: float = 20) -> Run:
+        """The run as soon as it waits for a reason that holds a text."""
+        await self.until(lambda: why in self.running.store.run(run.id).reason, seconds)
+        return await self.in_state(run, "waiting")
 
     def model(self, run: Run) -> dict[str, np.ndarray]:
         store = self.running.store

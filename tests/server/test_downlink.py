@@ -311,7 +311,7 @@ async def test_a_change_without_a_code_fails_the_run_with_the_tensor_and_the_way
 async def test_an_update_larger_than_its_codec_can_make_it_is_refused_before_it_is_sent(bench, spec):
     site = bench.site("a")
     changes = {"cohort": {"attempts": 1}, "evaluation": {"initial": False}, "transport": {"up": "int8"}}
-    run = await bench.ended(await bench.enqueue(spec(**changes), LARGE))
+    run = await bench.waits(await bench.enqueue(spec(**changes), LARGE), "reported")
     state, reason = bench.outcomes(run)["a"]
     assert state == "rejected"
     assert re.search(r"the model has 12\d{5} and transport.up makes at most 3\d{5} of it", reason)

@@ -104,7 +104,7 @@ async def test_a_queued_run_can_be_stopped_and_resumed(bench, spec, channel):
     await stub.Resume(pb.ResumeRequest(run_id=run.id))
     bench.site("a")
     assert (await bench.ended(run)).state == "finished"
-    with pytest.raises(grpc.aio.AioRpcError, match="only a stopped or failed run"):
+    with pytest.raises(grpc.aio.AioRpcError, match="only a paused, waiting, stopped or failed"):
         await stub.Resume(pb.ResumeRequest(run_id=run.id))
 
 

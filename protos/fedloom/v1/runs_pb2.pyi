@@ -16,6 +16,8 @@ class RunState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RUN_STATE_FINISHED: _ClassVar[RunState]
     RUN_STATE_FAILED: _ClassVar[RunState]
     RUN_STATE_STOPPED: _ClassVar[RunState]
+    RUN_STATE_WAITING: _ClassVar[RunState]
+    RUN_STATE_PAUSED: _ClassVar[RunState]
 
 class RoundState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -38,6 +40,8 @@ RUN_STATE_RUNNING: RunState
 RUN_STATE_FINISHED: RunState
 RUN_STATE_FAILED: RunState
 RUN_STATE_STOPPED: RunState
+RUN_STATE_WAITING: RunState
+RUN_STATE_PAUSED: RunState
 ROUND_STATE_UNSPECIFIED: RoundState
 ROUND_STATE_TRAINING: RoundState
 ROUND_STATE_AGGREGATING: RoundState
@@ -50,7 +54,7 @@ SITE_STATE_DRAINING: SiteState
 SITE_STATE_BLOCKED: SiteState
 
 class Run(_message.Message):
-    __slots__ = ("id", "name", "state", "reason", "rounds_done", "rounds_total", "submitted_at_s", "started_at_s", "ended_at_s", "model", "spec_json")
+    __slots__ = ("id", "name", "state", "reason", "rounds_done", "rounds_total", "submitted_at_s", "started_at_s", "ended_at_s", "model", "spec_json", "priority", "cloned_from", "cloned_round")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +66,9 @@ class Run(_message.Message):
     ENDED_AT_S_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CLONED_FROM_FIELD_NUMBER: _ClassVar[int]
+    CLONED_ROUND_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     state: RunState
@@ -73,10 +80,13 @@ class Run(_message.Message):
     ended_at_s: float
     model: _session_pb2.Blob
     spec_json: str
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., reason: _Optional[str] = ..., rounds_done: _Optional[int] = ..., rounds_total: _Optional[int] = ..., submitted_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., spec_json: _Optional[str] = ...) -> None: ...
+    priority: int
+    cloned_from: str
+    cloned_round: int
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., reason: _Optional[str] = ..., rounds_done: _Optional[int] = ..., rounds_total: _Optional[int] = ..., submitted_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., spec_json: _Optional[str] = ..., priority: _Optional[int] = ..., cloned_from: _Optional[str] = ..., cloned_round: _Optional[int] = ...) -> None: ...
 
 class Round(_message.Message):
-    __slots__ = ("number", "attempt", "state", "reason", "model", "metrics", "sites", "started_at_s", "ended_at_s")
+    __slots__ = ("number", "attempt", "state", "reason", "model", "metrics", "sites", "started_at_s", "ended_at_s", "target")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +103,7 @@ class Round(_message.Message):
     SITES_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_S_FIELD_NUMBER: _ClassVar[int]
     ENDED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
     number: int
     attempt: int
     state: RoundState
@@ -102,10 +113,11 @@ class Round(_message.Message):
     sites: _containers.RepeatedCompositeFieldContainer[SiteRound]
     started_at_s: float
     ended_at_s: float
-    def __init__(self, number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[RoundState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., sites: _Optional[_Iterable[_Union[SiteRound, _Mapping]]] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ...) -> None: ...
+    target: int
+    def __init__(self, number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[RoundState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., sites: _Optional[_Iterable[_Union[SiteRound, _Mapping]]] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ..., target: _Optional[int] = ...) -> None: ...
 
 class SiteRound(_message.Message):
-    __slots__ = ("site", "work", "state", "reason", "examples", "tokens", "metrics", "bytes_down", "bytes_up", "phase_seconds", "attempt", "staleness", "turn", "assignment_id")
+    __slots__ = ("site", "work", "state", "reason", "examples", "tokens", "metrics", "bytes_down", "bytes_up", "phase_seconds", "attempt", "is_late", "staleness", "turn", "assignment_id")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +143,7 @@ class SiteRound(_message.Message):
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
     PHASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    IS_LATE_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -145,16 +158,75 @@ class SiteRound(_message.Message):
     bytes_up: int
     phase_seconds: _containers.ScalarMap[str, float]
     attempt: int
+    is_late: bool
     staleness: int
     turn: int
     assignment_id: str
-    def __init__(self, site: _Optional[str] = ..., work: _Optional[_Union[_session_pb2.Work, str]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ..., phase_seconds: _Optional[_Mapping[str, float]] = ..., attempt: _Optional[int] = ..., staleness: _Optional[int] = ..., turn: _Optional[int] = ..., assignment_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, site: _Optional[str] = ..., work: _Optional[_Union[_session_pb2.Work, str]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ..., phase_seconds: _Optional[_Mapping[str, float]] = ..., attempt: _Optional[int] = ..., is_late: bool = ..., staleness: _Optional[int] = ..., turn: _Optional[int] = ..., assignment_id: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("spec",)
+    __slots__ = ("spec", "priority")
     SPEC_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     spec: str
-    def __init__(self, spec: _Optional[str] = ...) -> None: ...
+    priority: int
+    def __init__(self, spec: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class CloneRequest(_message.Message):
+    __slots__ = ("run_id", "spec", "from_round", "from_latest", "priority")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    FROM_ROUND_FIELD_NUMBER: _ClassVar[int]
+    FROM_LATEST_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    spec: str
+    from_round: int
+    from_latest: bool
+    priority: int
+    def __init__(self, run_id: _Optional[str] = ..., spec: _Optional[str] = ..., from_round: _Optional[int] = ..., from_latest: bool = ..., priority: _Optional[int] = ...) -> None: ...
+
+class PauseRequest(_message.Message):
+    __slots__ = ("run_id", "reason")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    reason: str
+    def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ListFailuresRequest(_message.Message):
+    __slots__ = ("run_id", "limit")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    limit: int
+    def __init__(self, run_id: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListFailuresResponse(_message.Message):
+    __slots__ = ("failures",)
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    failures: _containers.RepeatedCompositeFieldContainer[RunFailure]
+    def __init__(self, failures: _Optional[_Iterable[_Union[RunFailure, _Mapping]]] = ...) -> None: ...
+
+class RunFailure(_message.Message):
+    __slots__ = ("at_s", "round", "attempt", "site", "work", "cause", "message", "log")
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    LOG_FIELD_NUMBER: _ClassVar[int]
+    at_s: float
+    round: int
+    attempt: int
+    site: str
+    work: _session_pb2.Work
+    cause: str
+    message: str
+    log: str
+    def __init__(self, at_s: _Optional[float] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., site: _Optional[str] = ..., work: _Optional[_Union[_session_pb2.Work, str]] = ..., cause: _Optional[str] = ..., message: _Optional[str] = ..., log: _Optional[str] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ()

@@ -54,6 +54,16 @@ class RunServiceStub(object):
                 request_serializer=fedloom_dot_v1_dot_runs__pb2.WatchRequest.SerializeToString,
                 response_deserializer=fedloom_dot_v1_dot_runs__pb2.WatchEvent.FromString,
                 _registered_method=True)
+        self.Clone = channel.unary_unary(
+                '/fedloom.v1.RunService/Clone',
+                request_serializer=fedloom_dot_v1_dot_runs__pb2.CloneRequest.SerializeToString,
+                response_deserializer=fedloom_dot_v1_dot_runs__pb2.Run.FromString,
+                _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/fedloom.v1.RunService/Pause',
+                request_serializer=fedloom_dot_v1_dot_runs__pb2.PauseRequest.SerializeToString,
+                response_deserializer=fedloom_dot_v1_dot_runs__pb2.Run.FromString,
+                _registered_method=True)
         self.Stop = channel.unary_unary(
                 '/fedloom.v1.RunService/Stop',
                 request_serializer=fedloom_dot_v1_dot_runs__pb2.StopRequest.SerializeToString,
@@ -63,6 +73,11 @@ class RunServiceStub(object):
                 '/fedloom.v1.RunService/Resume',
                 request_serializer=fedloom_dot_v1_dot_runs__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=fedloom_dot_v1_dot_runs__pb2.Run.FromString,
+                _registered_method=True)
+        self.ListFailures = channel.unary_unary(
+                '/fedloom.v1.RunService/ListFailures',
+                request_serializer=fedloom_dot_v1_dot_runs__pb2.ListFailuresRequest.SerializeToString,
+                response_deserializer=fedloom_dot_v1_dot_runs__pb2.ListFailuresResponse.FromString,
                 _registered_method=True)
         self.Export = channel.unary_unary(
                 '/fedloom.v1.RunService/Export',
@@ -107,6 +122,21 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Clone(self, request, context):
+        """Queues a new run with the spec of another one, changed or not, and its model if asked for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pause(self, request, context):
+        """Holds a run where it is, until it is resumed: the round under way keeps the
+        updates that have come.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stop(self, request, context):
         """Ends a run after the round under way is stopped; its last model stays.
         """
@@ -115,7 +145,15 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Queues a stopped or failed run again; it goes on after its last finished round.
+        """Queues a run again: a paused or waiting one goes on in its round, a stopped
+        or failed one after its last finished round.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFailures(self, request, context):
+        """What went wrong in a run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,6 +196,16 @@ def add_RunServiceServicer_to_server(servicer, server):
                     request_deserializer=fedloom_dot_v1_dot_runs__pb2.WatchRequest.FromString,
                     response_serializer=fedloom_dot_v1_dot_runs__pb2.WatchEvent.SerializeToString,
             ),
+            'Clone': grpc.unary_unary_rpc_method_handler(
+                    servicer.Clone,
+                    request_deserializer=fedloom_dot_v1_dot_runs__pb2.CloneRequest.FromString,
+                    response_serializer=fedloom_dot_v1_dot_runs__pb2.Run.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=fedloom_dot_v1_dot_runs__pb2.PauseRequest.FromString,
+                    response_serializer=fedloom_dot_v1_dot_runs__pb2.Run.SerializeToString,
+            ),
             'Stop': grpc.unary_unary_rpc_method_handler(
                     servicer.Stop,
                     request_deserializer=fedloom_dot_v1_dot_runs__pb2.StopRequest.FromString,
@@ -167,6 +215,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=fedloom_dot_v1_dot_runs__pb2.ResumeRequest.FromString,
                     response_serializer=fedloom_dot_v1_dot_runs__pb2.Run.SerializeToString,
+            ),
+            'ListFailures': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFailures,
+                    request_deserializer=fedloom_dot_v1_dot_runs__pb2.ListFailuresRequest.FromString,
+                    response_serializer=fedloom_dot_v1_dot_runs__pb2.ListFailuresResponse.SerializeToString,
             ),
             'Export': grpc.unary_unary_rpc_method_handler(
                     servicer.Export,
@@ -298,6 +351,60 @@ class RunService(object):
             _registered_method=True)
 
     @staticmethod
+    def Clone(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedloom.v1.RunService/Clone',
+            fedloom_dot_v1_dot_runs__pb2.CloneRequest.SerializeToString,
+            fedloom_dot_v1_dot_runs__pb2.Run.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedloom.v1.RunService/Pause',
+            fedloom_dot_v1_dot_runs__pb2.PauseRequest.SerializeToString,
+            fedloom_dot_v1_dot_runs__pb2.Run.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Stop(request,
             target,
             options=(),
@@ -341,6 +448,33 @@ class RunService(object):
             '/fedloom.v1.RunService/Resume',
             fedloom_dot_v1_dot_runs__pb2.ResumeRequest.SerializeToString,
             fedloom_dot_v1_dot_runs__pb2.Run.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFailures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedloom.v1.RunService/ListFailures',
+            fedloom_dot_v1_dot_runs__pb2.ListFailuresRequest.SerializeToString,
+            fedloom_dot_v1_dot_runs__pb2.ListFailuresResponse.FromString,
             options,
             channel_credentials,
             insecure,

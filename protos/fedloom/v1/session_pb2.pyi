@@ -17,6 +17,8 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_EVALUATE: _ClassVar[Phase]
     PHASE_WAIT: _ClassVar[Phase]
     PHASE_UPLOAD: _ClassVar[Phase]
+    PHASE_QUEUED: _ClassVar[Phase]
+    PHASE_ENCODE: _ClassVar[Phase]
 
 class Work(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -31,6 +33,8 @@ PHASE_TRAIN: Phase
 PHASE_EVALUATE: Phase
 PHASE_WAIT: Phase
 PHASE_UPLOAD: Phase
+PHASE_QUEUED: Phase
+PHASE_ENCODE: Phase
 WORK_UNSPECIFIED: Work
 WORK_TRAIN: Work
 WORK_EVALUATE: Work

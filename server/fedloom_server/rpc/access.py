@@ -47,12 +47,17 @@ TABLE: Mapping[str, Rule] = {
     "/fedloom.v1.TransferService/Write": Rule(roles=SITES, request_bytes=CHUNK_BYTES + SMALL_BYTES),
     "/fedloom.v1.TransferService/QueryWrite": Rule(roles=SITES),
     "/fedloom.v1.RunService/Submit": Rule(roles=OPERATORS, request_bytes=SPEC_BYTES, audited="run.submit"),
+    "/fedloom.v1.RunService/Clone": Rule(
+        roles=OPERATORS, request_bytes=SPEC_BYTES, audited="run.clone", subject="run_id"
+    ),
+    "/fedloom.v1.RunService/Pause": Rule(roles=OPERATORS, audited="run.pause", subject="run_id"),
     "/fedloom.v1.RunService/Stop": Rule(roles=OPERATORS, audited="run.stop", subject="run_id"),
     "/fedloom.v1.RunService/Resume": Rule(roles=OPERATORS, audited="run.resume", subject="run_id"),
     "/fedloom.v1.RunService/List": Rule(roles=READERS),
     "/fedloom.v1.RunService/Get": Rule(roles=READERS),
     "/fedloom.v1.RunService/Watch": Rule(roles=READERS),
     "/fedloom.v1.RunService/Export": Rule(roles=READERS, audited="model.export", subject="run_id"),
+    "/fedloom.v1.RunService/ListFailures": Rule(roles=READERS),
     "/fedloom.v1.RunService/ListSites": Rule(roles=READERS),
     "/fedloom.v1.AuditService/List": Rule(roles=READERS),
     "/fedloom.v1.SiteService/Get": Rule(roles=READERS),

@@ -15,9 +15,10 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.session_pb2_grpc import FederationServiceServicer
 from fedloom_common.errors import FederationError, Unreachable
 from fedloom_common.identity import Peer
-from fedloom_server.assignments import Assignments, Result
+from fedloom_server.assignments import Assignments
 from fedloom_server.audit import AuditLog
 from fedloom_server.records import Work, site_of
+from fedloom_server.results import Result
 from fedloom_server.roster import Site
 from fedloom_server.rpc.endings import current_call
 from fedloom_server.rpc.gate import Gate

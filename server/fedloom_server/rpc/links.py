@@ -66,7 +66,7 @@ class SiteLink:
         )
         message = pb.Assignment(
             id=assignment.id, work=work_message(assignment.work), run_id=run.id,
-            round=assignment.turn or assignment.round,
+            round=assignment.turn or assignment.round - assignment.staleness,
             schedule_round=assignment.round - assignment.staleness if assignment.turn else 0,
             attempt=assignment.attempt, model=model, assets=[blob(asset) for asset in run.assets],
             spec_json=run.spec_json, deadline_s=spec.cohort.deadline_s or 0, stall_s=spec.cohort.stall_s,

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedloom.v1 import runs_pb2, session_pb2
 from fedloom_server.downlink import Delta
-from fedloom_server.records import Assignment, Round, Run, Work
+from fedloom_server.records import Assignment, Failure, Round, Run, Work
 from fedloom_server.roster import Site
 from fedloom_server.watching import Change, RoundChange, SiteProgress
 
@@ -50,6 +50,9 @@ def run_message(run: Run, model_name: str) -> runs_pb2.Run:
         ended_at_s=run.ended_at_s,
         model=session_pb2.Blob(name=model_name, digest=run.model_digest, size_bytes=run.model_bytes),
         spec_json=run.spec_json,
+        priority=run.priority,
+        cloned_from=run.cloned_from,
+        cloned_round=run.cloned_round,
     )
 
 
@@ -68,6 +71,7 @@ def round_message(record: Round, assignments: Sequence[Assignment], model_name: 
         sites=[_site_round(assignment) for assignment in assignments],
         started_at_s=record.started_at_s,
         ended_at_s=record.ended_at_s,
+        target=record.target,
     )
 
 
@@ -87,6 +91,21 @@ def _site_round(assignment: Assignment) -> runs_pb2.SiteRound:
         bytes_down=assignment.bytes_down,
         bytes_up=assignment.bytes_up,
         phase_seconds=assignment.phase_seconds,
+        is_late=assignment.is_late,
+    )
+
+
+def failure_message(failure: Failure) -> runs_pb2.RunFailure:
+    """One thing that went wrong."""
+    return runs_pb2.RunFailure(
+        at_s=failure.at_s,
+        round=failure.round,
+        attempt=failure.attempt,
+        site=failure.site,
+        work=work_message(Work(failure.work)) if failure.work else session_pb2.WORK_UNSPECIFIED,
+        cause=failure.cause,
+        message=failure.message,
+        log=failure.log,
     )
 
 

@@ -10,19 +10,27 @@ from fedloom.v1.runs_pb2_grpc import RunServiceServicer
 from fedloom_server.exports import export
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.records import Run
-from fedloom_server.rpc.messages import blob, change_message, round_message, run_message, site_message
+from fedloom_server.rpc.messages import (
+    blob,
+    change_message,
+    failure_message,
+    round_message,
+    run_message,
+    site_message,
+)
 from fedloom_server.runs import Runs
 from fedloom_server.sites import Sites
 from fedloom_server.store import Store
 from fedloom_server.watching import Watching
 
 ROUNDS_BYTES = 1 << 20  # of one answer; a round with many sites takes it beyond, and a message has 8 MiB
+FAILURES_BYTES = 2 << 20
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class RunEdge(RunServiceServicer):
-    """Submit, List, Get, Watch, Stop, Resume, Export and ListSites."""
+    """Operators' and viewers' calls about runs and sites."""
 
     def __init__(self, runs: Runs, sites: Sites, store: Store, watching: Watching) -> None:
         self._runs = runs
@@ -32,7 +40,7 @@ class RunEdge(RunServiceServicer):
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.Run:  # noqa: N802
         """Check a run spec and queue the run."""
-        return run_message(await self._runs.submit(request.spec), MODEL_FILE)
+        return run_message(await self._runs.submit(request.spec, priority=request.priority), MODEL_FILE)
 
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:  # noqa: N802
         """Runs, newest first."""
@@ -69,13 +77,39 @@ class RunEdge(RunServiceServicer):
                 has_ended = isinstance(change, Run) and change.state.is_end  # it may change while we yield
                 yield change_message(change, MODEL_FILE)
 
+    async def Clone(self, request: pb.CloneRequest, context: Context) -> pb.Run:  # noqa: N802
+        """Queue a new run like another one."""
+        if request.HasField("from_round") or request.from_latest:
+            number = request.from_round if request.HasField("from_round") else None
+            run = self._runs.clone_from_model(request.run_id, request.spec, number, priority=request.priority)
+        else:
+            run = await self._runs.clone(request.run_id, request.spec, priority=request.priority)
+        return run_message(run, MODEL_FILE)
+
+    async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.Run:  # noqa: N802
+        """Hold a run where it is."""
+        return run_message(await self._runs.pause(request.run_id, request.reason), MODEL_FILE)
+
     async def Stop(self, request: pb.StopRequest, context: Context) -> pb.Run:  # noqa: N802
         """End a run."""
         return run_message(await self._runs.stop(request.run_id, request.reason), MODEL_FILE)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.Run:  # noqa: N802
-        """Queue a stopped or failed run again."""
+        """Queue a run again."""
         return run_message(self._runs.resume(request.run_id), MODEL_FILE)
+
+    async def ListFailures(  # noqa: N802
+        self, request: pb.ListFailuresRequest, context: Context
+    ) -> pb.ListFailuresResponse:
+        """What went wrong in a run, as much of the newest as fits a message."""
+        kept: list[pb.RunFailure] = []
+        size_bytes = 0
+        for failure in reversed(self._store.failures(self._store.run(request.run_id).id)):
+            if size_bytes > FAILURES_BYTES or (request.limit and len(kept) >= request.limit):
+                break
+            kept.append(failure_message(failure))
+            size_bytes += kept[-1].ByteSize()
+        return pb.ListFailuresResponse(failures=reversed(kept))
 
     async def Export(self, request: pb.ExportRequest, context: Context) -> pb.ExportResponse:  # noqa: N802
         """Name the files of a run's model."""

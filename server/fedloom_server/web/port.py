@@ -11,7 +11,7 @@ from fedloom_common.errors import StorageUnavailable
 from fedloom_common.httpport import http_encryption
 from fedloom_common.vitals import Check, LoopLag, disk_above
 from fedloom_server.config import CoordinatorConfig
-from fedloom_server.rounds import Federation
+from fedloom_server.federation import Federation
 from fedloom_server.rpc.calls import Calls
 from fedloom_server.store import Store
 

@@ -1,0 +1,132 @@
+"""The assignments of a round: who is asked to work in it, and whose late updates it takes."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from fedloom_common.errors import TooFewSites
+from fedloom_server.codecs import most_update_bytes
+from fedloom_server.cohorts import draw_cohort, wanted
+from fedloom_server.downlink import delta_to
+from fedloom_server.federation import Federation
+from fedloom_server.pending import Terms
+from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work, assignment_id
+from fedloom_server.selection import cohort_size
+from fedloom_server.sites import Sites
+
+
+async def trainings(run: Run, record: Round, federation: Federation) -> list[Assignment]:
+    """The trainings of a round's present attempt: late ones of earlier rounds, then the cohort's, in order.
+
+    Raises:
+        TooFewSites: fewer sites are connected than ``cohort.min_sites``.
+    """
+    if not record.cohort:
+        await _choose(run, record, federation)
+    late = _taken_over(run, record, federation)
+    return late + assigned(run, record, Work.TRAIN, record.cohort, federation)
+
+
+def evaluations(run: Run, record: Round, federation: Federation) -> list[Assignment]:
+    """Measurements of a round's model, by every connected site that has the run's data and is not late.
+
+    Raises:
+        TooFewSites: it is the initial model, and fewer sites are connected than ``cohort.min_sites``.
+    """
+    stored = federation.store.assignments(run.id, record.number)
+    batch = [assignment for assignment in stored if assignment.work is Work.EVALUATE]
+    if batch:
+        return batch
+    if record.number == 0:
+        require_sites(run, federation.sites)  # nobody may be there yet
+    busy = _busy(federation.store.late(run.id))
+    sites = [site for site in federation.sites.fitting(wanted(run.spec)) if site not in busy]
+    return assigned(run, record, Work.EVALUATE, sites, federation)
+
+
+def assigned(
+    run: Run, record: Round, work: Work, sites: Sequence[str], federation: Federation
+) -> list[Assignment]:
+    """This attempt's assignments, in the order of ``sites``: those stored, and new ones for the rest."""
+    digest = record.base_digest if work is Work.TRAIN else record.model_digest
+    size = federation.store.files.path(digest).stat().st_size
+    stored = {assignment.id: assignment for assignment in federation.store.assignments(run.id, record.number)}
+    batch = []
+    for site in sites:
+        name = assignment_id(run.id, record.number, record.attempt, work, site)
+        fresh = Assignment(
+            id=name, run_id=run.id, round=record.number, attempt=record.attempt, work=work, site=site,
+            model_digest=digest, model_bytes=size,
+        )  # fmt: skip
+        batch.append(stored.get(name, fresh))
+    federation.store.save(run, record, *batch)
+    return batch
+
+
+def terms_of_training(run: Run, record: Round, federation: Federation) -> Terms:
+    """What holds for all who train from a round's base model."""
+    cohort, store = run.spec.cohort, federation.store
+    return Terms(
+        needed=cohort.needed, target=record.target, deadline_s=cohort.deadline_s, stall_s=cohort.stall_s,
+        carries_late=cohort.late == "carry", delta=delta_to(store, run, record.base_digest),
+        most_update_bytes=most_update_bytes(run.spec.transport.up, store.files.path(record.base_digest)),
+    )  # fmt: skip
+
+
+def terms_of_evaluation(run: Run, record: Round, federation: Federation) -> Terms:
+    """What holds for all who measure a round's model."""
+    return Terms(
+        needed=0, deadline_s=run.spec.evaluation.deadline_s, stall_s=run.spec.cohort.stall_s,
+        delta=delta_to(federation.store, run, record.model_digest),
+    )  # fmt: skip
+
+
+def require_sites(run: Run, sites: Sites, besides: int = 0) -> None:
+    """Check that enough sites fit for a round, with so many ``besides`` those that are free.
+
+    Raises:
+        TooFewSites: says how many there are, and what the others lack.
+    """
+    needed, what = run.spec.cohort.min_sites, wanted(run.spec)
+    if len(sites.fitting(what)) + besides < needed:
+        raise TooFewSites(f"waits for sites: {sites.shortfall(what, needed)}")
+
+
+def _taken_over(run: Run, record: Round, federation: Federation) -> list[Assignment]:
+    """Trainings that the rounds before went on without, moved to this one; those too late for it end.
+
+    Nothing may come between this and what is done with the batch: an update may arrive at any moment.
+    """
+    store, most = federation.store, run.spec.cohort.staleness.max
+    late = [federation.assignments.present(assignment) for assignment in store.late(run.id)]
+    for assignment in late:
+        assignment.staleness += record.number - assignment.round
+        assignment.round, assignment.attempt, assignment.is_late = record.number, record.attempt, False
+    store.save(run, record, *late)
+    for assignment in late:
+        if assignment.staleness > most:
+            reason = f"its update is {assignment.staleness} rounds late, cohort.staleness.max is {most}"
+            federation.assignments.expire(assignment, reason)
+    mine = map(federation.assignments.present, store.assignments(run.id, record.number))
+    hopeful = (AssignmentState.OPEN, AssignmentState.DONE)
+    return [a for a in mine if a.staleness and a.attempt == record.attempt and a.state in hopeful]
+
+
+async def _choose(run: Run, record: Round, federation: Federation) -> None:
+    """Fill the cohort; a site that is still at work on an earlier round has its place in this one by that."""
+    cohort, fitting = run.spec.cohort, federation.sites.fitting(wanted(run.spec))
+    busy = _busy(federation.store.late(run.id))
+    free = [site for site in fitting if site not in busy]
+    require_sites(run, federation.sites, besides=len(busy.difference(fitting)))
+    target = max(0, cohort_size(cohort, len(free) + len(busy)) - len(busy))
+    count = min(len(free), math.ceil(target * (1 + Fraction(str(cohort.over_select)))))
+    if count:
+        drawn = await draw_cohort(
+            run, record, free, store=federation.store, sites=federation.sites, count=count
+        )
+        record.cohort = list(drawn)
+    record.target = target + len(busy) if cohort.over_select else 0
+
+
+def _busy(late: Sequence[Assignment]) -> set[str]:
+    return {assignment.site for assignment in late if assignment.state is AssignmentState.OPEN}

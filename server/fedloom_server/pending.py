@@ -1,0 +1,95 @@
+"""Assignments that have not ended: the terms that hold for them, and their signs of life."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedloom_server.downlink import Delta
+from fedloom_server.records import Assignment, AssignmentState, Run
+from fedloom_server.watching import SiteProgress
+
+WORKING_PHASES = frozenset({"start", "prepare", "train", "evaluate", "encode"})
+"""Phases whose progress the site alone can tell; transfers are alive by the bytes that we see."""
+
+QUEUED_PHASE = "queued"
+"""The site does other work first: the assignment is as alive as that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What holds for every assignment of a batch: how long it is waited for, and what may pass."""
+
+    needed: int
+    """Sites without whose results the rest is not worth waiting for."""
+    target: int = 0
+    """Sites with whose results the batch is done, whoever is still at work; 0 for all."""
+    deadline_s: float | None
+    """Seconds after which what is open is lost, or late."""
+    stall_s: float
+    """Seconds without progress after which an assignment is lost."""
+    carries_late: bool = False
+    """Whether a site that is not done in time goes on, for its result to be taken by a later batch."""
+    most_update_bytes: int = 0
+    """Size of the largest file that an update of the batch's model can be."""
+    delta: Delta | None = None
+    """A smaller way to the batch's model."""
+
+
+def _nothing() -> None:
+    """Nobody wants to hear."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Pending:
+    """An assignment that has not ended."""
+
+    assignment: Assignment
+    run: Run
+    terms: Terms
+    alive_at_s: float
+    ended: asyncio.Future[None]
+    batch: Sequence[Assignment]
+    """All that were open with it, in cohort order."""
+    on_end: Callable[[], None]
+    last: SiteProgress | None = None
+    announcements: int = 0
+    """Different updates that the site has said it will send."""
+    trouble: str = ""
+    """The latest error of a transfer that may yet be retried."""
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether the site has said that it does other work first."""
+        return self.last is not None and self.last.phase == QUEUED_PHASE
+
+    def leave_behind(self) -> None:
+        """The round goes on without it; a later one may take it up."""
+        self.batch, self.on_end = (), _nothing
+
+    def told(self, progress: SiteProgress, now_s: float) -> None:
+        """The site says how far it has come; only what has moved is a sign of life."""
+        moved = self.last is None or (progress.phase, progress.done) != (self.last.phase, self.last.done)
+        if moved and progress.phase in WORKING_PHASES:
+            self.alive_at_s = now_s
+        self.last = progress
+
+    def why_lost(self, reason: str, *, is_connected: bool) -> str:
+        """A reason, with what was last seen of the site's work."""
+        if self.last is not None:
+            reason += f"; last seen in {self.last.phase}, {self.last.done} of {self.last.total or '?'} done"
+        if not is_connected:
+            reason += "; the site is not connected"
+        if self.trouble:
+            reason += f"; last error: {self.trouble}"
+        return reason
+
+
+def sites_done(batch: Sequence[Assignment]) -> int:
+    """Sites whose result has come; a late result and a fresh one of the same site count as one site."""
+    return len({assignment.site for assignment in batch if assignment.state is AssignmentState.DONE})
+
+
+def sites_possible(batch: Sequence[Assignment]) -> int:
+    """Sites whose result has come or may yet come."""
+    hopeful = (AssignmentState.DONE, AssignmentState.OPEN)
+    return len({assignment.site for assignment in batch if assignment.state in hopeful})

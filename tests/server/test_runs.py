@@ -1,0 +1,303 @@
+"""The queue: several runs at once, by priority; pause, resume, stop and clone; what goes wrong is kept."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from fedloom.v1 import session_pb2 as pb
+from fedloom_common.errors import BadSpec, NotFound, WrongState
+from fedloom_server.app import coordinator
+from fedloom_server.waiting import Wait
+
+TRAIN_ONLY = {"initial": False, "every_rounds": 0}
+
+
+async def test_runs_beyond_the_limit_go_by_priority_and_then_in_order_of_submission(config, spec, bench_of):
+    async with coordinator(config.model_copy(update={"concurrent_runs": 1})) as running:
+        bench = bench_of(running)
+        blocker = await bench.enqueue(spec(name="blocker"))
+        order = [(0, "second"), (0, "third"), (5, "first"), (-1, "last")]
+        runs = {name: await bench.enqueue(spec(name=name), priority=priority) for priority, name in order}
+        await bench.running.runs.pause(blocker.id, "")
+        await bench.in_state(runs["first"], "waiting")
+        bench.site("a")
+        ended = {name: await bench.ended(run) for name, run in runs.items()}
+        assert sorted(ended, key=lambda name: ended[name].started_at_s) == [
+            "first",
+            "second",
+            "third",
+            "last",
+        ]
+
+
+async def test_a_run_without_a_place_says_what_it_waits_for(config, spec, bench_of, fault):
+    async with coordinator(config.model_copy(update={"concurrent_runs": 1})) as running:
+        bench = bench_of(running)
+        site = bench.site("a", fault=fault.SILENT)
+        first = await bench.enqueue(spec(evaluation=TRAIN_ONLY))
+        await bench.until(site.assigned.is_set)
+        second = await bench.enqueue(spec())
+        text = "waits for one of 1 runs under way to end (concurrent_runs)"
+        await bench.until(lambda: running.store.run(second.id).reason == text)
+        await running.runs.stop(first.id, "")
+        site.fault = fault.NONE
+        assert (await bench.ended(second)).reason == "the only round is done"
+
+
+async def test_a_run_that_waits_for_its_sites_leaves_its_place_to_others(config, spec, bench_of):
+    async with coordinator(config.model_copy(update={"concurrent_runs": 1})) as running:
+        bench = bench_of(running)
+        waiting = await bench.enqueue(spec(data="elsewhere"), priority=9)
+        await bench.in_state(waiting, "waiting")
+        bench.site("a")
+        assert (await bench.ended(await bench.enqueue(spec()))).state == "finished"
+        assert running.store.run(waiting.id).state == "waiting"
+
+
+async def test_runs_on_shared_sites_do_not_disturb_each_other(config, spec, bench_of, initial):
+    async with coordinator(config.model_copy(update={"staged_updates": 2})) as running:
+        bench = bench_of(running)
+        for number in range(3):
+            bench.site(f"site-{number}", step=float(number))
+        runs = [
+            await bench.enqueue(spec(name=f"run-{n}", rounds=4, cohort={"min_sites": 3})) for n in range(3)
+        ]
+        for run in runs:
+            assert (await bench.ended(run, seconds=40)).state == "finished"
+            np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 4, rtol=1e-6)
+        assert not list(running.store.spool.folder.iterdir())
+
+
+async def test_stopping_a_run_leaves_what_has_come_for_another(config, spec, bench_of, initial, fault):
+    async with coordinator(config.model_copy(update={"staged_updates": 2})) as running:
+        bench = bench_of(running)
+        for number in range(2):
+            bench.site(f"site-{number}", step=3.0)
+        slow = bench.site("slow", step=9.0, fault=fault.SILENT)
+        cohort = {"min_sites": 3}
+        kept = await bench.enqueue(spec(cohort=cohort, evaluation=TRAIN_ONLY))
+        stopped = await bench.enqueue(spec(cohort=cohort, evaluation=TRAIN_ONLY))
+        for run in (kept, stopped):
+            await bench.until(lambda run=run: list(bench.outcomes(run).values()).count(("done", "")) == 2)
+        await running.runs.stop(stopped.id, "")
+        assert [
+            path.name for path in running.store.spool.folder.iterdir() if path.name.startswith(stopped.id)
+        ] == []
+        await bench.detach("slow")
+        slow.fault = fault.NONE
+        bench.attach(slow)
+        assert (await bench.ended(kept)).state == "finished"
+        np.testing.assert_allclose(bench.model(kept)["layer.bias"], initial["layer.bias"] + 5, rtol=1e-6)
+        assert [len(bench.sites[f"site-{number}"].trained) for number in range(2)] == [2, 2]
+
+
+async def test_few_updates_of_each_of_many_runs_do_not_fill_the_disk_for_good(config, spec, bench_of, fault):
+    """Three are worth folding at a time; each of three runs has two, and together they take all the room."""
+    async with coordinator(config.model_copy(update={"staged_updates": 6})) as running:
+        bench = bench_of(running)
+        for name in "abcd":
+            bench.site(name, fault=fault.NONE if name in "ab" else fault.SILENT)
+        cohort = {"min_sites": 4, "stall_s": 60}
+        runs = [
+            await bench.enqueue(spec(name=f"run-{n}", cohort=cohort, evaluation=TRAIN_ONLY)) for n in range(3)
+        ]
+        for run in runs:
+            await bench.until(lambda run=run: list(bench.outcomes(run).values()).count(("done", "")) == 2)
+        for name in "cd":
+            await bench.detach(name)
+            bench.sites[name].fault = fault.NONE
+            bench.attach(bench.sites[name])
+        for run in runs:
+            assert (await bench.ended(run)).state == "finished"
+
+
+async def test_a_paused_run_keeps_the_updates_that_have_come_and_goes_on_in_the_same_round(
+    config, spec, bench_of, initial, fault
+):
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        done = bench.site("done", step=1.0)
+        late = bench.site("late", step=3.0, fault=fault.SILENT)
+        run = await bench.enqueue(spec(cohort={"min_sites": 2}, evaluation=TRAIN_ONLY))
+        await bench.until(lambda: bench.outcomes(run).get("done") == ("done", "") and late.assigned.is_set())
+        paused = await running.runs.pause(run.id, "the grid is busy")
+        assert (paused.state, paused.reason) == ("paused", "the grid is busy")
+        await bench.until(lambda: late.cancelled)
+        assert list(late.cancelled.values()) == ["the run is paused"]
+        with pytest.raises(WrongState, match="is paused already"):
+            await running.runs.pause(run.id, "")
+    late.fault = fault.NONE
+    async with coordinator(config) as running:  # a pause survives a restart
+        bench.running = running
+        bench.attach(done)
+        bench.attach(late)
+        await bench.until(lambda: len(running.sites.connected()) == 2)
+        await asyncio.sleep(0.3)
+        assert running.store.run(run.id).state == "paused"
+        running.runs.resume(run.id)
+        run = await bench.ended(run)
+        assert run.state == "finished"
+        assert run.paused_s > 0
+        assert len(done.trained) == 1
+        np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
+
+
+async def test_a_finished_training_of_a_paused_run_is_asked_for_when_its_site_attaches(
+    config, spec, bench_of, fault
+):
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        site = bench.site("a", fault=fault.NEVER_UPLOADS)
+        run = await bench.enqueue(spec(evaluation=TRAIN_ONLY))
+        await bench.until(lambda: site.granted)
+        await running.runs.pause(run.id, "")
+        assert not site.cancelled
+        await bench.detach("a")
+        name = f"{run.id}.1.1.train.a"
+        site.open_assignments, site.asked = [name], []
+        bench.attach(site)
+        await bench.until(lambda: [asked.id for asked in site.asked] == [name])
+        site.fault = fault.NONE
+        running.runs.resume(run.id)
+        assert (await bench.ended(run)).state == "finished"
+        assert site.trained == [name]
+
+
+async def test_a_paused_run_can_be_stopped_and_resumed_from_there(bench, spec, fault):
+    site = bench.site("a", fault=fault.SILENT)
+    run = await bench.enqueue(spec(evaluation=TRAIN_ONLY))
+    await bench.until(site.assigned.is_set)
+    await bench.running.runs.pause(run.id, "")
+    assert (await bench.running.runs.stop(run.id, "enough")).state == "stopped"
+    site.fault = fault.NONE
+    bench.running.runs.resume(run.id)
+    assert (await bench.ended(run)).state == "finished"
+
+
+async def test_a_clone_goes_on_from_a_model_of_another_run(bench, spec, initial):
+    bench.site("a", step=1.0)
+    run = await bench.ended(await bench.enqueue(spec(rounds=3)))
+    text = spec(rounds=2, name="clone", local={"steps": 7}).model_dump_json()
+    clone = bench.running.runs.clone_from_model(run.id, text, 1, priority=3)
+    assert (clone.cloned_from, clone.cloned_round, clone.priority) == (run.id, 1, 3)
+    clone = await bench.ended(clone)
+    np.testing.assert_allclose(bench.model(clone)["layer.bias"], initial["layer.bias"] + 3, rtol=1e-6)
+    assert clone.spec.local.steps == 7
+    np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 3, rtol=1e-6)
+
+
+async def test_a_clone_from_a_model_is_refused_another_model_or_round(bench, spec):
+    bench.site("a")
+    run = await bench.ended(await bench.enqueue(spec()))
+    other = spec(model={"config": {"model_type": "llama"}}).model_dump_json()
+    with pytest.raises(BadSpec, match="model differs from that of run"):
+        bench.running.runs.clone_from_model(run.id, other, None)
+    with pytest.raises(NotFound, match="has no model of round 8; it has 0, 1"):
+        bench.running.runs.clone_from_model(run.id, spec().model_dump_json(), 8)
+
+
+async def test_each_failure_is_kept_with_its_site_cause_and_last_lines(bench, spec, fault):
+    bench.site("good")
+    bad = bench.site("bad", fault=fault.SILENT)
+    run = await bench.enqueue(spec(cohort={"min_sites": 2, "attempts": 1}, evaluation=TRAIN_ONLY))
+    await bench.until(bad.assigned.is_set)
+    reason = "OutOfMemoryError: 3 GB wanted\n" + "\n".join(f"line {n}" for n in range(60))
+    bad.send(failure=pb.Failure(assignment_id=f"{run.id}.1.1.train.bad", reason=reason))
+    await bench.waits(run, "reported")
+    first, attempt, wait = bench.running.store.failures(run.id)
+    assert (first.site, first.round, first.attempt, first.cause) == ("bad", 1, 1, "failed")
+    assert first.message == "OutOfMemoryError: 3 GB wanted"
+    assert first.log.splitlines() == [f"line {n}" for n in range(20, 60)]
+    assert (attempt.site, attempt.round, attempt.cause) == ("", 1, "attempt failed")
+    assert wait.cause == "waiting"
+
+
+def test_only_the_newest_failures_of_a_run_are_kept(tmp_path, spec):
+    from fedloom_server.records import Failure, Run, RunState
+    from fedloom_server.store import Store
+
+    store = Store(tmp_path)
+    for name in ("mine", "other"):
+        store.save(
+            Run(
+                id=name, name=name, spec_json=spec().model_dump_json(), state=RunState.RUNNING,
+                submitted_at_s=1.0, assets=[], model_digest="", model_bytes=0,
+            )
+        )  # fmt: skip
+        store.save(
+            *(Failure(id=f"{name}{n}", run_id=name, at_s=n, cause="lost", message="") for n in range(9))
+        )
+    store.trim_failures("mine", 4)
+    assert [failure.id for failure in store.failures("mine")] == ["mine5", "mine6", "mine7", "mine8"]
+    assert len(store.failures("other")) == 9
+    store.close()
+
+
+# Sessions are told apart by the objects that stand for them.
+
+
+def test_a_wait_for_sites_ends_as_soon_as_they_are_enough():
+    wait = Wait(min_sites=2, sessions={}, failures=0, now_s=0.0)
+    assert not wait.is_over({"a": object()}, 1e9)
+    assert wait.is_over({"a": object(), "b": object()}, 0.0)
+
+
+def test_a_wait_after_a_failure_ends_with_a_new_session_but_not_at_once():
+    known = {"a": object()}
+    wait = Wait(min_sites=1, sessions=known, failures=1, now_s=100.0)
+    assert not wait.is_over({"a": object()}, 101.9)
+    assert wait.is_over({"a": object()}, 102.0)
+    assert not wait.is_over(known, 119.9)
+    assert wait.is_over(known, 120.0)
+
+
+@pytest.mark.parametrize(("failures", "pause_s"), [(1, 2), (2, 4), (5, 32), (6, 60), (1000, 60)])
+def test_a_wait_lasts_longer_with_each_failure_in_a_row(failures, pause_s):
+    wait = Wait(min_sites=1, sessions={}, failures=failures, now_s=0.0)
+    assert not wait.is_over({"a": object()}, pause_s - 0.1)
+    assert wait.is_over({"a": object()}, pause_s)
+
+
+async def test_a_round_that_asks_more_sites_goes_on_with_as_many_updates_as_it_wants(
+    bench, spec, initial, fault
+):
+    for name in "abc":
+        bench.site(name, step=2.0)
+    slow = bench.site("slow", step=90.0, fault=fault.SILENT)
+    cohort = {"min_sites": 4, "quorum": 2, "over_select": 0.34, "fraction": 0.5, "stall_s": 60}
+    cohort |= {"min_sites": 3}
+    run = await bench.enqueue(spec(cohort=cohort, evaluation=TRAIN_ONLY))
+    await bench.until(lambda: len(bench.running.sites.connected()) == 4)
+    run = await bench.ended(run)
+    (record,) = bench.running.store.rounds(run.id)
+    assert (record.target, len(record.cohort)) == (3, 4)
+    np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
+    await bench.until(lambda: slow.cancelled)
+    assert bench.outcomes(run)["slow"] == ("cancelled", "3 results have come, and no more are waited for")
+    assert bench.running.store.failures(run.id) == []
+
+
+async def test_a_late_update_joins_the_next_round_as_a_change_of_its_own_base(bench, spec, initial, fault):
+    """By hand: round 1 takes a alone; round 2 takes a, and what slow made of the first model."""
+    a = bench.site("a", step=1.0, examples=10)
+    slow = bench.site("slow", step=8.0, examples=30, fault=fault.SILENT)
+    staleness = {"exponent": 1.0}
+    cohort = {"min_sites": 2, "quorum": 1, "deadline_s": 1, "late": "carry", "staleness": staleness}
+    run = await bench.enqueue(spec(rounds=2, cohort=cohort, evaluation=TRAIN_ONLY))
+    await bench.until(lambda: bench.running.store.run(run.id).rounds_done == 1)
+    a.fault = fault.SILENT
+    name = f"{run.id}.1.1.train.slow"
+    assert slow.asked[-1].id == name
+    assert not slow.cancelled
+    slow._train(slow.asked[-1], slow.folder / slow.asked[-1].model.digest.removeprefix("blake3:"))
+    await bench.until(lambda: bench.running.store.assignment(name).state == "done")
+    a.fault = fault.NONE
+    if len(a.asked) == 2:
+        a._train(a.asked[-1], a.folder / a.asked[-1].model.digest.removeprefix("blake3:"))
+    run = await bench.ended(run)
+    assert run.state == "finished"
+    late = bench.running.store.assignment(name)
+    assert (late.round, late.staleness, late.is_late) == (2, 1, False)
+    wanted = initial["layer.bias"] + 1 + (10 * 1.0 + 30 * 0.5 * 8.0) / 40
+    np.testing.assert_allclose(bench.model(run)["layer.bias"], wanted, rtol=1e-6)
