@@ -105,7 +105,7 @@ def renew(who: Who, name: OwnName = "", directory: Directory = Path("kit"), days
     role = Role(who)
     folder = Kit(directory).renew(role, _name_of(role, name), days=days)
     _say(
-        f"New certificate of {role} [bold]{name}[/]:",
+        f"New certificate of {f'{role} [bold]{name}[/]' if name else f'the {role}'}:",
         (folder, f"copy {role}.crt and {role}.key to the host, over the old ones: they are used at once,"),
         (None, "without a restart; to end the old certificate now, revoke its serial"),
     )
