@@ -13,11 +13,12 @@ from typing import Any
 from fedloom_client.deliveries import Deliveries
 from fedloom_client.groups import WarmGroups
 from fedloom_client.mailbox import Mailbox
-from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress
+from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress, Refusal
 from fedloom_client.outbox import Outbox
 from fedloom_client.work import Performer
 
 ANSWERS_KEPT = 256  # to answer again; the coordinator asks again only for what is open
+LEAVING = "the site drains: its operator is about to stop it"
 RESEND_S = 600.0  # what is not sent again so long after a reconnect is no longer wanted
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Assignments:
         self._runs_under_way: set[str] = set()
         self._unconfirmed: set[str] = set()
         self._draining = False
+        self._leaving = False
         self._changed = asyncio.Event()
         self._chores: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None
@@ -108,6 +110,8 @@ class Assignments:
             self._send_outcome(finished.outcome)
         elif answered is not None:
             self._mailbox.post(answered.answer)
+        elif self._leaving and assignment.id not in self._queue:
+            self._mailbox.post(Refusal(assignment_id=assignment.id, reason=LEAVING))
         elif assignment.id not in self._queue:
             for name in self._outbox.superseded_by(assignment):
                 if not self._deliveries.is_under_way(name):  # else it may count: its receipt is to tell
@@ -136,6 +140,14 @@ class Assignments:
         """Begin nothing new until the next session; what is under way goes on."""
         logger.info("the coordinator goes away", extra={"reason": reason})
         self._draining = True
+
+    def leave(self) -> None:
+        """Take nothing new on, and refuse what has not begun; what is under way is done and delivered."""
+        logger.info("the site drains", extra={"open": len(self.open_ids())})
+        self._leaving = True
+        for waiting in [item for item in self._queue.values() if item.task is None]:
+            del self._queue[waiting.assignment.id]
+            self._mailbox.post(Refusal(assignment_id=waiting.assignment.id, reason=LEAVING))
 
     def end_run(self, run_id: str, *, may_resume: bool) -> None:
         """Stop a run's work and let what belongs to it go; all but its own files if it may be resumed."""

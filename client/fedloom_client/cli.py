@@ -1,6 +1,7 @@
 """``fedloom client``: the daemon at a site, its health check, and joining the group of another host."""
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ import typer
 
 from fedloom_client.config import SiteConfig
 from fedloom_common.cli import StartByDefault
-from fedloom_common.errors import BadSpec
+from fedloom_common.errors import BadSpec, WrongState
 from fedloom_common.logs import set_up_logging
 from fedloom_common.nativelines import route_native_lines
 from fedloom_common.settings import load_settings, settings_help
@@ -50,6 +51,19 @@ def health(context: typer.Context, config: ConfigFile = None) -> None:
     reason = ill_health(StateDir(_settings(config, context.args).state_dir).status)
     typer.echo(reason or "attached", err=reason is not None)
     sys.exit(0 if reason is None else 1)
+
+
+@app.command(context_settings=FLAGS)
+def drain(context: typer.Context, config: ConfigFile = None) -> None:
+    """Have the daemon of this config finish and deliver what it has, take on nothing new, and end."""
+    from fedloom_client.statedir import LEAVE_SIGNAL, StateDir
+
+    state = StateDir(_settings(config, context.args).state_dir)
+    holder = state.holder()
+    if holder is None:
+        raise WrongState(f"no client daemon uses state_dir {state.root}")
+    os.kill(holder, LEAVE_SIGNAL)
+    typer.echo(f"the daemon (process {holder}) drains; SIGTERM ends it sooner")
 
 
 @app.command(context_settings=FLAGS)

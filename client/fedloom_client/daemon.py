@@ -24,7 +24,7 @@ from fedloom_client.mailbox import Mailbox
 from fedloom_client.outbox import Outbox
 from fedloom_client.residuals import Residuals
 from fedloom_client.session import Session
-from fedloom_client.statedir import StateDir
+from fedloom_client.statedir import LEAVE_SIGNAL, StateDir
 from fedloom_client.status import Status
 from fedloom_client.work import Performer
 from fedloom_client.workers import WorkerGroup
@@ -36,6 +36,7 @@ from fedloom_common.rotation import LiveCredential
 from fedloom_common.signals import asked_to_end
 from fedloom_common.systemd import feed_watchdog, notify
 
+LEFT_S = 0.5  # how often a draining daemon looks whether anything is open
 STOP_S = 8.0  # container engines kill after 10
 
 logger = logging.getLogger(__name__)
@@ -119,12 +120,14 @@ class Daemon:
         """Serve until a signal; a step under way may end, and what is finished is kept."""
         with asked_to_end() as asked:
             stopping = asyncio.create_task(asked.wait())
+            leaving = asyncio.create_task(self._until_left())
             watchdog = asyncio.create_task(feed_watchdog())
             try:
-                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({serving, stopping, leaving}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 notify("STOPPING=1")
                 stopping.cancel()
+                leaving.cancel()
                 watchdog.cancel()
                 serving.cancel()
                 await asyncio.wait({serving}, timeout=STOP_S)
@@ -134,6 +137,20 @@ class Daemon:
         if not serving.cancelled():
             serving.result()
         logger.info("stopped")
+
+    async def _until_left(self) -> None:
+        """Wait for the signal of `fedloom client drain`, then until nothing is under way or undelivered."""
+        asked, loop = asyncio.Event(), asyncio.get_running_loop()
+        loop.add_signal_handler(LEAVE_SIGNAL, asked.set)
+        try:
+            await asked.wait()
+            self._assignments.leave()
+            while self._assignments.open_ids():  # noqa: ASYNC110 (what empties it lies in several places)
+                await asyncio.sleep(LEFT_S)
+            await asyncio.sleep(LEFT_S)  # the last answer is on its way
+        finally:
+            loop.remove_signal_handler(LEAVE_SIGNAL)
+        logger.info("drained")
 
     async def _serve(self) -> None:
         session = Session(

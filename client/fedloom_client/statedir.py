@@ -4,11 +4,15 @@ import fcntl
 import hashlib
 import os
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedloom_common.errors import BadSpec, WrongState
+
+LEAVE_SIGNAL = signal.SIGUSR1
+"""By it `fedloom client drain` asks the daemon to finish what it has and end."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -51,6 +55,19 @@ class StateDir:
             file.write(str(os.getpid()))
             file.flush()
             yield
+
+    def holder(self) -> int | None:
+        """The process of the daemon that uses the folder now; None if there is none."""
+        try:
+            file = self._lock.open("r")
+        except OSError:
+            return None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read())
+        return None
 
     def _claim(self, descriptor: int) -> None:
         try:

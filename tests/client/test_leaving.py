@@ -1,0 +1,62 @@
+"""A site that its operator is about to stop: what it has is finished and delivered, and nothing begins."""
+
+import asyncio
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from fedloom_client.cli import app
+from fedloom_client.statedir import LEAVE_SIGNAL, StateDir
+from fedloom_common.errors import WrongState
+
+
+async def test_work_under_way_is_finished_and_delivered_before_the_daemon_ends(world):
+    world.group.gate.clear()
+    daemon = world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment("r1-train"))
+    await asyncio.wait_for(world.group.started.wait(), 20)
+
+    os.kill(StateDir(world.state).holder(), LEAVE_SIGNAL)
+    await asyncio.sleep(0.3)
+    world.coordinator.assign(world.assignment("other", run_id="run-2"))
+    refusal = await world.coordinator.until_heard("refusal")
+    assert not daemon.done()
+    world.group.gate.set()
+    await asyncio.wait_for(daemon, 20)
+
+    assert (refusal.assignment_id, "drains" in refusal.reason) == ("other", True)
+    assert world.coordinator.receipts == ["r1-train"]
+
+
+async def test_work_that_has_not_begun_is_refused(world):
+    world.group.gate.clear()
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment("first"))
+    await asyncio.wait_for(world.group.started.wait(), 20)
+    world.coordinator.assign(world.assignment("second", run_id="run-2"))
+    await asyncio.sleep(0.3)
+
+    os.kill(os.getpid(), LEAVE_SIGNAL)
+
+    assert (await world.coordinator.until_heard("refusal")).assignment_id == "second"
+    world.group.gate.set()
+
+
+async def test_a_daemon_without_work_ends_at_once(world):
+    daemon = world.daemon()
+    await world.attached()
+    await world.coordinator.until_heard("heartbeat")
+
+    os.kill(os.getpid(), LEAVE_SIGNAL)
+
+    await asyncio.wait_for(daemon, 20)
+
+
+def test_with_no_daemon_the_command_says_so(world, tmp_path):
+    config = tmp_path / "site.yaml"
+    config.write_text("{coordinator: 'a:1', insecure: oslo, state_dir: none, data: {texts: {files: [x]}}}")
+    with pytest.raises(WrongState, match="no client daemon uses state_dir"):
+        CliRunner().invoke(app, ["drain", "--config", str(config)], catch_exceptions=False)
