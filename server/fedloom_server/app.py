@@ -14,6 +14,8 @@ from grpc_reflection.v1alpha import reflection
 from fedloom.v1 import (
     audit_pb2,
     audit_pb2_grpc,
+    metrics_pb2,
+    metrics_pb2_grpc,
     runs_pb2,
     runs_pb2_grpc,
     session_pb2,
@@ -31,6 +33,7 @@ from fedloom_server.assignments import Assignments
 from fedloom_server.config import CoordinatorConfig
 from fedloom_server.federation import Federation
 from fedloom_server.meters import Meters
+from fedloom_server.metrics import Samples
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.ownership import owned_store
 from fedloom_server.retention import collect_orphans
@@ -39,6 +42,7 @@ from fedloom_server.rpc.audit import AuditEdge
 from fedloom_server.rpc.calls import Calls
 from fedloom_server.rpc.federation import FederationEdge
 from fedloom_server.rpc.gate import Gate
+from fedloom_server.rpc.metrics import MetricEdge
 from fedloom_server.rpc.runs import RunEdge
 from fedloom_server.rpc.sites import SiteEdge
 from fedloom_server.rpc.transfer import TransferEdge
@@ -56,6 +60,7 @@ SERVICES = tuple(
         (runs_pb2, "RunService"),
         (audit_pb2, "AuditService"),
         (sites_pb2, "SiteService"),
+        (metrics_pb2, "MetricService"),
     )
 )
 
@@ -105,6 +110,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
             working = asyncio.create_task(_work(parts.runs), name="runs")
             owning = asyncio.create_task(ownership.keep(), name="ownership")
             keeping = asyncio.create_task(parts.gate.keep(), name="gate")
+            sampling = asyncio.create_task(parts.samples.keep_writing(), name="samples")
             for name in ("", *SERVICES):
                 await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
             facts = {"listen": config.listen, "port": port, "state_dir": config.state_dir}
@@ -118,6 +124,8 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
                 owning.cancel()
                 await _drain(service, server, working)
                 keeping.cancel()
+                sampling.cancel()
+                await parts.samples.flush()
                 store.audit_log.settle(at_end=True)
                 parts.roster.flush()
 
@@ -158,11 +166,13 @@ class _Parts:
     admission: Admission
     calls: Calls
     gate: Gate
+    samples: Samples
 
     @classmethod
     def of(cls, config: CoordinatorConfig, store: Store) -> "_Parts":
         """The parts put together."""
-        roster, watching, meters = Roster(store), Watching(), Meters()
+        samples = Samples(store)
+        roster, watching, meters = Roster(store), Watching(samples.note), Meters()
         sites = Sites(roster)
         assignments = Assignments(
             store,
@@ -178,7 +188,7 @@ class _Parts:
         )  # fmt: skip
         calls = Calls()
         return cls(
-            federation=federation, roster=roster, calls=calls,
+            federation=federation, roster=roster, calls=calls, samples=samples,
             runs=Runs(federation, concurrent_runs=config.concurrent_runs),
             admission=Admission(roster, sites, assignments),
             gate=Gate(config, calls, store.audit_log, sites.refusal),
@@ -212,6 +222,7 @@ def _server(config: CoordinatorConfig, parts: "_Parts") -> grpc.aio.Server:
     server.add_generic_rpc_handlers((transfers.handlers(),))
     runs_pb2_grpc.add_RunServiceServicer_to_server(RunEdge(runs, sites, store, federation.watching), server)
     audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditEdge(log), server)
+    metrics_pb2_grpc.add_MetricServiceServicer_to_server(MetricEdge(store), server)
     sites_pb2_grpc.add_SiteServiceServicer_to_server(SiteEdge(parts.admission, store), server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return server

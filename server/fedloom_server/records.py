@@ -7,7 +7,7 @@ The rows are the domain's own objects; rules and edges pass them around. Only
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Double, Enum, ForeignKeyConstraint, MetaData
+from sqlalchemy import JSON, BigInteger, Double, Enum, ForeignKeyConstraint, Integer, MetaData
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from fedloom_common.runspec import RunSpec
@@ -259,6 +259,24 @@ class SiteRecord(Base):
     """Seconds since 1970; 0 before it has attached."""
     last_heard_s: Mapped[float] = mapped_column(default=0.0)
     """Seconds since 1970, written when a session begins or ends."""
+
+
+class MetricPoint(Base):
+    """A sample of what a site measured while it trained; ``metrics`` writes and reads it."""
+
+    __tablename__ = "metrics"
+    __table_args__ = (ForeignKeyConstraint(["run_id"], ["runs.id"]),)
+
+    id: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer, "sqlite"), primary_key=True, init=False
+    )
+    run_id: Mapped[str] = mapped_column(index=True)
+    round: Mapped[int]
+    site: Mapped[str]
+    name: Mapped[str]
+    step: Mapped[int] = mapped_column(BigInteger)
+    value: Mapped[float]
+    at_s: Mapped[float]
 
 
 class Owner(Base):

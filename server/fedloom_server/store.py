@@ -17,6 +17,7 @@ from fedloom_server.records import (
     AssignmentState,
     Base,
     Failure,
+    MetricPoint,
     Round,
     RoundState,
     Run,
@@ -223,6 +224,14 @@ class Store:
                     assignment.state, assignment.reason = AssignmentState.OPEN, ""
                 changed += cancelled
         self.save(*changed)
+
+    def add(self, *records: Base) -> None:
+        """Write new records whose keys the database draws; at worst twice, if its answer is lost."""
+        self.database.do(lambda session: session.add_all(records))
+
+    def metric_points(self, run_id: str) -> list[MetricPoint]:
+        """Samples of a run's training, as they came."""
+        return self._all(select(MetricPoint).where(MetricPoint.run_id == run_id).order_by(MetricPoint.id))
 
     def digests(self, *queries: Select[str]) -> set[str]:
         """What queries for digests find, all at one moment."""

@@ -1,7 +1,7 @@
 """Changes for whoever watches a run: the latest state of each thing, never a backlog."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,8 +41,10 @@ class Watching:
     misses what lay between. Memory: one change for each of these.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, also: Callable[[str, Change], None] = lambda run_id, change: None) -> None:
+        """``also`` hears of every change of every run."""
         self._watchers: dict[str, set[Watcher]] = {}
+        self._also = also
 
     def is_watched(self, run_id: str) -> bool:
         """Whether anybody would hear of a change."""
@@ -50,6 +52,7 @@ class Watching:
 
     def tell(self, run_id: str, change: Change) -> None:
         """Pass a change on."""
+        self._also(run_id, change)
         for watcher in self._watchers.get(run_id, ()):
             watcher.put(change)
 

@@ -3,7 +3,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from fedloom.v1 import audit_pb2, runs_pb2, runs_pb2_grpc, session_pb2, sites_pb2, transfer_pb2
+from fedloom.v1 import audit_pb2, metrics_pb2, runs_pb2, runs_pb2_grpc, session_pb2, sites_pb2, transfer_pb2
 from fedloom_common.channels import open_channel
 from fedloom_common.identity import Peer, Role
 from fedloom_server.rpc.access import TABLE
@@ -12,7 +12,7 @@ from fedloom_server.rpc.access import TABLE
 def test_every_method_of_the_contract_is_in_the_table():
     methods = {
         f"/{service.full_name}/{method.name}"
-        for file in (session_pb2, transfer_pb2, runs_pb2, sites_pb2, audit_pb2)
+        for file in (session_pb2, transfer_pb2, runs_pb2, sites_pb2, audit_pb2, metrics_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }

@@ -14,6 +14,7 @@ import grpc
 import typer
 
 from fedloom.v1.audit_pb2_grpc import AuditServiceStub
+from fedloom.v1.metrics_pb2_grpc import MetricServiceStub
 from fedloom.v1.runs_pb2 import GetRequest, GetResponse
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom.v1.sites_pb2_grpc import SiteServiceStub
@@ -43,6 +44,7 @@ class Coordinator:
     transfers: TransferStub
     audit: AuditServiceStub
     sites: SiteServiceStub
+    metrics: MetricServiceStub
 
     def errors(self) -> AbstractContextManager[None]:
         """See ``coordinator_errors``."""
@@ -105,6 +107,7 @@ class Operator:
                 transfers=TransferStub(channel),
                 audit=AuditServiceStub(channel),
                 sites=SiteServiceStub(channel),
+                metrics=MetricServiceStub(channel),
             )
 
     def _settings(self) -> OperatorConfig:

@@ -26,6 +26,7 @@ from fedloom_common.runspec import parse_run_spec, run_spec_schema
 from fedloom_server.console.connection import Coordinator, Operator, operator_command
 from fedloom_server.console.export import export as export_model
 from fedloom_server.console.formats import as_data, bytes_text, console_for_output, json_text, plain
+from fedloom_server.console.metrics import metrics
 from fedloom_server.console.overrides import apply_overrides, read_spec_text
 from fedloom_server.console.run_views import run_state, run_view, runs_table
 from fedloom_server.console.watch import EXIT_STATUS
@@ -201,6 +202,9 @@ async def export(
         f"Load it: AutoModelForCausalLM.from_pretrained({str(done.directory)!r})",
         soft_wrap=True,
     )
+
+
+operator_command(app, "metrics")(metrics)
 
 
 @app.command()

@@ -59,6 +59,7 @@ TABLE: Mapping[str, Rule] = {
     "/fedloom.v1.RunService/Export": Rule(roles=READERS, audited="model.export", subject="run_id"),
     "/fedloom.v1.RunService/ListFailures": Rule(roles=READERS),
     "/fedloom.v1.RunService/ListSites": Rule(roles=READERS),
+    "/fedloom.v1.MetricService/List": Rule(roles=READERS),
     "/fedloom.v1.AuditService/List": Rule(roles=READERS),
     "/fedloom.v1.SiteService/Get": Rule(roles=READERS),
     "/fedloom.v1.SiteService/Drain": Rule(roles=OPERATORS, audited="site.drain", subject="name"),
