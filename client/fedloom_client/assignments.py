@@ -78,6 +78,7 @@ class Assignments:
                     while (waiting := self._next()) is not None:
                         self._begin(waiting)
                         tasks.create_task(self._do(waiting))
+                    self._tell_queued()
         finally:
             self._stop_expiry()
             await asyncio.gather(*self._chores, return_exceptions=True)
@@ -120,7 +121,7 @@ class Assignments:
             self._queue[assignment.id] = _Waiting(
                 assignment, deadline_at_s if assignment.deadline_s else None
             )
-            self._changed.set()
+        self._changed.set()
 
     def grant(self, assignment_id: str, upload: str, offset: int) -> None:
         """Upload a finished training."""
@@ -165,6 +166,12 @@ class Assignments:
             return None
         free = (item for item in self._queue.values() if item.assignment.run_id not in self._runs_under_way)
         return next((item for item in free if item.task is None), None)
+
+    def _tell_queued(self) -> None:
+        """Say what has yet to begin: it is not given up while other work is done."""
+        for name, waiting in self._queue.items():
+            if waiting.task is None:
+                self._mailbox.note(Progress(assignment_id=name, phase="queued"))
 
     def _begin(self, waiting: _Waiting) -> None:
         assignment = waiting.assignment

@@ -50,7 +50,7 @@ class Deliveries:
         on_failure: Callable[[str, str], None],
         pace: Pace,
     ) -> None:
-        """``on_failure`` hears of an assignment whose update can no longer be read, and why."""
+        """``on_failure`` hears of an assignment whose update is given up here, and why."""
         self._connect = connect
         self._outbox = outbox
         self._report = report
@@ -98,6 +98,10 @@ class Deliveries:
             self._outbox.delivered(delivery.name)
             seconds = round(time.monotonic() - began_s, 3)
             logger.info("update delivered", extra=facts | {"seconds": seconds})
+        except BadChunk as error:  # ours to tell: the coordinator waits for another try
+            logger.warning("an update is given up", extra=facts | {"reason": str(error)})
+            self._outbox.remove(delivery.name)
+            self._on_failure(delivery.name, f"{CORRUPT_LIMIT} uploads broke off at one place: {error}")
         except FederationError as error:
             logger.warning("the coordinator does not take an update", extra=facts | {"reason": str(error)})
             self._outbox.remove(delivery.name)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-Phase = Literal["download", "start", "prepare", "train", "evaluate", "wait", "upload"]
+Phase = Literal["queued", "download", "start", "prepare", "train", "evaluate", "encode", "wait", "upload"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from fedloom_client.groups import WarmGroups
 from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress, Refusal
 from fedloom_client.outbox import Outbox
 from fedloom_client.residuals import Residuals
+from fedloom_client.signs import signs_of_life
 from fedloom_client.training.orders import SPARE_UPDATE, Order, WorkerProgress, WorkerResult
 from fedloom_common.codecs.spec import AS_IS
 from fedloom_common.errors import FederationError
@@ -101,7 +102,15 @@ class Performer:
             metrics=result.metrics,
             phase_seconds={"download": download_s, **result.phase_seconds},
         )
-        return outcome if trained is None else await self._keep(assignment, spec, model, trained, outcome)
+        if trained is None:
+            return outcome
+
+        def encoding(beat: int) -> None:
+            report(Progress(assignment_id=assignment.id, phase="encode", done=beat))
+
+        encoding(0)
+        async with signs_of_life(encoding):
+            return await self._keep(assignment, spec, model, trained, outcome)
 
     def _place(self, assignment: Assignment, spec: RunSpec, model: Path) -> Path:
         """Where training is to write its model, on a disk with room for all that comes of it."""

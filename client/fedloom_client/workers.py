@@ -25,6 +25,7 @@ from fedloom_client.launches import (
     launcher_command,
     trim_logs,
 )
+from fedloom_client.signs import signs_of_life
 from fedloom_client.training.launcher import SHUTDOWN_TIMEOUT_S
 from fedloom_client.training.orders import Job, Order, Source, WorkerProgress, WorkerResult
 from fedloom_common.errors import TrainingFailed
@@ -96,7 +97,10 @@ class WorkerGroup:
                 restarts = max(0, self._workers.max_restarts - lost)
                 self._launched = await Launched.start(self._workers, self._directory, restarts)
             launched = self._launched
-            rank = await launched.rank_zero()
+            async with signs_of_life(
+                lambda beat: on_progress(WorkerProgress(phase="start", done=lost + beat))
+            ):
+                rank = await launched.rank_zero()
             if rank is not None:
                 return rank
             await self.stop()

@@ -13,6 +13,7 @@ import pytest
 from fedloom.v1 import session_pb2 as pb
 from fedloom_client import assignments as assignments_module
 from fedloom_client import cache as cache_module
+from fedloom_client import signs as signs_module
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import TrainingFailed
 
@@ -124,6 +125,36 @@ async def test_assignments_are_done_one_at_a_time_in_order(world: Any) -> None:
     world.group.gate.set()
     await world.coordinator.until_heard("outcome", 2)
     assert [order.id for order in world.group.orders] == ["one", "two"]
+
+
+async def test_work_that_waits_for_other_work_says_so_until_it_begins(world: Any) -> None:
+    world.group.gate.clear()
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment("r1-train"))
+    await world.group.started.wait()
+    world.coordinator.assign(world.assignment("other-train", run_id="run-2"))
+
+    def phases(name: str) -> list[int]:
+        return [told.phase for told in world.coordinator.kinds("progress") if told.assignment_id == name]
+
+    await world.coordinator.until(lambda: phases("other-train") == [pb.PHASE_QUEUED])
+    world.group.gate.set()
+    await world.coordinator.until(lambda: "other-train" in world.coordinator.receipts)
+    assert pb.PHASE_QUEUED not in phases("r1-train")
+    await world.coordinator.until(lambda: phases("other-train")[-1] != pb.PHASE_QUEUED)
+
+
+async def test_a_slow_start_and_encoding_are_signs_of_life_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(signs_module, "BEAT_S", 0.01)
+    monkeypatch.setattr(signs_module, "LONGEST_S", 0.05)
+    heard: list[int] = []
+    async with signs_module.signs_of_life(heard.append):
+        await until(lambda: len(heard) == 5)
+        await asyncio.sleep(0.1)
+    assert heard == [1, 2, 3, 4, 5]
 
 
 async def test_a_site_that_says_so_works_for_two_runs_at_once_but_for_each_on_one_thing(world: Any) -> None:

@@ -134,7 +134,9 @@ async def test_chunks_that_are_always_corrupt_are_given_up(
     await world.coordinator.until_heard("outcome")
     await outbox_is_empty(world)
     assert world.coordinator.write_errors == []
-    assert "does not take" in caplog.text
+    assert "an update is given up" in caplog.text
+    failure = await world.coordinator.until_heard("failure")
+    assert failure.reason.startswith("5 uploads broke off at one place: ")
 
 
 async def test_a_finished_training_survives_a_restart_and_is_sent_without_training_again(world: Any) -> None:

@@ -301,3 +301,22 @@ async def test_a_late_update_joins_the_next_round_as_a_change_of_its_own_base(be
     assert (late.round, late.staleness, late.is_late) == (2, 1, False)
     wanted = initial["layer.bias"] + 1 + (10 * 1.0 + 30 * 0.5 * 8.0) / 40
     np.testing.assert_allclose(bench.model(run)["layer.bias"], wanted, rtol=1e-6)
+
+
+async def test_work_that_waits_at_its_site_is_alive_as_long_as_what_it_waits_for(bench, spec, fault):
+    """Both runs give a site up after a second of silence; what it does first makes progress for two."""
+    site = bench.site("a", fault=fault.SILENT)
+    cohort = {"stall_s": 1, "attempts": 1}
+    runs = [await bench.enqueue(spec(name=f"run-{n}", cohort=cohort, evaluation=TRAIN_ONLY)) for n in "12"]
+    await bench.until(lambda: len(site.asked) == 2)
+    first, queued = (f"{run.id}.1.1.train.a" for run in runs)
+    site.send(progress=pb.Progress(assignment_id=queued, phase=pb.PHASE_QUEUED))
+    for step in range(20):
+        site.send(progress=pb.Progress(assignment_id=first, phase=pb.PHASE_TRAIN, done=step))
+        await asyncio.sleep(0.1)
+    store = bench.running.store
+    assert [store.assignment(name).state for name in (first, queued)] == ["open", "open"]
+    reason = (await bench.waits(runs[0], "reported")).reason
+    assert "no progress for 1 s; last seen in train, 19 of ? done" in reason
+    reason = (await bench.waits(runs[1], "reported")).reason
+    assert "no progress for 1 s; last seen in queued" in reason
