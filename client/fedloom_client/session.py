@@ -72,6 +72,7 @@ class Session:
         self._mailbox = mailbox
         self._status = status
         self._life: asyncio.Timeout | None = None
+        self._renewed = asyncio.Event()
         self._trouble: object = None
         self._reminded_at_s = 0.0
 
@@ -86,12 +87,19 @@ class Session:
             self._complain(error)
             if time.monotonic() - began_s > STEADY_S:
                 backoff.reset()
-            await asyncio.sleep(backoff.slowest_s() if isinstance(error, NeverRetry) else backoff.next_s())
+            await self._pause(backoff.slowest_s() if isinstance(error, NeverRetry) else backoff.next_s())
 
     def renew(self) -> None:
         """End the session, and attach again at once over a new channel; work goes on meanwhile."""
+        self._renewed.set()
         if self._life is not None:
             self._life.reschedule(asyncio.get_running_loop().time())
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait before the next try; a new certificate is tried at once."""
+        self._renewed.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._renewed.wait(), seconds)
 
     async def _attach_once(self) -> FederationError | None:
         """One session from beginning to end; says why it ended, None if we wanted another."""

@@ -50,8 +50,7 @@ class Trust:
         """
         if self.revocations is not None and certificate.serial in self.revocations.revoked:
             raise NotIdentified(
-                f"the certificate {certificate.serial:x} of {certificate.peer} has been revoked; "
-                "ask who runs the federation for a new one"
+                f"the certificate {certificate.serial:x} of {certificate.peer} has been revoked"
             )
 
     def noticed(self, certificate: PeerCertificate) -> None:

@@ -145,6 +145,26 @@ async def test_a_new_certificate_is_used_over_a_new_session_and_the_work_goes_on
     assert lines == ["attached", "attached"]
 
 
+async def test_a_refused_site_tries_a_new_certificate_at_once(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = []
+    monkeypatch.setattr(
+        "fedloom_client.daemon.Session",
+        lambda *args, **values: sessions.append(session_module.Session(*args, **values)) or sessions[-1],
+    )
+    monkeypatch.setattr("fedloom_client.backoff.Backoff.slowest_s", lambda self: 1000)
+    world.coordinator.attach_error = (grpc.StatusCode.UNAUTHENTICATED, "the certificate has been revoked")
+    world.daemon()
+    async with asyncio.timeout(20):
+        while "revoked" not in str(ill_health(world.state / "status.json")):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # it pauses
+    world.coordinator.attach_error = None
+    sessions[0].renew()
+    await world.attached()
+
+
 async def test_a_certificate_that_changes_is_used_and_a_wrong_one_is_told_and_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ def rows(first_column: str) -> list[list[str]]:
 def test_the_page_tells_what_each_role_may_call() -> None:
     told = [" | ".join(row) for row in rows("method")]
     wanted = [" | ".join([f"`{method[1:]}`", *_cells(rule)]) for method, rule in TABLE.items()]
+    assert not (missing := set(wanted) - set(told)), f"add to {PAGE.name}: | {' |, | '.join(missing)} |"
     assert sorted(told) == sorted(wanted)
 
 

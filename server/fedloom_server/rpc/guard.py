@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, contextmanager
 from hashlib import sha256
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -122,7 +123,7 @@ class Guard(grpc.aio.ServerInterceptor):
         try:
             who: object = self._access.peer(context)
         except NotPermitted:
-            who = "unknown"
+            who = f"unknown at {_host_of(context.peer())}"
         facts = {"method": call.method, "caller": context.peer(), "reason": str(error)}
         logger.warning("call refused", extra=facts | {"peer": str(who)})
         if isinstance(error, NotPermitted | TooManyCalls):
@@ -132,6 +133,11 @@ class Guard(grpc.aio.ServerInterceptor):
         else:
             return
         self._log.audit_often(who, action, call.method, caller=context.peer(), reason=str(error))
+
+
+def _host_of(caller: str) -> str:
+    """The address in "ipv6:%5B::1%5D:40902", without the port, which is another for each connection."""
+    return unquote(caller).partition(":")[2].rpartition(":")[0].strip("[]") or caller
 
 
 class _Call:
