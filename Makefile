@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/fedloom/v1/*.proto)
 PEERS ?= $(filter --quick,$(BENCH))
+IDLE ?= $(filter --quick,$(BENCH))
 
 SECONDS ?= 60
 
@@ -42,9 +43,10 @@ fuzz: $(READY) ## coverage-guided fuzzing of the parsers, SECONDS=60 for each
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	SECONDS_EACH=$(SECONDS) $(BIN)/python tests/fuzz/fuzz.py
 
-bench: $(READY) ## transport, codecs and the peers measured side by side; BENCH=--quick for minutes
+bench: $(READY) ## transport, codecs, idle sites and the peers, measured; BENCH=--quick for minutes
 	$(BIN)/python benchmarks/transport.py $(BENCH)
 	$(BIN)/python benchmarks/codecs.py
+	$(BIN)/python benchmarks/idle.py $(IDLE)
 	$(BIN)/python benchmarks/peers.py $(PEERS)
 
 bench-peers: $(READY) ## the same rounds with Flower and NVIDIA FLARE, which it installs; PEERS=--quick

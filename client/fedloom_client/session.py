@@ -19,7 +19,14 @@ from fedloom_client.backoff import Backoff
 from fedloom_client.mailbox import Mailbox
 from fedloom_client.messages import Assignment
 from fedloom_client.status import Status
-from fedloom_common.errors import FederationError, NeverRetry, NotPermitted, ProtocolError, Unreachable
+from fedloom_common.errors import (
+    FederationError,
+    NeverRetry,
+    NotIdentified,
+    NotPermitted,
+    ProtocolError,
+    Unreachable,
+)
 from fedloom_common.rpc import error_of
 
 WELCOME_S = 30.0  # a coordinator that takes a connection and does not answer for so long hangs
@@ -242,8 +249,10 @@ def _with_advice(error: FederationError) -> FederationError:
     """What gRPC said, and what a person can do about it: a failed handshake is told to nobody here."""
     if isinstance(error, Unreachable):
         advice = "see that it runs, and that this site's tls files, if any, are of its federation and current"
-    elif isinstance(error, NotPermitted):
+    elif isinstance(error, NotIdentified):
         advice = "ask who runs the federation for this site's own folder of `fedloom provision site`"
+    elif isinstance(error, NotPermitted):
+        advice = "ask who runs the federation"
     elif isinstance(error, NeverRetry):
         advice = "see that site and coordinator have matching releases of fedloom"
     else:

@@ -96,8 +96,9 @@ class Sites:
         self._listeners.append(notify)
 
     async def until_changed(self) -> None:
-        """Wait until a site has come or gone, or may do other than before."""
+        """Wait until a site has come or gone, or may do other than before; many at once are one change."""
         await self._changed.wait()
+        await asyncio.sleep(LOOK_S)
 
     def changed(self) -> None:
         """Tell whoever waits for sites: one came or went, or may do other than before."""

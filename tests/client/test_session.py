@@ -66,18 +66,47 @@ async def test_work_goes_on_while_the_session_is_broken_and_its_result_goes_over
     assert len(world.group.orders) == 1
 
 
+def tries_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes each pause at the slowest pace, and makes it short."""
+    tries: list[str] = []
+    monkeypatch.setattr("fedloom_client.backoff.Backoff.slowest_s", lambda self: tries.append("") or 0.05)
+    return tries
+
+
+async def until_more_than(count: int, tries: list[str]) -> None:
+    async with asyncio.timeout(20):
+        while len(tries) <= count:  # noqa: ASYNC110 (the daemon tells nobody)
+            await asyncio.sleep(0.02)
+
+
 async def test_a_refused_site_says_what_to_do_once_and_tries_at_the_slowest_pace(
     world: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedloom_client.backoff.LONGEST_S", 0.2)
-    monkeypatch.setattr("fedloom_client.backoff.Backoff.slowest_s", lambda self: 0.05)
+    tries = tries_of(monkeypatch)
     world.coordinator.attach_error = (grpc.StatusCode.UNAUTHENTICATED, "the certificate is revoked")
     world.daemon()
-    await asyncio.sleep(0.7)
+    await until_more_than(2, tries)
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
     assert "the certificate is revoked" in errors[0].reason
     assert "fedloom provision site" in errors[0].reason
+    world.coordinator.attach_error = None
+    await world.attached()
+
+
+async def test_a_blocked_site_says_why_once_and_waits_for_a_person(
+    world: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = tries_of(monkeypatch)
+    world.coordinator.attach_error = (
+        grpc.StatusCode.PERMISSION_DENIED,
+        "site oslo is blocked: its key was stolen",
+    )
+    world.daemon()
+    await until_more_than(2, tries)
+    (error,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert error.reason.endswith("site oslo is blocked: its key was stolen; ask who runs the federation")
     world.coordinator.attach_error = None
     await world.attached()
 

@@ -9,13 +9,11 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.session_pb2_grpc import FederationServiceStub
 from fedloom_common.channels import open_channel
 from fedloom_common.identity import Peer, Role
-from fedloom_common.requirements import Require
-from fedloom_server import sites as sites_module
 from fedloom_server.app import coordinator
-from fedloom_server.eligibility import Description, Wanted
-from fedloom_server.roster import Roster
+from fedloom_server.eligibility import Description
+from fedloom_server.roster import Site
 from fedloom_server.rpc import federation
-from fedloom_server.sites import Sites
+from fedloom_server.sites import LOOK_S, Sites
 from fedloom_server.store import Store
 
 
@@ -59,35 +57,28 @@ class Mute:
 
 
 async def test_a_run_that_waits_looks_at_the_sites_a_few_times_a_second_however_many_attach(
-    tmp_path, monkeypatch
+    bench, spec, monkeypatch
 ):
-    store = Store(tmp_path)
-    sites = Sites(Roster(store))
     looks = 0
+    connected = Sites.connected
 
-    def shortfall(*arguments: object, **more: object) -> str:
+    def counted(sites: Sites) -> list[Site]:
         nonlocal looks
         looks += 1
-        return str(looks)
+        return connected(sites)
 
-    monkeypatch.setattr(sites_module, "shortfall", shortfall)
-    wanted = Wanted(data="texts", require=Require())
-    waiting = asyncio.create_task(sites.wait_for(501, wanted, lambda told: None))
-    attached = [
-        sites.attached(f"s{number}", Description(data_sets={"texts": 1}), Mute()) for number in range(500)
-    ]
+    run = await bench.enqueue(spec(cohort={"min_sites": 1000}))
+    await bench.until(lambda: "0 of 1000 fit" in bench.running.store.run(run.id).reason)
+    monkeypatch.setattr(Sites, "connected", counted)
     clock = asyncio.get_running_loop().time
     began_s = clock()
-    for session in attached:
-        session.__enter__()
-        await asyncio.sleep(0)
-    await asyncio.sleep(sites_module.LOOK_S * 2)
-    assert 2 <= looks <= 2 + (clock() - began_s) / sites_module.LOOK_S < 100
-    with sites.attached("last", Description(data_sets={"texts": 1}), Mute()):
-        assert len(await asyncio.wait_for(waiting, 5)) == 501
-    for session in attached:
-        session.__exit__(None, None, None)
-    store.close()
+    with contextlib.ExitStack() as sessions:
+        for number in range(500):
+            about = Description(data_sets={"text": 1})
+            sessions.enter_context(bench.running.sites.attached(f"s{number}", about, Mute()))
+            await asyncio.sleep(0)
+        await bench.until(lambda: "500 of 1000 fit" in bench.running.store.run(run.id).reason)
+        assert 0 < looks <= 10 + 5 * (clock() - began_s) / LOOK_S < 250
 
 
 async def test_sites_that_attach_together_are_written_together(config, bench_of, monkeypatch):

@@ -1,10 +1,11 @@
 import hashlib
 import math
+import re
 import subprocess
 import sys
-import zipfile
+import tomllib
 from collections import Counter
-from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -194,42 +195,47 @@ def test_an_unknown_policy_is_an_error_that_lists_what_there_is():
 
 
 PLUGIN = """
-def alphabetical(draw):
-    return draw.sites[: draw.count]
-
 def greedy(draw):
     return draw.sites
 
 def forger(draw):
     return ["mallory"] * draw.count
 """
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs/operations/sites.md"
+
+
+def install(folder, name, modules, entries):
+    """Install a distribution that brings policies, as pip does with a wheel."""
+    facts = folder / f"{name}-1.0.dist-info"
+    facts.mkdir(parents=True)
+    for module, text in modules.items():
+        (folder / f"{module}.py").write_text(text)
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = [f"{policy} = {target}" for policy, target in entries.items()]
+    (facts / "entry_points.txt").write_text("\n".join(["[fedloom.selection]", *lines, ""]))
 
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """An installed distribution that brings policies: what pip makes of a wheel."""
-    folder = tmp_path / "site-packages"
-    with zipfile.ZipFile(tmp_path / "picks-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("picks.py", PLUGIN)
-        wheel.writestr("picks-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: picks\nVersion: 1.0\n")
-        wheel.writestr(
-            "picks-1.0.dist-info/entry_points.txt",
-            "[fedloom.selection]\nalphabetical = picks:alphabetical\ngreedy = picks:greedy\n"
-            "forger = picks:forger\nbroken = picks:missing\n",
-        )
-        wheel.extractall(folder)
-    monkeypatch.syspath_prepend(folder)
+    """The document's own example, and policies that break their word."""
+    example = DOCUMENT.read_text()
+    (code,) = re.findall(r"```python\n(# ourpicks.py.*?)```", example, re.DOTALL)
+    (project,) = re.findall(r"```toml\n(# pyproject.toml.*?)```", example, re.DOTALL)
+    entries = tomllib.loads(project)["project"]["entry-points"]["fedloom.selection"]
+    install(tmp_path / "site-packages", "example", {"ourpicks": code}, entries)
+    bad = {"greedy": "badpicks:greedy", "forger": "badpicks:forger", "broken": "badpicks:missing"}
+    install(tmp_path / "site-packages", "bad", {"badpicks": PLUGIN}, bad)
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
     yield
-    sys.modules.pop("picks", None)
+    for module in ("ourpicks", "badpicks"):
+        sys.modules.pop(module, None)
 
 
 @pytest.mark.usefixtures("plugin")
-def test_an_installed_plug_in_picks():
-    assert "alphabetical" in entry_points(group="fedloom.selection").names
-    assert cohort_of("dcba", fraction=0.5, policy="alphabetical") == ("a", "b")
-    with pytest.raises(
-        BadSpec, match=r"has all, alphabetical, broken, forger, greedy, round_robin, uniform, w"
-    ):
+def test_the_documents_plug_in_picks_once_it_is_installed():
+    weights = {"a": 1.0, "b": 7.0, "c": 2.0, "d": 7.0}
+    assert cohort_of("dcba", fraction=0.75, policy="largest", weights=weights) == ("b", "c", "d")
+    with pytest.raises(BadSpec, match=r"has all, broken, forger, greedy, largest, round_robin, uniform, we"):
         find_policy("fastest")
 
 
