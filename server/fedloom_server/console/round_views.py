@@ -168,6 +168,8 @@ def round_state(item: Round) -> Text:
 
 def site_state(work: SiteRound) -> Text:
     """The state of a site's work as a coloured word."""
+    if work.is_late:
+        return Text("late", style="yellow")
     return Text(plain(work.state), style=SITE_STYLE.get(work.state, TROUBLE_STYLE))
 
 

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.v1.runs_pb2 import Round, Run, RunState
+from fedloom.v1.runs_pb2 import Round, Run, RunFailure, RunState
 from fedloom_server.console.formats import (
     FittingTable,
     bytes_text,
@@ -24,6 +24,8 @@ RUN_STYLE = {
     RunState.RUN_STATE_FINISHED: "bold green",
     RunState.RUN_STATE_FAILED: "bold red",
     RunState.RUN_STATE_STOPPED: "bold yellow",
+    RunState.RUN_STATE_WAITING: "bold yellow",
+    RunState.RUN_STATE_PAUSED: "yellow",
 }
 
 
@@ -34,12 +36,13 @@ def run_state(run: Run) -> Text:
 
 def runs_table(runs: Iterable[Run], now_s: float) -> Table:
     """One line a run."""
-    table = FittingTable("run", "name", "state", ">rounds", "submitted", ">time", "why")
+    table = FittingTable("run", "name", "state", ">prio", ">rounds", "submitted", ">time", "why")
     for run in runs:
         table.add_row(
             Text(plain(run.id), no_wrap=True),
             Text(plain(run.name)),
             run_state(run),
+            str(run.priority),
             f"{run.rounds_done}/{run.rounds_total}",
             Text(time_text(run.submitted_at_s), no_wrap=True),
             duration_text(run.started_at_s, run.ended_at_s, now_s),
@@ -78,9 +81,44 @@ def run_facts(run: Run, now_s: float) -> Table:
     facts.add_row("name", Text(plain(run.name)))
     facts.add_row("state", state)
     facts.add_row("rounds", f"{run.rounds_done} of at most {run.rounds_total}")
+    if run.priority:
+        facts.add_row("priority", str(run.priority))
+    if run.cloned_from:
+        model_of = f", from its model of round {run.cloned_round}" if run.HasField("cloned_round") else ""
+        facts.add_row("clone of", Text(f"{plain(run.cloned_from)}{model_of}"))
     facts.add_row("submitted", time_text(run.submitted_at_s))
     facts.add_row("started", time_text(run.started_at_s))
     facts.add_row("ended", time_text(run.ended_at_s))
     facts.add_row("time", duration_text(run.started_at_s, run.ended_at_s, now_s))
     facts.add_row("model", Text(plain(model)))
     return facts
+
+
+def failures_table(failures: Iterable[RunFailure]) -> Table:
+    """One line a failure, first to last, without its log."""
+    table = FittingTable("when", ">round", "site", "cause", "what")
+    for failure in failures:
+        table.add_row(
+            Text(time_text(failure.at_s), no_wrap=True),
+            _attempt(failure),
+            Text(plain(failure.site) or "(coordinator)"),
+            Text(plain(failure.cause), style="red"),
+            Text(plain(failure.message)),
+        )
+    return table
+
+
+def failures_view(failures: Iterable[RunFailure]) -> RenderableType:
+    """Every failure with the last lines of its log."""
+    parts: list[RenderableType] = []
+    for failure in failures:
+        parts.append(failures_table([failure]))
+        if failure.log:
+            parts.append(
+                Text("\n".join(f"    {plain(line)}" for line in failure.log.splitlines()), style="dim")
+            )
+    return Group(*parts)
+
+
+def _attempt(failure: RunFailure) -> str:
+    return f"{failure.round}.{failure.attempt}" if failure.attempt else str(failure.round)

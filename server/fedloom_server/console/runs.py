@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,31 +20,27 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from fedloom.v1.runs_pb2 import ListRequest, ResumeRequest, Round, Run, StopRequest, SubmitRequest
+from fedloom.v1.runs_pb2 import ListFailuresRequest, ListRequest, Round, Run, SubmitRequest
 from fedloom_common.errors import NotFound
 from fedloom_common.runspec import parse_run_spec, run_spec_schema
+from fedloom_server.console import runcontrol  # noqa: F401 (its commands join the group)
+from fedloom_server.console.board import ENDED
 from fedloom_server.console.connection import Coordinator, Operator, operator_command
 from fedloom_server.console.export import export as export_model
 from fedloom_server.console.formats import as_data, bytes_text, console_for_output, json_text, plain
 from fedloom_server.console.metrics import metrics
 from fedloom_server.console.overrides import apply_overrides, read_spec_text
-from fedloom_server.console.run_views import run_state, run_view, runs_table
-from fedloom_server.console.watch import EXIT_STATUS
+from fedloom_server.console.run_views import failures_table, run_view, runs_table
+from fedloom_server.console.runapp import AsJson, Overrides, Priority, Quiet, RunId, app
+from fedloom_server.console.watch import EXIT_STATUS, HELD_UP
 from fedloom_server.console.watch import watch as watch_run
 
-app = typer.Typer(
-    help="Submit runs, look at them, stop them, take their model.",
-    no_args_is_help=True,
-    add_completion=False,
-)
-
-RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, or its beginning.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 GiveUp = Annotated[
     float,
     typer.Option("--give-up-s", min=0, help="Seconds to try for when the connection is lost while watching."),
 ]
 GIVE_UP_S = 600.0
+FAILURES_LOOKED_AT = 50
 
 
 @operator_command(app, "submit")
@@ -53,18 +49,12 @@ async def submit(
     spec: Annotated[
         str, typer.Argument(metavar="SPEC.yaml", help="File of the run spec, or - for standard input.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="PATH=VALUE", help="Change a value: --set local.steps=5. Repeat for more."
-        ),
-    ] = None,
+    overrides: Overrides = None,
+    priority: Priority = 0,
     follow: Annotated[
         bool, typer.Option("--watch", help="Stay and watch the run, as `fedloom run watch` does.")
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print the run's id and nothing else.")
-    ] = False,
+    quiet: Quiet = False,
     give_up_s: GiveUp = GIVE_UP_S,
 ) -> None:
     """Check a run spec and queue the run; prints the run's id.
@@ -74,7 +64,9 @@ async def submit(
     text = apply_overrides(read_spec_text(spec), overrides or ())
     parse_run_spec(text)  # so that mistakes show without a network
     async with operator.connect() as coordinator:
-        run = await coordinator.call_at_length(coordinator.runs.Submit, SubmitRequest(spec=text))
+        run = await coordinator.call_at_length(
+            coordinator.runs.Submit, SubmitRequest(spec=text, priority=priority)
+        )
         bare = quiet or not sys.stdout.isatty()
         if bare:
             typer.echo(plain(run.id))
@@ -88,7 +80,7 @@ async def submit(
 
 @operator_command(app, "list")
 async def list_runs(operator: Operator, as_json: AsJson = False) -> None:
-    """List the runs, newest first."""
+    """List the runs, newest first, and what those that do not run wait for."""
     async with operator.connect() as coordinator:
         answer = await coordinator.call(coordinator.runs.List, ListRequest())
     if as_json:
@@ -116,6 +108,8 @@ async def show(
     """Show one run: its rounds, what each site did, and why anything was not done."""
     async with operator.connect() as coordinator:
         answer = await coordinator.run_with_rounds(run)
+        request = ListFailuresRequest(run_id=answer.run.id, limit=FAILURES_LOOKED_AT)
+        failures = (await coordinator.call(coordinator.runs.ListFailures, request)).failures
     if spec:
         typer.echo(yaml.safe_dump(json.loads(answer.run.spec_json), sort_keys=False), nl=False)
     elif as_json:
@@ -123,42 +117,33 @@ async def show(
     else:
         chosen = None if round_number is None else _round(answer.run, answer.rounds, round_number)
         console_for_output().print(run_view(answer.run, answer.rounds, chosen, time.time()))
+        if own := [failure for failure in failures if not failure.site]:  # the sites' stand with their rounds
+            console_for_output().print(failures_table(own))
+        if failures:
+            hint = f"Last log lines: fedloom run failures {plain(answer.run.id)}"
+            console_for_output().print(hint, soft_wrap=True)
 
 
 @operator_command(app, "watch")
 async def watch(
-    operator: Operator, run: RunId, give_up_s: GiveUp = GIVE_UP_S, as_json: AsJson = False
+    operator: Operator,
+    run: RunId,
+    give_up_s: GiveUp = GIVE_UP_S,
+    exit_when_waiting: Annotated[
+        bool, typer.Option("--exit-when-waiting", help="End as soon as the run waits for sites or is paused.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Watch a run until it ends: live on a terminal, else a line for each change.
 
-    Exit status: 0 the run finished, 1 it failed, 3 it was stopped, 130 after Ctrl-C.
+    Exit status: 0 the run finished, 1 it failed, 3 it was stopped, 130 after Ctrl-C; with
+    --exit-when-waiting also 4 it waits, 5 it is paused.
 
     Ctrl-C leaves the run going. A lost connection is opened again. With --json every event is a line of JSON.
     """
+    until = (*ENDED, *HELD_UP) if exit_when_waiting else ENDED
     async with operator.connect() as coordinator:
-        await _watch_to_end(coordinator, run, console_for_output(), give_up_s, as_json=as_json)
-
-
-@operator_command(app, "stop")
-async def stop(
-    operator: Operator,
-    run: RunId,
-    reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
-) -> None:
-    """Stop a run; its last model stays, and it can be resumed."""
-    async with operator.connect() as coordinator:
-        after = await coordinator.call_at_length(
-            coordinator.runs.Stop, StopRequest(run_id=run, reason=reason)
-        )
-    _say_state(after)
-
-
-@operator_command(app, "resume")
-async def resume(operator: Operator, run: RunId) -> None:
-    """Queue a stopped or failed run again; it goes on after its last finished round."""
-    async with operator.connect() as coordinator:
-        after = await coordinator.call(coordinator.runs.Resume, ResumeRequest(run_id=run))
-    _say_state(after)
+        await _watch_to_end(coordinator, run, console_for_output(), give_up_s, as_json=as_json, until=until)
 
 
 @operator_command(app, "export")
@@ -214,10 +199,16 @@ def schema() -> None:
 
 
 async def _watch_to_end(
-    coordinator: Coordinator, run_id: str, console: Console, give_up_s: float, *, as_json: bool = False
+    coordinator: Coordinator,
+    run_id: str,
+    console: Console,
+    give_up_s: float,
+    *,
+    as_json: bool = False,
+    until: Collection[int] = ENDED,
 ) -> None:
     try:
-        run = await watch_run(coordinator, run_id, console, give_up_s=give_up_s, as_json=as_json)
+        run = await watch_run(coordinator, run_id, console, give_up_s=give_up_s, as_json=as_json, until=until)
     except asyncio.CancelledError:  # Ctrl-C
         again = f"fedloom run watch {plain(run_id)}"
         console_for_output(stderr=True).print(f"The run goes on. See it again with: {again}", soft_wrap=True)
@@ -231,8 +222,3 @@ def _round(run: Run, rounds: Sequence[Round], number: int) -> Round:
         known = f"{min(found)} to {max(found)}" if found else "none yet"
         raise NotFound(f"run {plain(run.id)} has no round {number}; its rounds are {known}")
     return found[number]
-
-
-def _say_state(run: Run) -> None:
-    reason = f": {plain(run.reason)}" if run.reason else ""
-    console_for_output().print(f"Run {plain(run.id)} is {run_state(run)}{reason}", soft_wrap=True)

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -22,7 +22,10 @@ EXIT_STATUS = {
     RunState.RUN_STATE_FINISHED: 0,
     RunState.RUN_STATE_FAILED: 1,
     RunState.RUN_STATE_STOPPED: 3,
+    RunState.RUN_STATE_WAITING: 4,
+    RunState.RUN_STATE_PAUSED: 5,
 }
+HELD_UP = (RunState.RUN_STATE_WAITING, RunState.RUN_STATE_PAUSED)
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class Lost:
 
 
 async def events(
-    coordinator: Coordinator, run_id: str, *, give_up_s: float
+    coordinator: Coordinator, run_id: str, *, give_up_s: float, until: Collection[int] = ENDED
 ) -> AsyncGenerator[WatchEvent | Lost, None]:
-    """A run's events until it has ended, over as many connections as that takes.
+    """A run's events until its state is one of ``until``, over as many connections as that takes.
 
     Raises:
         Unreachable: nobody answers the first call, or nobody has for ``give_up_s``.
@@ -49,8 +52,10 @@ async def events(
             with coordinator.errors():
                 async for event in coordinator.runs.Watch(WatchRequest(run_id=run_id)):
                     heard = True
-                    ended = event.run.state in ENDED if event.HasField("run") else ended
+                    ended = event.run.state in until if event.HasField("run") else ended
                     yield event
+                    if ended and event.run.state not in ENDED:
+                        return  # the stream goes on
         except AttemptFailed as error:
             if lost_at is None and not heard:
                 raise
@@ -67,27 +72,49 @@ async def events(
 
 
 async def watch(
-    coordinator: Coordinator, run_id: str, console: Console, *, give_up_s: float, as_json: bool = False
+    coordinator: Coordinator,
+    run_id: str,
+    console: Console,
+    *,
+    give_up_s: float,
+    as_json: bool = False,
+    until: Collection[int] = ENDED,
 ) -> Run:
     """Show a run until it has ended: live on a terminal, else a line for each change; returns it as it ended.
 
     Raises:
         FederationError: see ``events``.
     """
-    board = Board()
+    board, told = Board(), _Told()
     live = console.is_terminal and not as_json
     async with (
-        aclosing(events(coordinator, run_id, give_up_s=give_up_s)) as stream,
+        aclosing(events(coordinator, run_id, give_up_s=give_up_s, until=until)) as stream,
         _display(board, console) if live else nullcontext(),
     ):
         async for event in stream:
             lines = _take(board, event)
-            if as_json and isinstance(event, WatchEvent):
+            if as_json and isinstance(event, WatchEvent) and told.is_new(event):
                 console.out(json_text(as_data(event), indent=None))
             elif not live and not as_json:
                 for line in lines:
                     console.print(line, soft_wrap=True)
     return board.run
+
+
+class _Told:
+    """What was told as JSON: after a break the coordinator says again how everything stands."""
+
+    def __init__(self) -> None:
+        self._latest: dict[tuple[str, int], WatchEvent] = {}
+
+    def is_new(self, event: WatchEvent) -> bool:
+        """Whether the run or round was not told just so; progress always is."""
+        if event.HasField("site_progress"):
+            return True
+        kind = event.WhichOneof("kind") or ""
+        key = (kind, event.round.number)
+        before, self._latest[key] = self._latest.get(key), event
+        return event != before
 
 
 def _take(board: Board, event: WatchEvent | Lost) -> list[str]:

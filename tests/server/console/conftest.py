@@ -67,6 +67,7 @@ class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.Transf
         self.run = pb.Run(id="a1b2c3", name="plays", state=pb.RUN_STATE_QUEUED, rounds_total=3)
         self.rounds: list[pb.Round] = []
         self.sites: list[pb.Site] = []
+        self.failures: list[pb.RunFailure] = []
         self.connections: list[list[pb.WatchEvent | Break]] = []
         """What each Watch call streams, in order; then it ends."""
         self.hang = False
@@ -103,6 +104,18 @@ class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.Transf
     def Resume(self, request: pb.ResumeRequest, context: grpc.ServicerContext) -> pb.Run:
         self.run.state, self.run.reason = pb.RUN_STATE_QUEUED, ""
         return self._answer(request, context, self.run)
+
+    def Pause(self, request: pb.PauseRequest, context: grpc.ServicerContext) -> pb.Run:
+        self.run.state, self.run.reason = pb.RUN_STATE_PAUSED, request.reason
+        return self._answer(request, context, self.run)
+
+    def Clone(self, request: pb.CloneRequest, context: grpc.ServicerContext) -> pb.Run:
+        return self._answer(request, context, pb.Run(id="c10e", name="plays"))
+
+    def ListFailures(
+        self, request: pb.ListFailuresRequest, context: grpc.ServicerContext
+    ) -> pb.ListFailuresResponse:
+        return self._answer(request, context, pb.ListFailuresResponse(failures=self.failures))
 
     def ListSites(self, request: pb.ListSitesRequest, context: grpc.ServicerContext) -> pb.ListSitesResponse:
         return self._answer(request, context, pb.ListSitesResponse(sites=self.sites))

@@ -93,7 +93,7 @@ def trained(fake):
 
 def test_show_has_the_rounds_and_why_a_site_is_not_done(console, trained):
     out = console("run", "show", "a1").stdout
-    assert trained.asked == [pb.GetRequest(run_id="a1")]
+    assert trained.asked_for(pb.GetRequest) == [pb.GetRequest(run_id="a1")]
     row = next(line.split() for line in out.splitlines() if "1/2" in line)
     assert row[:7] == ["1", "finished", "1/2", "640", "4.5000", "4.2500", "70.11"]
     assert "RuntimeError: no memory" in out
@@ -121,6 +121,62 @@ def test_stop_gives_the_reason_and_resume_takes_it_back(console, fake):
     assert "a1b2c3 is stopped: too slow" in console("run", "stop", "a1", "--reason", "too slow").stdout
     assert "a1b2c3 is queued" in console("run", "resume", "a1").stdout
     assert fake.asked == [pb.StopRequest(run_id="a1", reason="too slow"), pb.ResumeRequest(run_id="a1")]
+
+
+def test_submit_tells_the_priority(console, fake, spec_file):
+    console("run", "submit", str(spec_file), "--priority", "-5")
+    assert fake.asked_for(pb.SubmitRequest)[0].priority == -5
+
+
+def test_list_shows_priority_and_what_a_run_waits_for(console, fake):
+    fake.run.state, fake.run.priority = pb.RUN_STATE_WAITING, 7
+    fake.run.reason = "waits for sites: 1 of 3 sites that fit, 1 connected"
+    row = next(line.split() for line in console("run", "list").stdout.splitlines() if "a1b2c3" in line)
+    assert row[:4] == ["a1b2c3", "plays", "waiting", "7"]
+    assert "1 of 3 sites that fit" in " ".join(row)
+
+
+def test_pause_gives_the_reason(console, fake):
+    assert "a1b2c3 is paused: grid" in console("run", "pause", "a1", "--reason", "grid").stdout
+    assert fake.asked == [pb.PauseRequest(run_id="a1", reason="grid")]
+
+
+def test_clone_sends_the_changed_spec_and_prints_only_the_id(console, fake):
+    fake.run.spec_json = json.dumps(SPEC)
+    assert console("run", "clone", "a1", "--set", "local.steps=3", "--priority", "2").stdout == "c10e\n"
+    (request,) = fake.asked_for(pb.CloneRequest)
+    assert yaml.safe_load(request.spec) == {**SPEC, "local": {"steps": 3}}
+    assert (request.run_id, request.priority, request.HasField("from_round")) == ("a1b2c3", 2, False)
+
+
+@pytest.mark.parametrize(("given", "number", "latest"), [("7", 7, False), ("latest", None, True)])
+def test_a_clone_goes_on_from_a_round(console, fake, given, number, latest):
+    fake.run.spec_json = json.dumps(SPEC)
+    console("run", "clone", "a1", "--from-round", given)
+    (request,) = fake.asked_for(pb.CloneRequest)
+    assert (request.from_round if request.HasField("from_round") else None) == number
+    assert request.from_latest is latest
+
+
+def test_a_clone_from_what_is_no_round_is_refused_without_a_network(console):
+    console.address = ""
+    with pytest.raises(BadSpec, match="--from-round last: wanted a round's number, or latest"):
+        console("run", "clone", "a1", "--from-round", "last")
+
+
+def test_failures_show_site_round_cause_and_last_lines(console, fake):
+    fake.failures = [
+        pb.RunFailure(round=2, attempt=1, site="kiel", work=WORK_TRAIN, cause="failed", message="no memory",
+                      log="line 1\n[red]line 2[/red]", at_s=1e9),
+        pb.RunFailure(round=2, attempt=1, cause="attempt failed", message="1 of 2 sites reported", at_s=1e9),
+    ]  # fmt: skip
+    out = console("run", "failures", "a1").stdout
+    for text in ("2.1", "kiel", "failed", "no memory", "    [red]line 2[/red]", "(coordinator)"):
+        assert text in out
+    assert json.loads(console("run", "failures", "a1", "--json").stdout)[0]["site"] == "kiel"
+    shown = console("run", "show", "a1").stdout
+    assert "1 of 2 sites reported" in shown
+    assert "fedloom run failures a1b2c3" in shown
 
 
 def test_a_viewer_is_told_that_it_may_not_stop(console, fake):

@@ -145,6 +145,23 @@ def test_the_exit_status_tells_how_the_run_ended(console, fake, state, status):
     console("run", "watch", "a1", status=status)
 
 
+@pytest.mark.parametrize(("state", "status"), [(pb.RUN_STATE_WAITING, 4), (pb.RUN_STATE_PAUSED, 5)])
+def test_a_watch_that_is_told_so_ends_when_the_run_is_held_up(console, fake, state, status):
+    fake.connections, fake.hang = [[RUNNING, run_event(state)]], True
+    console("run", "watch", "a1", "--exit-when-waiting", status=status)
+
+
+def test_a_waiting_run_is_watched_on(console, fake):
+    fake.connections = [[RUNNING, run_event(pb.RUN_STATE_WAITING), FINISHED]]
+    console("run", "watch", "a1", status=0)
+
+
+def test_json_does_not_repeat_what_a_reconnect_tells_again(console, fake):
+    fake.connections = [[RUNNING, TRAINING, fake.breaks()], [RUNNING, TRAINING, DONE, FINISHED]]
+    lines = console("run", "watch", "a1", "--json").stdout.splitlines()
+    assert [next(iter(json.loads(line))) for line in lines] == ["run", "round", "round", "run"]
+
+
 async def test_ctrl_c_leaves_the_run_going_and_says_so(fake, tmp_path):
     fake.connections, fake.hang = [[RUNNING, TRAINING]], True
     where = ("--coordinator", fake.address, "--insecure", "alice")
