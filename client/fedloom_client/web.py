@@ -67,9 +67,10 @@ class SitePage:
         self._loop_lag = self._gauge(
             "event_loop_lag_seconds", "Latest wake-up of the event loop in half a minute."
         )
-        self._expiry = self._gauge(
-            "certificate_not_after_timestamp_seconds", "When the certificate ends, since 1970."
-        )
+        if observed.config.tls is not None:
+            self._expiry = self._gauge(
+                "certificate_not_after_timestamp_seconds", "When the certificate ends, since 1970."
+            )
         self._free = self._gauge("state_disk_free_bytes", "Free space on the disk of state_dir.")
         self._size = self._gauge("state_disk_size_bytes", "Size of the disk of state_dir.")
 

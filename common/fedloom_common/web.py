@@ -23,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fedloom_common.certificates import read_credential
 from fedloom_common.errors import BadSpec, FederationError
 from fedloom_common.identity import TlsFiles
+from fedloom_common.rotation import ChangingFiles
 from fedloom_common.vitals import HANGS_S, Check, LoopLag, troubles
 
 CONNECTIONS = 64  # no probe or scraper needs more; the process's file descriptors are for sites
@@ -175,10 +176,10 @@ def _listen(address: str) -> socket.socket:
 async def _renew(context: ssl.SSLContext | None, tls: TlsFiles) -> NoReturn:
     """Let new connections have a renewed certificate."""
     assert context is not None, "a port with TLS has a context"
-    known = _age(tls)
+    files = ChangingFiles(tls.certificate, tls.key)
     while True:
         await asyncio.sleep(RENEWAL_S)
-        if (found := _age(tls)) == known:
+        if not files.have_changed():
             continue
         try:
             read_credential(tls.ca, tls.certificate, tls.key)
@@ -187,10 +188,3 @@ async def _renew(context: ssl.SSLContext | None, tls: TlsFiles) -> NoReturn:
             logger.warning("the HTTP port keeps its old certificate", extra={"reason": str(error)})
         else:
             logger.info("the HTTP port has a renewed certificate")
-        known = found
-
-
-def _age(tls: TlsFiles) -> tuple[int, ...]:
-    """Changes when one of the files does."""
-    files = (tls.certificate, tls.key)
-    return tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)

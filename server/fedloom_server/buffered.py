@@ -52,7 +52,12 @@ class _Flow:
         assert isinstance(self._spec.mode, Async)
         self._mode = self._spec.mode
         self._versions = Versions(
-            run, self._mode, federation.store, federation.watching, keep_models=federation.keep_models
+            run,
+            self._mode,
+            federation.store,
+            federation.watching,
+            federation.meters,
+            keep_models=federation.keep_models,
         )
         self._idle = IdleSites(run, federation)
         self._work: dict[asyncio.Task[None], Assignment] = {}

@@ -2,20 +2,22 @@
 
 import socket
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 from pydantic import SecretStr
 
-from fedloom_common.doctor.credentials import credential
+from fedloom_common.doctor.credentials import SOON_DAYS, credential
 from fedloom_common.doctor.findings import Check, Finding, examine, ok, problem, warning
 from fedloom_common.doctor.host import open_files, state_folder
 from fedloom_common.doctor.reach import way
-from fedloom_common.errors import FederationError, WrongState
+from fedloom_common.errors import BadSpec, FederationError, WrongState
 from fedloom_common.identity import Peer, Role, TlsFiles, is_loopback
+from fedloom_common.revocation import read_revocations
 from fedloom_common.settings import Fitting, load_fitting
 from fedloom_server.cli import ENV_PREFIX
-from fedloom_server.config import CoordinatorConfig
+from fedloom_server.config import CoordinatorConfig, CoordinatorTls
 from fedloom_server.database import open_database, shown
 from fedloom_server.ownership import owned_folder
 from fedloom_server.schema import require_latest
@@ -32,6 +34,8 @@ def checks(fitting: Fitting) -> dict[str, Check]:
     made: dict[str, Check] = {"config": partial(_config, fitting)}
     if "tls" in values:
         made["certificate"] = partial(credential, values["tls"], Role.COORDINATOR)
+        if values["tls"] is not None and values["tls"].crl is not None:
+            made["revocation list"] = partial(_revocations, values["tls"])
     state = values.get("state_dir")
     if state is not None:
         made["state"] = partial(_state, state, values.get("disk_floor_bytes", 0))
@@ -50,6 +54,20 @@ def _config(fitting: Fitting) -> Iterator[Finding]:
         yield problem(mistake, "correct the config; `fedloom coordinator --help` lists all settings")
     if not fitting.mistakes:
         yield ok("every key and value is right")
+
+
+def _revocations(tls: CoordinatorTls) -> Iterator[Finding]:
+    assert tls.crl is not None, "looked at only where there is one"
+    try:
+        found = read_revocations(tls.crl, tls.ca.read_bytes())
+    except (BadSpec, OSError) as error:
+        yield problem(str(error), "put a new list in its place; it is read without a restart")
+        return
+    told = f"list {found.number} revokes {len(found.revoked)} certificates, ends at {found.expires:%Y-%m-%d}"
+    if (found.expires - datetime.now(UTC)).days < SOON_DAYS:
+        yield warning(told, "have a new one made in time, with `fedloom provision`")
+    else:
+        yield ok(told)
 
 
 def _state(folder: Path, floor_bytes: int) -> Iterator[Finding]:

@@ -27,6 +27,10 @@ class Meters:
         )
         for end in (RoundState.FINISHED, RoundState.FAILED):
             self._rounds.labels(str(end))
+        self._failed_attempts = Counter(
+            "fedloom_failed_attempts", "Attempts at a round that brought too few updates.",
+            registry=self.registry,
+        )  # fmt: skip
         self._round_seconds = Histogram(
             "fedloom_round_duration_seconds", "Time from a round's begin to its finish.",
             buckets=ROUND_BUCKETS_S, registry=self.registry,
@@ -55,8 +59,12 @@ class Meters:
     def round_ended(self, record: Round) -> None:
         """A round is finished or has failed."""
         self._rounds.labels(str(record.state)).inc()
-        if record.ended_at_s:
+        if record.state is RoundState.FINISHED:
             self._round_seconds.observe(max(0.0, record.ended_at_s - record.started_at_s))
+
+    def attempt_failed(self) -> None:
+        """A round begins anew, or waits."""
+        self._failed_attempts.inc()
 
     def assignment_ended(self, assignment: Assignment) -> None:
         """An assignment has ended."""

@@ -84,6 +84,7 @@ async def _train(
             late = [assignment for assignment in batch if assignment.state is AssignmentState.OPEN]
             return done, late
         record.reason = _shortfall(record, batch, cohort.needed)
+        federation.meters.attempt_failed()
         logger.warning(
             "round attempt failed", extra={"run": run.id, "round": record.number, "reason": record.reason}
         )

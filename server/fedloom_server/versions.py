@@ -16,6 +16,7 @@ from fedloom_common.runspec import Async
 from fedloom_server.config import KeepModels
 from fedloom_server.evaluation import SiteMetrics, combine
 from fedloom_server.folding import Folding
+from fedloom_server.meters import Meters
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
 from fedloom_server.retention import drop_old_models
 from fedloom_server.stopping import RoundResult, is_measured, stop_reason
@@ -31,10 +32,18 @@ class Versions:
     """The versions of one run's model."""
 
     def __init__(
-        self, run: Run, mode: Async, store: Store, watching: Watching, *, keep_models: KeepModels
+        self,
+        run: Run,
+        mode: Async,
+        store: Store,
+        watching: Watching,
+        meters: Meters,
+        *,
+        keep_models: KeepModels,
     ) -> None:
         self._run, self._spec, self._mode = run, run.spec, mode
         self._store, self._watching, self._keep_models = store, watching, keep_models
+        self._meters = meters
         self.open: Round | None = None
         """The version that updates join now; None once the last one is closed."""
         self.closed: Round | None = None
@@ -144,6 +153,8 @@ class Versions:
         for known in following:
             known.base_digest = model.digest
         self._store.save(run, record, *following)
+        if record.state is RoundState.FINISHED:
+            self._meters.round_ended(record)
         self._watching.tell(run.id, run)
         self._tell(record)
         self._store.clear_spool(run.id)
@@ -183,6 +194,7 @@ class Versions:
             logger.warning("no site evaluated the model", extra={"run": self._run.id, "round": record.number})
         record.state, record.ended_at_s = RoundState.FINISHED, time.time()
         self._store.save(record)
+        self._meters.round_ended(record)
         self._tell(record)
 
     def end(self, reason: str) -> None:
@@ -195,6 +207,7 @@ class Versions:
         ended = [*self.measured, *([self.open] if self.open else [])]
         self._store.save(*ended)
         for record in ended:
+            self._meters.round_ended(record)
             self._tell(record)
 
     def _first(self) -> list[Round]:

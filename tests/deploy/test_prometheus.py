@@ -14,9 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from fedloom_client.config import SiteConfig
 from fedloom_client.daemon import Daemon
 from fedloom_client.web import Observed, SitePage
+from fedloom_common.settings import load_settings
 from fedloom_common.vitals import LoopLag
 from fedloom_server.app import coordinator
 from fedloom_server.config import CoordinatorConfig
+from fedloom_server.console.kit import create_kit
 
 FOLDER = Path(__file__).parents[2] / "deploy/prometheus"
 GUIDE = Path(__file__).parents[2] / "docs/operations/monitoring.md"
@@ -71,8 +73,10 @@ def test_each_alert_says_what_it_is_and_the_guide_what_to_do(rules):
 
 
 async def test_alerts_and_the_guide_speak_of_metrics_that_there_are(rules, tmp_path):
-    config = CoordinatorConfig(
-        listen="127.0.0.1:0", insecure=True, state_dir=tmp_path, http="127.0.0.1:0", drain_s=0.1
+    create_kit(tmp_path / "kit", federation="clinic", hosts=["localhost"])
+    flags = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--http-tls", "false", "--drain-s", "0.1")
+    config = load_settings(
+        CoordinatorConfig, tmp_path / "kit/coordinator/coordinator.yaml", env_prefix="TEST_", flags=flags
     )
     async with coordinator(config) as running:
         url = f"http://127.0.0.1:{running.http_port}/metrics"

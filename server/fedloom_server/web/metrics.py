@@ -4,23 +4,27 @@ import asyncio
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import Gauge, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from fedloom_common.errors import BadSpec, StorageUnavailable
 from fedloom_common.identity import certificate_expiry
 from fedloom_common.nativelines import handshakes
+from fedloom_common.revocation import read_revocations
 from fedloom_common.vitals import LoopLag
 from fedloom_server.assignments import Assignments
-from fedloom_server.config import CoordinatorConfig
+from fedloom_server.config import CoordinatorConfig, CoordinatorTls
 from fedloom_server.meters import Meters
 from fedloom_server.records import RunState
 from fedloom_server.rpc.access import TABLE
 from fedloom_server.rpc.calls import READ, WRITE, Calls
 from fedloom_server.sites import Sites
 from fedloom_server.store import Store
+
+ENDED_S = 0.0  # of a file that is gone or half written: the alert for an ended one is the right one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,8 @@ class MetricsPage:
         self._seen = observed
         ProcessCollector(registry=self._registry)
         self._registry.register(_Handshakes())
+        if observed.config.tls is not None:
+            self._registry.register(_Endings(observed.config.tls))
         gauge = self._gauge
         self._database = gauge("database_up", "1 if the database answers.")
         self._runs = gauge("runs", "Runs by state.", ["state"])
@@ -52,9 +58,6 @@ class MetricsPage:
         self._downloads = gauge("downloads", "Downloads of models: under way, and waiting.", ["state"])
         self._staged = gauge("staged_updates", "Updates that lie on disk and are not yet folded.")
         self._lag = gauge("event_loop_lag_seconds", "Latest wake-up of the event loop in half a minute.")
-        self._expiry = gauge(
-            "certificate_not_after_timestamp_seconds", "When the certificate ends, since 1970."
-        )
         self._free = gauge("state_disk_free_bytes", "Free space on the disk of state_dir.")
         self._size = gauge("state_disk_size_bytes", "Size of the disk of state_dir.")
         self._draining = gauge("draining", "1 while the coordinator drains before its end.")
@@ -92,8 +95,6 @@ class MetricsPage:
         usage = shutil.disk_usage(config.state_dir)
         self._free.set(usage.free)
         self._size.set(usage.total)
-        if config.tls is not None:
-            self._expiry.set(_expiry_s(config))
 
     def _count_runs(self) -> None:
         try:
@@ -115,9 +116,31 @@ class _Handshakes(Collector):
         yield CounterMetricFamily(name, "TLS handshakes with a peer that failed.", value=handshakes.failed)
 
 
-def _expiry_s(config: CoordinatorConfig) -> float:
-    assert config.tls is not None, "asked only with TLS"
+class _Endings(Collector):
+    """When what is in the TLS files ends; they may change while the coordinator runs."""
+
+    def __init__(self, tls: CoordinatorTls) -> None:
+        self._tls = tls
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        tls = self._tls
+        name = "fedloom_certificate_not_after_timestamp_seconds"
+        yield GaugeMetricFamily(name, "When the certificate ends, since 1970.", value=_certificate_end_s(tls))
+        if tls.crl is not None:
+            name = "fedloom_revocation_list_not_after_timestamp_seconds"
+            end_s = _revocations_end_s(tls.crl, tls.ca)
+            yield GaugeMetricFamily(name, "When the revocation list ends, since 1970.", value=end_s)
+
+
+def _certificate_end_s(tls: CoordinatorTls) -> float:
     try:
-        return certificate_expiry(config.tls.certificate).timestamp()
-    except BadSpec:  # gone or half written: the alert for an ended certificate is the right one
-        return 0.0
+        return certificate_expiry(tls.certificate).timestamp()
+    except BadSpec:
+        return ENDED_S
+
+
+def _revocations_end_s(crl: Path, ca: Path) -> float:
+    try:
+        return read_revocations(crl, ca.read_bytes()).expires.timestamp()
+    except (BadSpec, OSError):
+        return ENDED_S

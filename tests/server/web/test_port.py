@@ -65,6 +65,35 @@ async def test_a_round_shows_in_the_metrics_with_its_bytes_by_site(observed, ben
     assert found["process_resident_memory_bytes",] > 1e6
 
 
+async def test_each_version_of_an_asynchronous_run_counts_once(observed, bench_of, spec):
+    mode = {"kind": "async", "buffer": 1, "concurrency": 1}
+    async with coordinator(observed) as running:
+        bench = bench_of(running)
+        bench.site("oslo")
+        made = spec(mode=mode, rounds=3, evaluation={"every_rounds": 2})
+        run = await bench.ended(await bench.enqueue(made))
+        assert run.state == "finished", run.reason
+        ended = [record for record in running.store.rounds(run.id) if record.state == "finished"]
+        found = await samples(running)
+
+    assert len(ended) >= 3
+    assert found["fedloom_rounds_total", "finished"] == len(ended)
+
+
+async def test_an_attempt_that_brings_too_few_updates_is_counted(observed, bench_of, spec, fault):
+    async with coordinator(observed) as running:
+        bench = bench_of(running)
+        bench.site("oslo", fault=fault.FAILS)
+        await bench.until(lambda: running.sites.link("oslo"))
+        run = await bench.enqueue(spec(cohort={"attempts": 1}))
+        await bench.until(lambda: running.store.run(run.id).state == "waiting")
+        found = await samples(running)
+
+    assert found["fedloom_failed_attempts_total",] == 1
+    assert found["fedloom_runs", "waiting"] == 1
+    assert found["fedloom_assignments_total", "failed", "train"] == 1
+
+
 async def test_names_and_units_are_those_that_prometheus_asks_for(observed):
     async with coordinator(observed) as running:
         _, text = await page(running, "/metrics")
