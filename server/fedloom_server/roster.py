@@ -2,11 +2,13 @@
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from fedloom_common.errors import FederationError
 from fedloom_server.downlink import Delta
 from fedloom_server.eligibility import Description
 from fedloom_server.records import Assignment, Run, SiteRecord, SiteState
@@ -14,6 +16,8 @@ from fedloom_server.store import Store
 
 FLUSH_S = 1.0  # attaching and detaching is written so much later, many at a time
 FLUSH_ROWS = 50  # of one transaction, so that it takes milliseconds
+
+logger = logging.getLogger(__name__)
 
 
 class Link(Protocol):
@@ -126,21 +130,25 @@ class Roster:
         self._sites.pop(site.name, None)
 
     def flush(self) -> None:
-        """Write what has yet to be written."""
-        while self._unsaved:
-            self._flush()
+        """Write what has yet to be written, as far as the database takes it."""
         if self._flushing is not None:
             self._flushing.cancel()
+        while self._unsaved and self._write_some():
+            pass
 
     def _flush(self) -> None:
-        if self._flushing is not None:
-            self._flushing.cancel()
-        # Before the attempt: if the disk is full, it is made again.
-        self._flushing = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+        self._write_some()
+        again = bool(self._unsaved)
+        self._flushing = asyncio.get_running_loop().call_later(FLUSH_S, self._flush) if again else None
+
+    def _write_some(self) -> bool:
+        """Write some rows; False if the database does not take them, and they are kept for later."""
         names = list(itertools.islice(self._unsaved, FLUSH_ROWS))
-        self._store.save_sites([self._sites[name].record for name in names])
+        try:
+            self._store.save_sites([self._sites[name].record for name in names])
+        except FederationError as error:
+            logger.warning("sites have yet to be written", extra={"reason": str(error)})
+            return False
         for name in names:
             del self._unsaved[name]
-        if not self._unsaved:
-            self._flushing.cancel()
-            self._flushing = None
+        return True

@@ -1,7 +1,7 @@
 """What operators decide about sites, by the contract, against a real coordinator."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import grpc
 import pytest
@@ -11,11 +11,15 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom.v1.sites_pb2_grpc import SiteServiceStub
 from fedloom_common.channels import open_channel
-from fedloom_common.errors import NotPermitted
+from fedloom_common.errors import NotPermitted, StorageFull
 from fedloom_common.identity import Peer, Role
 from fedloom_common.transfer import TransferStub, download
 from fedloom_server import roster
 from fedloom_server.app import coordinator
+from fedloom_server.database import open_database
+from fedloom_server.eligibility import Description
+from fedloom_server.records import Assignment, AssignmentState, Run, RunState, SiteRecord, Work
+from fedloom_server.store import MOST_ATTEMPTS, Store
 
 
 class Operator:
@@ -282,3 +286,68 @@ async def test_every_decision_stands_in_the_audit_log(bench, operator):
     actions = [entry.action.removeprefix("site.") for entry in entries]
     assert actions == ["drain", "undrain", "label", "block", "unblock", "forget"]
     assert "new disks" in entries[0].details
+
+
+async def test_sites_that_the_database_does_not_take_are_written_when_it_does(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(roster, "FLUSH_S", 0.05)
+    store = Store(tmp_path)
+    known = roster.Roster(store)
+    save_sites, failures = Store.save_sites, 3
+
+    def full(store: Store, records: list[SiteRecord]) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise StorageFull("no space left for the database")
+        save_sites(store, records)
+
+    monkeypatch.setattr(Store, "save_sites", full)
+    known.introduced(known.add("a"), Description(software="fedloom 9"), {"ward": "icu"})
+    async with asyncio.timeout(20):
+        while not store.sites():  # noqa: ASYNC110 (a timer of the roster's own)
+            await asyncio.sleep(0.02)
+    assert [
+        record.reason for record in caplog.records if record.message == "sites have yet to be written"
+    ] == ["no space left for the database"] * 3
+    (site,) = roster.Roster(store)
+    assert (site.labels, site.description.software) == ({"ward": "icu"}, "fedloom 9")
+    store.close()
+
+
+@pytest.fixture
+def store(tmp_path, database_url) -> Iterator[Store]:
+    store = Store(tmp_path, open_database(database_url, tmp_path))
+    yield store
+    store.close()
+
+
+def test_history_is_that_of_earlier_attempts_whatever_the_database(store):
+    def training(
+        number: int, attempt: int, site: str, state: str, examples: int, work: str = "train"
+    ) -> Assignment:
+        return Assignment(
+            id=f"r.{number}.{attempt}.{work}.{site}", run_id="r", round=number, attempt=attempt,
+            work=Work(work), site=site, model_digest="", model_bytes=0, state=AssignmentState(state),
+            examples=examples,
+        )  # fmt: skip
+
+    run = Run(
+        id="r", name="r", spec_json="{}", state=RunState.RUNNING, submitted_at_s=0.0, assets=[],
+        model_digest="", model_bytes=0,
+    )  # fmt: skip
+    store.save(
+        run,
+        training(1, 1, "a", "done", 10),
+        training(1, 2, "b", "lost", 99),
+        training(2, 1, "a", "failed", 50),
+        training(2, 1, "c", "done", 7, work="evaluate"),
+        training(2, 2, "b", "done", 20),
+    )
+    history = {site: (when, examples) for site, when, examples in store.training_history("r", (2, 2))}
+    assert history == {"a": (2 * MOST_ATTEMPTS + 1, 10), "b": (MOST_ATTEMPTS + 2, 0)}
+    assert store.training_history("r", (1, 1)) == []
+    for _ in range(2):
+        store.save_sites([SiteRecord(name="a"), SiteRecord(name="b", own_labels={"ward": "icu"})])
+    assert sorted(site.name for site in store.sites()) == ["a", "b"]
+    store.remove_site("a")
+    assert [(site.name, site.own_labels) for site in store.sites()] == [("b", {"ward": "icu"})]
