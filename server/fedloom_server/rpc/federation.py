@@ -88,10 +88,10 @@ class FederationEdge(FederationServiceServicer):
             ):
                 heartbeat_s = self._pace_s()
                 link.welcome(site, heartbeat_s)
-                silence = Silence(MISSED_HEARTBEATS * heartbeat_s, link.give_up, site)
                 self._assignments.attached(
                     site, hello.open_assignments[:OPEN_ASSIGNMENTS], hello.kept_runs[:KEPT_RUNS]
                 )
+                silence = Silence(MISSED_HEARTBEATS * heartbeat_s, link.give_up, site)
                 reading = asyncio.create_task(self._read(entry, request_iterator, link, silence, context))
                 try:
                     async for message in link.messages():
