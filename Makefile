@@ -9,7 +9,7 @@ IDLE ?= $(filter --quick,$(BENCH))
 
 SECONDS ?= 60
 
-.PHONY: setup demo test test-slow test-docker test-gpu fuzz deploy-check bench bench-peers check protos clean help
+.PHONY: setup demo test test-slow test-faults test-docker test-gpu fuzz deploy-check bench bench-peers check protos clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -25,10 +25,13 @@ demo: $(READY) ## three sites train one GPT together on this machine
 	$(BIN)/python examples/shakespeare/demo.py $(DEMO)
 
 test: $(READY) ## the everyday test suite
-	$(BIN)/python -m pytest -m "not slow and not docker and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not docker and not gpu and not faults"
 
 test-slow: $(READY) ## tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not docker and not gpu"
+
+test-faults: $(READY) ## kills, pauses, cuts, full disks: what docs/reliability.md tells
+	$(BIN)/python -m pytest -m faults tests/faults
 
 test-docker: $(READY) ## docker compose with a real engine
 	$(BIN)/python -m pytest -m docker

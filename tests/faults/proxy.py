@@ -95,6 +95,16 @@ class Proxy:
             added = [plan for plan in plans if plan.way is way]
             self._plans[way] = sorted([*self._plans[way], *added], key=lambda plan: plan.at_bytes)
 
+    def cut(self, *, reset: bool) -> None:
+        """End every connection now: by RST, or by FIN."""
+        for connection in list(self._connections):
+            connection.cut(reset=reset)
+
+    def swallow(self) -> None:
+        """Have every present connection carry nothing from here on, and tell nobody; new ones are well."""
+        for connection in self._connections:
+            connection.is_swallowed = True
+
     def _accept(self, from_site: asyncio.StreamReader, to_site: asyncio.StreamWriter) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(from_site, to_site))
         self._tasks.add(task)

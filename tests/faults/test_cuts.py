@@ -37,9 +37,12 @@ def require_negated(federation: Federation, digest: str) -> int:
     return held.stat().st_size
 
 
-@pytest.mark.slow
+@pytest.mark.faults(
+    injected="50 cuts by RST and FIN at random places of a 200 MB transfer, each way",
+    must="the transfer goes on where it broke off: the same bits, under 5% sent twice",
+)
 @pytest.mark.parametrize("way", Way)
-async def test_fifty_cuts_change_nothing_and_cost_under_a_twentieth(tmp_path, way):
+async def test_fifty_cuts_change_nothing_and_cost_under_a_twentieth(tmp_path, way, seen):
     async with federation_through(tmp_path) as (federation, proxy):
         proxy.plan(*cuts(way, 200_000_000, CUTS, seed=3))
         run = await federation.submit(GPT2_200MB)
@@ -49,19 +52,26 @@ async def test_fifty_cuts_change_nothing_and_cost_under_a_twentieth(tmp_path, wa
     assert len(proxy.done) == CUTS
     surplus = proxy.forwarded_bytes[way] / size_bytes - 1
     assert surplus < 0.05
+    seen(f"{way.name.lower()}: {surplus:.1%} sent twice")
 
 
-@pytest.mark.parametrize("victim", ["site", "coordinator"])
+@pytest.mark.faults(
+    injected="kill -9 of the coordinator, or of a site, in the middle of a 40 MB transfer, each way",
+    must="after the restart the transfer goes on from the last durable byte",
+)
+@pytest.mark.parametrize("victim", ["oslo", "coordinator"])
 @pytest.mark.parametrize("way", Way)
-async def test_a_kill_in_the_middle_of_a_transfer_costs_only_what_was_on_its_way(tmp_path, way, victim):
+async def test_a_kill_in_the_middle_of_a_transfer_costs_only_what_was_on_its_way(tmp_path, way, victim, seen):
     async with federation_through(tmp_path) as (federation, proxy):
         run = await federation.submit(GPT2_40MB)
         await federation.until(lambda: proxy.forwarded_bytes[way] > 20_000_000)
         federation.kill(victim)
-        if victim == "site":
-            federation.start_site(proxy.port)
+        if victim == "oslo":
+            federation.start_site()
         else:
             federation.start_coordinator()
         answer = await federation.finished(run, 120)
     size_bytes = require_negated(federation, answer.run.model.digest)
-    assert proxy.forwarded_bytes[way] < 1.4 * size_bytes  # from the start it would be at least 1.5
+    surplus = proxy.forwarded_bytes[way] / size_bytes - 1
+    assert surplus < 0.4  # from the start it would be at least a half
+    seen(f"{way.name.lower()}, {victim} killed: {surplus:.1%} sent twice")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults.nullsite import NegatingGroup
+from faults.nullsite import NullGroup, Training
 from faults.proxy import Fault, Plan, Proxy, Way
 from safetensors.numpy import load_file, save_file
 
@@ -84,7 +84,8 @@ async def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
             "data": {"texts": {"files": [str(tmp_path / "*.txt")]}},
             "workers": {"device": "cpu"},
         }
-        site = Daemon(SiteConfig.model_validate(facts), make_group=lambda name, folder: NegatingGroup())
+        training = Training(site="oslo", log=str(tmp_path / "trainings.jsonl"), negates=True)
+        site = Daemon(SiteConfig.model_validate(facts), make_group=lambda name, folder: NullGroup(training))
         task = asyncio.create_task(site.run())
         yield Line(running, proxy, tmp_path)
         task.cancel()
