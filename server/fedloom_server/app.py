@@ -96,7 +96,9 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
     """A coordinator that serves inside the block, and drains at its end."""
     keep_freed_memory()
     _open_more_files()
-    with owned_store(config.state_dir, config.database_url) as (store, ownership):
+    with owned_store(
+        config.state_dir, config.database_url, config.model_storage, config.model_cache_bytes
+    ) as (store, ownership):
         await asyncio.to_thread(collect_orphans, store, config.keep_models)
         parts = _Parts.of(config, store)
         healthy = health.aio.HealthServicer()

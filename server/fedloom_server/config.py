@@ -89,6 +89,11 @@ class CoordinatorConfig(Strict):
     """
     keep_models: Annotated[KeepModels, BeforeValidator(_policy)] = KeepModels()
     """Global models kept of each run; a number is short for ``last`` alone."""
+    model_storage: str | None = None
+    """A URL of object storage that fsspec knows, such as s3://bucket/prefix, for models; the disk is then
+    their cache. Secrets come from the storage's own variables or files."""
+    model_cache_bytes: int | None = Field(default=None, ge=0)
+    """Bytes of models that stay on the disk beside those in use; all if not given."""
     limits: Limits = Limits()
     """What one peer may ask for."""
     drain_s: float = Field(default=10, gt=0)
@@ -102,6 +107,12 @@ class CoordinatorConfig(Strict):
     def database_url(self) -> str | None:
         """Where the database is; it may hold a password."""
         return None if self.database is None else self.database.get_secret_value()
+
+    @model_validator(mode="after")
+    def _a_cache_of_something(self) -> Self:
+        if self.model_cache_bytes is not None and self.model_storage is None:
+            raise ValueError("model_cache_bytes needs model_storage: without it the disk is the only place")
+        return self
 
     @model_validator(mode="after")
     def _security_fits(self) -> Self:

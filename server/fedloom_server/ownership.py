@@ -21,6 +21,7 @@ from sqlalchemy.orm import ORMExecuteState, Session
 
 from fedloom_common.errors import StorageUnavailable, WrongState
 from fedloom_server.database import Database, open_database
+from fedloom_server.objects import Objects
 from fedloom_server.records import Owner
 from fedloom_server.store import Store
 
@@ -52,18 +53,27 @@ def owned_folder(state_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def owned_store(state_dir: Path, database_url: str | None) -> Iterator[tuple[Store, "Ownership"]]:
+def owned_store(
+    state_dir: Path,
+    database_url: str | None,
+    model_storage: str | None = None,
+    model_cache_bytes: int | None = None,
+) -> Iterator[tuple[Store, "Ownership"]]:
     """The store, owned inside the block.
 
     Raises:
-        BadSpec: the URL of the database is wrong.
+        BadSpec: the URL of the database or of the storage is wrong.
         WrongState: another coordinator owns it, or its tables are of an unknown release.
         StorageUnavailable: the database does not answer.
     """
     with owned_folder(state_dir), owned_database(open_database(database_url, state_dir)) as ownership:
-        store = Store(state_dir, ownership.database)
+        objects = Objects(model_storage) if model_storage else None
+        store = Store(state_dir, ownership.database, objects=objects, cache_bytes=model_cache_bytes)
         ownership.mark()
-        yield store, ownership
+        try:
+            yield store, ownership
+        finally:
+            store.files.close()
 
 
 @contextmanager

@@ -9,11 +9,11 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import or_, select
+from sqlalchemy import Select, or_, select
 
 from fedloom_common.runspec import RunSpec
 from fedloom_server.config import KeepModels
-from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run
+from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, RunState
 from fedloom_server.store import Store
 
 ORPHAN_S = 3600.0  # long enough for an operator who restores a database beside newer files to see it
@@ -45,6 +45,27 @@ def drop_old_models(store: Store, run: Run, keep: KeepModels) -> None:
     old = {name for names in files.values() for name in names} - kept
     if old:
         store.files.remove(old - _in_use(store, old) - _of_other_runs(store, run, old))
+    trim_cache(store)
+
+
+async def bring_models(store: Store, run: Run) -> None:
+    """Have on disk what a run's work needs; an object storage may hold all of it, and the disk none.
+
+    Raises:
+        NotFound: a model is not kept.
+        StorageUnavailable: the object storage does not answer.
+    """
+    needed = store.digests(*(query.where(Run.id == run.id) for query in _working()))
+    for digest in {run.model_digest, *needed} - {""}:
+        if store.files.has(digest):  # a base that no training needs any more may be gone
+            await store.files.bring(digest)
+
+
+def trim_cache(store: Store) -> None:
+    """Leave on disk what work under way needs, and more as far as there is room."""
+    under_way = Run.state.not_in([state for state in RunState if state.is_end])
+    latest = select(Run.model_digest).where(under_way)
+    store.files.trim(store.digests(latest, *(query.where(under_way) for query in _working())))
 
 
 def collect_orphans(store: Store, keep: KeepModels) -> None:
@@ -60,6 +81,7 @@ def collect_orphans(store: Store, keep: KeepModels) -> None:
     found = {file.digest for file in store.files.all() if file.written_at_s < before_s} - wanted
     orphans = found - _in_use(store, found) if runs else set()
     store.files.remove(orphans)
+    trim_cache(store)
     if orphans:
         logger.info("files that no run keeps are removed", extra={"files": len(orphans)})
 
@@ -87,20 +109,22 @@ def _files_of(rounds: Sequence[Round]) -> dict[int, set[str]]:
 
 def _in_use(store: Store, digests: Collection[str]) -> set[str]:
     """Those that a run, an unfinished round or an assignment works with, whatever is kept."""
+    latest = select(Run.model_digest)
+    return store.digests(
+        *(query.where(query.selected_columns[0].in_(digests)) for query in (latest, *_working()))
+    )
+
+
+def _working() -> list[Select[str]]:
+    """Queries for what unfinished rounds and assignments start from, make or measure."""
     unfinished = Round.state.not_in((RoundState.FINISHED, RoundState.FAILED))
     yet_to_count = or_(
         Assignment.state == AssignmentState.OPEN, Assignment.is_late, Assignment.round > Run.rounds_done
     )
-    return store.digests(
-        select(Run.model_digest).where(Run.model_digest.in_(digests)),
-        *(
-            select(column).where(unfinished, column.in_(digests))
-            for column in (Round.base_digest, Round.model_digest, Round.delta_digest)
-        ),
-        select(Assignment.model_digest)
-        .join(Run, Run.id == Assignment.run_id)
-        .where(yet_to_count, Assignment.model_digest.in_(digests)),
-    )
+    columns = (Round.base_digest, Round.model_digest, Round.delta_digest)
+    of_rounds = [select(column).join(Run, Run.id == Round.run_id).where(unfinished) for column in columns]
+    of_assignments = select(Assignment.model_digest).join(Run, Run.id == Assignment.run_id)
+    return [*of_rounds, of_assignments.where(yet_to_count)]
 
 
 def _of_other_runs(store: Store, run: Run, digests: Collection[str]) -> set[str]:

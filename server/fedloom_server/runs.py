@@ -27,6 +27,7 @@ from fedloom_server.failures import failure_of_run
 from fedloom_server.federation import Federation
 from fedloom_server.models import MODEL_FILE, prepare_model
 from fedloom_server.records import AssignmentState, Base, Run, RunState
+from fedloom_server.retention import bring_models
 from fedloom_server.rounds import run_rounds
 from fedloom_server.selection import find_policy
 from fedloom_server.sites import LOOK_S
@@ -105,7 +106,7 @@ class Runs:
         origin = self._store.run(run_id)
         return await self.submit(spec_text, priority=priority, cloned_from=origin.id)
 
-    def clone_from_model(
+    async def clone_from_model(
         self, run_id: str, spec_text: str, round_number: int | None, *, priority: int = 0
     ) -> Run:
         """Queue a new run that goes on from a model of another: after a round, or the latest.
@@ -123,7 +124,7 @@ class Runs:
         find_policy(spec.cohort.policy)
         rounds = rounds_up_to(self._store, origin, round_number)
         digest, number = (rounds[-1].model_digest, rounds[-1].number) if rounds else (origin.model_digest, 0)
-        model = self._store.files.path(digest)
+        model = await self._store.files.bring(digest)
         require_codable(spec.transport, model)
         run = Run(
             id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
@@ -258,6 +259,7 @@ class Runs:
         rounds_before = run.rounds_done
         logger.info("run under way", extra={"run": run.id, "rounds_done": run.rounds_done})
         try:
+            await bring_models(self._store, run)
             play = run_rounds if isinstance(run.spec.mode, Sync) else run_buffered
             reason = await play(run, self._federation)
         except asyncio.CancelledError:

@@ -12,6 +12,7 @@ from fedloom_common.errors import NotFound, WrongState
 from fedloom_server.audit import AuditLog
 from fedloom_server.database import Database, open_database
 from fedloom_server.files import Files
+from fedloom_server.objects import Objects
 from fedloom_server.records import (
     Assignment,
     AssignmentState,
@@ -39,16 +40,24 @@ class Store:
     Every call may raise StorageUnavailable or StorageFull.
     """
 
-    def __init__(self, folder: Path, database: Database | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        database: Database | None = None,
+        *,
+        objects: Objects | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.database = database or open_database(None, folder)
         upgrade(self.database)
-        self.files = Files(folder / "files")
+        self.files = Files(folder / "files", objects, cache_bytes)
         self.spool = Spool(folder)
         self.audit_log = AuditLog(self.database)
 
     def close(self) -> None:
         """Let the database go."""
+        self.files.close()
         self.database.close()
 
     def save(self, *records: Base) -> None:

@@ -81,7 +81,9 @@ class RunEdge(RunServiceServicer):
         """Queue a new run like another one."""
         if request.HasField("from_round") or request.from_latest:
             number = request.from_round if request.HasField("from_round") else None
-            run = self._runs.clone_from_model(request.run_id, request.spec, number, priority=request.priority)
+            run = await self._runs.clone_from_model(
+                request.run_id, request.spec, number, priority=request.priority
+            )
         else:
             run = await self._runs.clone(request.run_id, request.spec, priority=request.priority)
         return run_message(run, MODEL_FILE)

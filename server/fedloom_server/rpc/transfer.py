@@ -78,7 +78,7 @@ class TransferEdge:
         if peer.role is Role.SITE and not self._assignments.names(peer.name, request.digest):
             # The same words for what is kept for others and for what is not kept at all.
             raise NotPermitted(f"no assignment of this site names {request.digest[:100]!r}")
-        path = self._store.files.path(request.digest)
+        path = await self._store.files.bring(request.digest)
         if path.stat().st_size <= CHUNK_BYTES:
             await self._send(path, request.offset, peer, context)
             return

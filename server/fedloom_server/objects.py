@@ -1,0 +1,122 @@
+"""Model files in object storage: whatever fsspec reaches by URL, S3 and its like above all.
+
+Calls wait for the network: they are made in threads, never on the event loop.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from fedloom_common.errors import BadSpec, NotFound, StorageUnavailable
+
+TRIES = 3
+PAUSE_S = 1.0
+CHUNK_BYTES = 8 << 20
+
+logger = logging.getLogger(__name__)
+
+
+class Objects:
+    """Files by name under a URL."""
+
+    def __init__(self, url: str) -> None:
+        """Raises BadSpec if no file system goes by the URL, or its package is missing."""
+        try:
+            self._storage, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise BadSpec(
+                f"model_storage: {error}; wanted a URL that fsspec knows, such as s3://bucket/prefix, with "
+                "the package for it (for S3: pip install s3fs)"
+            ) from error
+
+    def all(self) -> dict[str, float]:
+        """When each file was written, by name."""
+        with _failures("list"):
+            self._storage.invalidate_cache()
+            if not self._storage.exists(self._root):
+                return {}
+            found = self._storage.ls(self._root, detail=True)
+        return {
+            item["name"].rpartition("/")[2]: _written_at_s(item) for item in found if item["type"] == "file"
+        }
+
+    def put(self, path: Path, name: str) -> None:
+        """Copy a file in, unless it is there whole.
+
+        Raises:
+            StorageUnavailable: the storage did not take it, in several tries.
+        """
+        size = path.stat().st_size
+        for tries_left in reversed(range(TRIES)):
+            try:
+                with _failures("write"):
+                    self._storage.makedirs(self._root, exist_ok=True)
+                    self._storage.invalidate_cache()
+                    if not self._holds(name, size):
+                        self._storage.put_file(str(path), self._key(name))
+                    if not self._holds(name, size):  # some storages end short without an error
+                        raise OSError(f"{name} has not {size} bytes after it was written")
+                return
+            except StorageUnavailable:
+                if not tries_left:
+                    raise
+                time.sleep(PAUSE_S)
+
+    def get(self, name: str, into: Path) -> None:
+        """Copy a file out; the caller checks its content.
+
+        Raises:
+            NotFound: it is not there.
+            StorageUnavailable: the storage does not answer.
+        """
+        with _failures("read"):
+            try:
+                self._storage.get_file(self._key(name), str(into))
+            except FileNotFoundError as error:
+                raise NotFound(f"model_storage has no {name}") from error
+
+    def remove(self, name: str) -> None:
+        """Remove a file; one that is not there is no error."""
+        with _failures("remove"):
+            try:
+                self._storage.rm_file(self._key(name))
+            except FileNotFoundError:
+                return
+
+    def _holds(self, name: str, size: int) -> bool:
+        try:
+            return bool(self._storage.size(self._key(name)) == size)
+        except FileNotFoundError:
+            return False
+
+    def _key(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+
+@contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """Turn every error of a storage's own libraries into ours; the details are for the log alone."""
+    try:
+        yield
+    except NotFound:
+        raise
+    except Exception as error:
+        logger.warning("model storage failed", extra={"tried_to": what, "reason": repr(error)})
+        raise StorageUnavailable(f"the storage of models cannot {what} now: try again later") from error
+
+
+def _written_at_s(item: dict[str, Any]) -> float:
+    """When a file was written; now, if its storage does not tell: nobody removes it as an old one then."""
+    for key in ("LastModified", "mtime", "created", "updated", "last_modified"):
+        value = item.get(key)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return time.time()
