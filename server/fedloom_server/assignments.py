@@ -399,8 +399,10 @@ class Assignments:
                 entry.on_end()
 
     def _is_next(self, assignment_id: str) -> bool:
-        """Whether the fold waits for an update: the first of the cohort that is still open."""
+        """Whether others on disk wait for an update, as for the first of a cohort that is still open."""
         entry = self._open.get(assignment_id)
+        if entry is not None and entry.terms.comes_first:
+            return True
         if entry is None or not entry.run.spec.aggregation.deterministic:
             return False
         still = (other for other in entry.batch if other.state is AssignmentState.OPEN)

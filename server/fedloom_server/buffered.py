@@ -19,6 +19,7 @@ from fedloom_server.folding import Folding
 from fedloom_server.idle import IdleSites
 from fedloom_server.pending import Terms
 from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work
+from fedloom_server.sites import LOOK_S
 from fedloom_server.versions import ALL_MADE, Versions
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class _Flow:
         self._making: asyncio.Task[None] | None = None
         self._measuring: list[Assignment] | None = None
         self._changed = asyncio.Event()
-        self._sites_watch = self._spawn(federation.sites.until_changed())
+        self._sites_watch = self._watch_sites()
         self._has_news = True
 
     async def take_up(self) -> None:
@@ -79,15 +80,16 @@ class _Flow:
         live = versions.take_up()
         if versions.closed is not None:
             self._taken = [a for a in live if a.round == versions.closed.number]
-            self._folding = await self._fold(versions.closed, self._taken)
+            self._folding = self._new_folding(versions.closed)
+            await self._folding.begin(self._taken)  # what a power cut has spoilt is open again
         came = [a for a in live if a not in self._taken and a.state is AssignmentState.DONE]
         self._buffer = sorted(came, key=lambda assignment: not assignment.is_folded)
         self._federation.assignments.stage(self._taken + self._buffer)
-        if versions.closed is None:
-            await self._open_buffer()
         still_open = [a for a in live if a.state is AssignmentState.OPEN]
         for assignment in still_open:
             self._begin(assignment)
+        if versions.closed is None:
+            await self._open_buffer()
         self._withdraw_stale(still_open)
         self.make_versions()
 
@@ -122,7 +124,7 @@ class _Flow:
             await asyncio.wait_for(self._changed.wait(), self._idle.rest_s())
         self._changed.clear()
         if self._sites_watch.done():
-            self._sites_watch = self._spawn(self._federation.sites.until_changed())
+            self._sites_watch = self._watch_sites()
         for task in [task for task in self._work if task.done()]:
             assignment = self._work.pop(task)
             task.result()
@@ -167,7 +169,7 @@ class _Flow:
         cohort, assignments = self._spec.cohort, self._federation.assignments
         model = self._federation.store.files.path(assignment.model_digest)
         terms = Terms(
-            needed=0, deadline_s=None, stall_s=cohort.stall_s,
+            needed=0, deadline_s=None, stall_s=cohort.stall_s, comes_first=assignment in self._taken,
             most_update_bytes=most_update_bytes(self._spec.transport.up, model),
         )  # fmt: skip
 
@@ -217,17 +219,28 @@ class _Flow:
         await self._open_buffer()
 
     async def _open_buffer(self) -> None:
-        if self._versions.open is not None:
-            self._folding = await self._fold(self._versions.open, self._buffer)
-            for lost in [a for a in self._buffer if a.state is AssignmentState.OPEN]:
-                self._buffer.remove(lost)
-                self._begin(lost)
-
-    async def _fold(self, record: Round, updates: list[Assignment]) -> Folding:
-        store, assignments = self._federation.store, self._federation.assignments
-        folding = Folding(self._run, record, store, assignments)
+        if self._versions.open is None:
+            return
+        folding, updates = self._new_folding(self._versions.open), self._buffer
         await folding.begin(updates, lambda: len(updates) < self._mode.buffer)
-        return folding
+        for lost in [a for a in updates if a.state is AssignmentState.OPEN]:
+            updates.remove(lost)
+            self._federation.assignments.release([lost])
+            self._begin(lost)
+        self._folding = folding
+
+    def _new_folding(self, record: Round) -> Folding:
+        return Folding(self._run, record, self._federation.store, self._federation.assignments)
+
+    def _watch_sites(self) -> asyncio.Task[None]:
+        """From this moment on, so that no change is missed between two looks at the sites."""
+        change = self._federation.sites.next_change()
+
+        async def wait() -> None:
+            await change.wait()
+            await asyncio.sleep(LOOK_S)  # many that come at once are one change
+
+        return self._spawn(wait())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

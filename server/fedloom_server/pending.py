@@ -29,6 +29,8 @@ class Terms:
     """Seconds without progress after which an assignment is lost."""
     carries_late: bool = False
     """Whether a site that is not done in time goes on, for its result to be taken by a later batch."""
+    comes_first: bool = False
+    """Whether what lies on disk waits for the batch's updates: they may arrive beyond ``staged_updates``."""
     most_update_bytes: int = 0
     """Size of the largest file that an update of the batch's model can be."""
     delta: Delta | None = None

@@ -95,10 +95,9 @@ class Sites:
         """Have ``notify`` called whenever a site has come or gone, or may do other than before."""
         self._listeners.append(notify)
 
-    async def until_changed(self) -> None:
-        """Wait until a site has come or gone, or may do other than before; many at once are one change."""
-        await self._changed.wait()
-        await asyncio.sleep(LOOK_S)
+    def next_change(self) -> asyncio.Event:
+        """Set when a site comes or goes, or may do other than before, at any time from now on."""
+        return self._changed
 
     def changed(self) -> None:
         """Tell whoever waits for sites: one came or went, or may do other than before."""
