@@ -58,11 +58,16 @@ def migrate(
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; exit with 0 only if nothing is to be done.")
     ] = False,
+    from_sqlite: Annotated[
+        bool,
+        typer.Option("--from-sqlite", help="Copy all rows of state_dir's database into `database`."),
+    ] = False,
 ) -> None:
     """Bring the database to this release's tables, which `start` does by itself; no coordinator may run."""
     settings = load_settings(CoordinatorConfig, config, env_prefix=ENV_PREFIX, flags=context.args)
     set_up_logging(settings.log_format, settings.log_level)
     from fedloom_server.database import open_database  # here, so that help needs no SQL
+    from fedloom_server.moving import copy_from_sqlite
     from fedloom_server.ownership import owned_database, owned_folder
     from fedloom_server.schema import latest_revision, require_latest, upgrade
 
@@ -71,6 +76,9 @@ def migrate(
         require_latest(database)
     else:
         with owned_folder(settings.state_dir), owned_database(database):
+            if from_sqlite:
+                rows = copy_from_sqlite(settings.state_dir, database)
+                typer.echo(f"{rows} rows copied")
             upgrade(database)
     typer.echo(f"the database has this release's tables, revision {latest_revision()}")
 

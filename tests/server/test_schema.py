@@ -9,7 +9,8 @@ from sqlalchemy import inspect, text
 
 from fedloom_common.errors import WrongState
 from fedloom_server.database import SQLITE_FILE, open_database
-from fedloom_server.records import Base, RoundState, RunState
+from fedloom_server.moving import copy_from_sqlite
+from fedloom_server.records import Base, MetricPoint, RoundState, RunState
 from fedloom_server.schema import latest_revision, require_latest, revision_of, upgrade
 from fedloom_server.store import Store
 
@@ -111,3 +112,35 @@ def test_a_migration_that_fails_leaves_the_database_as_it_was(database, monkeypa
     assert made[:2] == ["runs", "rounds"]
     with database.connected() as connection:
         assert inspect(connection).get_table_names() == []
+
+
+def test_every_row_moves_from_sqlite_to_postgresql(tmp_path, postgres):
+    folder, url = tmp_path / "state", postgres.new_database()
+    old_state(folder)
+    before = Store(folder)
+    before.audit_log.audit("operator ann", "run.stop", "5c1f")
+    before.add(
+        *(
+            MetricPoint(run_id="5c1f", round=2, site="a", name="step_loss", step=step, value=0.5, at_s=1.0)
+            for step in range(3)
+        )
+    )
+    target = open_database(url, folder)
+    # 1 run, 2 rounds, 1 assignment, 1 audit entry, 3 samples
+    assert copy_from_sqlite(folder, target) == 8
+    after = Store(folder, target)
+    assert [vars_of(record) for record in after.rounds("5c1f")] == [
+        vars_of(record) for record in before.rounds("5c1f")
+    ]
+    assert vars_of(after.run("5c1f")) == vars_of(before.run("5c1f"))
+    assert after.audit_log.head() == before.audit_log.head()
+    after.add(MetricPoint(run_id="5c1f", round=2, site="a", name="step_loss", step=9, value=0.5, at_s=1.0))
+    assert [point.step for point in after.metric_points("5c1f")] == [0, 1, 2, 9]
+    with pytest.raises(WrongState, match="has runs already"):
+        copy_from_sqlite(folder, target)
+    before.close()
+    after.close()
+
+
+def vars_of(record: Base) -> dict[str, object]:
+    return {name: value for name, value in vars(record).items() if not name.startswith("_")}
