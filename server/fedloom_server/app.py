@@ -103,7 +103,13 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Coordinator]:
         parts = _Parts.of(config, store)
         healthy = health.aio.HealthServicer()
         await healthy.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        service = Service(config=config, federation=parts.federation, calls=parts.calls, health=healthy)
+        service = Service(
+            config=config,
+            federation=parts.federation,
+            calls=parts.calls,
+            trust=parts.gate.trust,
+            health=healthy,
+        )
         async with coordinator_port(service) as http_port:
             server = _server(config, parts)
             health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

@@ -27,6 +27,7 @@ TEXT_CHARACTERS = 400
 DETAILS_CHARACTERS = 4000
 PAGE_ENTRIES = 500
 
+MOST_PENDING = 10_000
 WINDOW_S = 600.0
 FULL_ENTRIES = 10
 """Of one actor and action in a window; of more, their number is told when the window ends."""
@@ -39,8 +40,16 @@ _LOCK = {
 
 logger = logging.getLogger(__name__)
 
-_Told = tuple[str, str, str, Mapping[str, Any]]
-"""Actor, action, subject and details of an entry to be."""
+
+@dataclass(frozen=True)
+class _Told:
+    """An entry to be."""
+
+    actor: str
+    action: str
+    subject: str
+    details: Mapping[str, Any]
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 @dataclass
@@ -62,6 +71,8 @@ class AuditLog:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._windows: dict[tuple[str, str], _Window] = {}
+        self._pending: list[_Told] = []
+        self._is_failing = False
         self._lock = threading.Lock()
         event.listen(database.sessions, "before_flush", _audit_runs)
 
@@ -70,13 +81,19 @@ class AuditLog:
 
         ``actor`` is a Peer, or COORDINATOR for what it does by itself; ``action`` is like "run.stop".
         """
-        self._database.do(lambda session: _append(session, [(str(actor), action, subject, details)]))
+        with self._lock:
+            told, self._pending = [*self._pending, _Told(str(actor), action, subject, details)], []
+        try:
+            self._database.do(lambda session: _append(session, told))
+        except (SQLAlchemyError, FederationError):
+            self._keep(told[:-1])
+            raise
 
     def audit_often(self, actor: object, action: str, subject: str = "", **details: Any) -> None:
         """Add an entry of a kind that a peer can cause at will: it is counted, not written, if they are many.
 
-        The first FULL_ENTRIES within WINDOW_S are written; the number of the others is told by ``settle``.
-        An entry that cannot be written is logged instead: such events must not end for want of a disk.
+        The first FULL_ENTRIES within WINDOW_S are written with the next entry or by ``settle``, all at once:
+        a thousand sites may attach at once. ``settle`` tells the number of the others.
         """
         with self._lock:
             window = self._windows.setdefault((str(actor), action), _Window())
@@ -84,38 +101,53 @@ class AuditLog:
             window.written += not is_full
             window.counted += is_full
             window.last = (subject, details)
-        if not is_full:
-            self._try(actor, action, subject, details)
+            if not is_full:
+                self._pending.append(_Told(str(actor), action, subject, details))
 
     def settle(self, *, at_end: bool = False) -> None:
-        """Write down what was only counted in windows that are over; ``at_end``, in all of them."""
+        """Write what waits, and what was only counted in windows that are over; ``at_end``, in all of them.
+
+        What cannot be written now waits on: an attach must not fail because the database is away.
+        """
         with self._lock:
             over = {
                 key: window
                 for key, window in self._windows.items()
                 if at_end or time.monotonic() - window.began_s >= WINDOW_S
             }
-            for key in over:
-                del self._windows[key]
-        for (actor, action), window in over.items():
-            if window.counted:
-                subject, details = window.last
-                self._try(actor, action, subject, {**details, "more_of_the_same": window.counted})
-
-    def _try(self, actor: object, action: str, subject: str, details: Mapping[str, Any]) -> None:
+            for (actor, action), window in over.items():
+                del self._windows[(actor, action)]
+                if window.counted:
+                    subject, details = window.last
+                    counted = {**details, "more_of_the_same": window.counted}
+                    self._pending.append(_Told(actor, action, subject, counted))
+            told, self._pending = self._pending, []
+        if not told:
+            return
         try:
-            self.audit(actor, action, subject, **details)
+            self._database.do(lambda session: _append(session, told))
         except (SQLAlchemyError, FederationError) as error:
-            facts = {"actor": str(actor), "action": action, "subject": subject, "error": str(error)}
-            logger.error("the audit log cannot be written", extra=facts)
+            self._keep(told)
+            if not self._is_failing:
+                logger.error("the audit log cannot be written; entries wait", extra={"error": str(error)})
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    def _keep(self, told: list[_Told]) -> None:
+        """Have entries wait on; of too many, the latest are lost."""
+        with self._lock:
+            self._pending = [*told, *self._pending][:MOST_PENDING]
 
     def entries(self, after: int = 0, most: int = PAGE_ENTRIES) -> list[Entry]:
-        """Entries in order, from the one after ``after`` on."""
+        """Entries in order, from the one after ``after`` on; those that wait are written first."""
+        self.settle()
         query = select(AuditRow).where(AuditRow.seq > after).order_by(AuditRow.seq).limit(most)
         return self._database.do(lambda session: [entry_of(row) for row in session.scalars(query)])
 
     def head(self) -> Head:
-        """The end of the chain."""
+        """The end of the chain, after what waits."""
+        self.settle()
         return self._database.do(_head)
 
 
@@ -131,13 +163,13 @@ def _append(session: Session, entries: Iterable[_Told]) -> None:
     """Add entries to the chain in the session's transaction, which no other writer's can then overtake."""
     session.execute(text(_LOCK[session.get_bind().dialect.name]))
     head = _head(session)
-    for actor, action, subject, details in entries:
+    for told in entries:
         content = {
-            "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "actor": _storable(actor),
-            "action": _storable(action),
-            "subject": _storable(subject),
-            "details": _details_text(details),
+            "at": told.at.isoformat(timespec="milliseconds"),
+            "actor": _storable(told.actor),
+            "action": _storable(told.action),
+            "subject": _storable(told.subject),
+            "details": _details_text(told.details),
             "previous": head.hash,
         }
         head = Head(head.seq + 1, hash_of(seq=head.seq + 1, **content))
@@ -156,7 +188,7 @@ def _audit_runs(session: Session, *_: Any) -> None:
         if isinstance(row, Run) and inspect(row).attrs.state.history.has_changes()
     ]
     if changed:
-        _append(session, [(COORDINATOR, f"run.{run.state}", run.id, _facts(run)) for run in changed])
+        _append(session, [_Told(COORDINATOR, f"run.{run.state}", run.id, _facts(run)) for run in changed])
 
 
 def _facts(run: Run) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
+from fedloom_common.errors import StorageUnavailable
 from fedloom_server.audit import COORDINATOR, FULL_ENTRIES, AuditLog
 from fedloom_server.auditchain import Entry, Head, Verification
 from fedloom_server.records import Run, RunState
@@ -186,3 +187,34 @@ def test_writers_in_several_threads_make_one_chain(log: AuditLog) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: log.audit("site a", "x", str(number)), range(40)))
     assert verified(log.entries()).head.seq == 40
+
+
+def test_what_waits_is_written_before_what_comes_after_it_and_many_in_one_transaction(
+    log: AuditLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transactions = []
+    do = log._database.do
+    monkeypatch.setattr(log._database, "do", lambda work: transactions.append(work) or do(work))
+    for number in range(1000):
+        log.audit_often(f"site s{number}", "session.began")
+    log.audit("operator ann", "run.stop")
+    assert len(transactions) == 1
+    entries = log.entries(after=990, most=100)
+    assert [entry.action for entry in entries] == ["session.began"] * 10 + ["run.stop"]
+    assert verified([entry for page in (0, 500, 1000) for entry in log.entries(page)]).head.seq == 1001
+
+
+def test_what_cannot_be_written_waits_and_what_an_operator_does_is_refused(
+    log: AuditLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(work: object) -> None:
+        raise StorageUnavailable("the database is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log._database, "do", away)
+        log.audit_often("site a", "session.began")
+        log.settle()
+        with pytest.raises(StorageUnavailable):
+            log.audit("operator ann", "run.stop")
+    assert "the audit log cannot be written" in caplog.text
+    assert [entry.action for entry in log.entries()] == ["session.began"]

@@ -54,6 +54,6 @@ class Gate:
                     swept_s = clock()
                     if ended := self.endings.sweep():
                         logger.warning("calls ended with their certificates", extra={"calls": ended})
-                    self._log.settle()
+                self._log.settle()
             except Exception:  # whatever it is, a later revocation must not go unread
                 logger.exception("the look at certificates failed; it goes on")

@@ -23,6 +23,7 @@ from fedloom_server.rpc.access import TABLE
 from fedloom_server.rpc.calls import READ, WRITE, Calls
 from fedloom_server.sites import Sites
 from fedloom_server.store import Store
+from fedloom_server.trust import Trust
 
 ENDED_S = 0.0  # of a file that is gone or half written: the alert for an ended one is the right one
 
@@ -36,6 +37,7 @@ class Observed:
     sites: Sites
     assignments: Assignments
     calls: Calls
+    trust: Trust | None
     lag: LoopLag
 
 
@@ -46,7 +48,7 @@ class MetricsPage:
         self._registry = meters.registry
         self._seen = observed
         ProcessCollector(registry=self._registry)
-        self._registry.register(_Handshakes())
+        self._registry.register(_Counts(observed.trust))
         if observed.config.tls is not None:
             self._registry.register(_Endings(observed.config.tls))
         gauge = self._gauge
@@ -108,12 +110,17 @@ class MetricsPage:
             self._runs.labels(str(state)).set(runs.get(state, 0))
 
 
-class _Handshakes(Collector):
-    """A count that native code keeps for the whole process."""
+class _Counts(Collector):
+    """Counts that are kept elsewhere: by native code for the whole process, and by who reads TLS files."""
+
+    def __init__(self, trust: Trust | None) -> None:
+        self._trust = trust
 
     def collect(self) -> Iterable[CounterMetricFamily]:
         name = "fedloom_tls_handshake_failures"
         yield CounterMetricFamily(name, "TLS handshakes with a peer that failed.", value=handshakes.failed)
+        refused, text = self._trust.failures if self._trust else 0, "TLS files that changed and were wrong."
+        yield CounterMetricFamily("fedloom_tls_files_refused", text, value=refused)
 
 
 class _Endings(Collector):

@@ -14,6 +14,7 @@ from fedloom_server.config import CoordinatorConfig
 from fedloom_server.federation import Federation
 from fedloom_server.rpc.calls import Calls
 from fedloom_server.store import Store
+from fedloom_server.trust import Trust
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Service:
     config: CoordinatorConfig
     federation: Federation
     calls: Calls
+    trust: Trust | None
+    """None where certificates are switched off."""
     health: health.aio.HealthServicer
 
 
@@ -43,7 +46,7 @@ async def coordinator_port(service: Service) -> AsyncIterator[int | None]:
     lag = LoopLag()
     observed = Observed(
         config=config, store=federation.store, sites=federation.sites, assignments=federation.assignments,
-        calls=service.calls, lag=lag,
+        calls=service.calls, trust=service.trust, lag=lag,
     )  # fmt: skip
     page = MetricsPage(federation.meters, observed)
     vitals = Vitals(lag=lag, checks=readiness(service), metrics=page.render)
