@@ -24,7 +24,8 @@ async def trainings(run: Run, record: Round, federation: Federation) -> list[Ass
     if not record.cohort:
         await _choose(run, record, federation)
     late = _taken_over(run, record, federation)
-    return late + assigned(run, record, Work.TRAIN, record.cohort, federation)
+    batch = late + assigned(run, record, Work.TRAIN, record.cohort, federation)
+    return [assignment for assignment in batch if not assignment.is_late]  # else the round went on already
 
 
 def evaluations(run: Run, record: Round, federation: Federation) -> list[Assignment]:
@@ -98,7 +99,8 @@ def _taken_over(run: Run, record: Round, federation: Federation) -> list[Assignm
     Nothing may come between this and what is done with the batch: an update may arrive at any moment.
     """
     store, most = federation.store, run.spec.cohort.staleness.max
-    late = [federation.assignments.present(assignment) for assignment in store.late(run.id)]
+    earlier = [assignment for assignment in store.late(run.id) if assignment.round < record.number]
+    late = [federation.assignments.present(assignment) for assignment in earlier]
     for assignment in late:
         assignment.staleness += record.number - assignment.round
         assignment.round, assignment.attempt, assignment.is_late = record.number, record.attempt, False

@@ -80,9 +80,9 @@ async def _train(
         finally:
             await folding.end()
         if sites_done(batch) >= cohort.needed:
+            late = [assignment for assignment in batch if assignment.is_late]  # some may have come just now
             done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
-            late = [assignment for assignment in batch if assignment.state is AssignmentState.OPEN]
-            return done, late
+            return [assignment for assignment in done if not assignment.is_late], late
         record.reason = _shortfall(record, batch, cohort.needed)
         federation.meters.attempt_failed()
         logger.warning(

@@ -299,9 +299,10 @@ class Runs:
         self._federation.assignments.drop(run.id)
         rows: list[Base] = [run]
         for assignment in self._store.unsettled(run.id):
-            if assignment.state is AssignmentState.OPEN:
-                assignment.state, assignment.reason = AssignmentState.CANCELLED, f"the run was {run.state}"
-            assignment.is_late = False
+            is_open = assignment.state is AssignmentState.OPEN
+            ended = f"the run was {run.state}"
+            assignment.reason = ended if is_open else f"no round was left to take its late update: {ended}"
+            assignment.state, assignment.is_late = AssignmentState.CANCELLED, False
             rows.append(assignment)
         if run.state is not RunState.FINISHED:
             rows += self._store.close_rounds(run)

@@ -5,13 +5,10 @@ Sites train for as long as their gate is closed, so that each test says itself w
 
 import asyncio
 import os
-import shutil
-import sqlite3
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import copy_of, counted
 from safetensors.numpy import load_file
 
 from fedloom.v1 import session_pb2 as pb
@@ -315,13 +312,13 @@ async def test_a_restarted_coordinator_goes_on_with_the_updates_of_the_buffer(
 async def test_a_kill_at_any_transaction_loses_no_update_and_counts_none_twice(disks, bench_of, every):
     run, found = await disks()
     for disk in found[::every]:
-        counted = _counted(disk.state_dir)
+        before = counted(disk.state_dir)
         async with coordinator(disk) as running:
             sites = await _finish(bench_of(running), run)
             rows = {a.id: a for a in running.store.assignments(run.id)}
-            uncounted = [rows[name].reason for name in counted if rows[name].state != "done"]
+            uncounted = [rows[name].reason for name in before if rows[name].state != "done"]
             assert set(uncounted) <= {"the run's last version has its updates"}
-            assert not counted & {trained for site in sites for trained in site.trained}
+            assert not before & {trained for site in sites for trained in site.trained}
 
 
 @pytest.mark.parametrize(
@@ -330,7 +327,7 @@ async def test_a_kill_at_any_transaction_loses_no_update_and_counts_none_twice(d
 async def test_what_a_power_cut_has_spoilt_is_asked_for_again(disks, bench_of, every):
     run, found = await disks()
     for disk in found[::every]:
-        whole = {f"{name}.safetensors" for name in _counted(disk.state_dir)}
+        whole = {f"{name}.safetensors" for name in counted(disk.state_dir)}
         for path in (disk.state_dir / "spool").iterdir():
             if path.name in whole or path.suffix == ".sum":
                 with path.open("r+b") as file:
@@ -353,7 +350,7 @@ def disks(config, bench_of, async_spec, tmp_path, monkeypatch):
 
         def save(self, *records):
             if self is watched:
-                found.append(_copy(config.state_dir, tmp_path / f"disk-{len(found)}"))
+                found.append(copy_of(config.state_dir, tmp_path / f"disk-{len(found)}"))
             keep(self, *records)
 
         watched, keep = None, Store.save
@@ -384,32 +381,6 @@ async def _finish(bench, run):
     for site in sites:
         await bench.detach(site.name)
     return sites
-
-
-def _copy(state: Path, to: Path) -> Path:
-    for path in state.rglob("*"):
-        place = to / path.relative_to(state)
-        if path.is_dir():
-            place.mkdir(parents=True, exist_ok=True)
-        elif not path.name.startswith(("coordinator.db", "lock")):
-            with suppress(FileNotFoundError):  # a fold goes on meanwhile
-                shutil.copyfile(path, place)
-    with sqlite3.connect(state / "coordinator.db") as source, sqlite3.connect(to / "coordinator.db") as copy:
-        source.backup(copy)
-    source.close()
-    copy.close()
-    return to
-
-
-def _counted(state: Path) -> set[str]:
-    """Trainings whose update counts, by what the database on a disk says."""
-    with sqlite3.connect(state / "coordinator.db") as database:
-        rows = database.execute(
-            "select id from assignments where upper(state) = 'DONE' and upper(work) = 'TRAIN'"
-        )
-        found = {name for (name,) in rows}
-    database.close()
-    return found
 
 
 def _require_models_by_hand(store, run, steps):
