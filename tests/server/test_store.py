@@ -137,7 +137,7 @@ def test_the_spool_keeps_what_unfinished_rounds_count_on(store):
     ]
     store.save(kept, *gone)
     paths = [store.spool.update_path(assignment) for assignment in (kept, *gone)]
-    paths += [store.spool.sum_path("blake3:5f"), store.spool.sum_path("blake3:00")]
+    paths += [store.spool.sum_path("a1", "blake3:5f"), store.spool.sum_path("a1", "blake3:00")]
     for path in paths:
         path.write_bytes(b"x")
     store.clear_spool()
