@@ -1,4 +1,4 @@
-"""The queue of runs and the life of each, from submission to its end."""
+"""The queue of runs and the life of each, to its end."""
 
 import asyncio
 import contextlib
@@ -6,32 +6,25 @@ import logging
 import shutil
 import time
 import traceback
-from pathlib import Path
-from typing import Any
 
 from fedloom_common.errors import (
     AttemptFailed,
-    BadSpec,
     FederationError,
     StorageUnavailable,
     TooFewSites,
     WrongState,
 )
-from fedloom_common.runspec import RunSpec, Sync, parse_run_spec
+from fedloom_common.runspec import Sync
 from fedloom_server.batches import require_sites
 from fedloom_server.buffered import run_buffered
-from fedloom_server.codecs import require_codable
 from fedloom_server.cohorts import wanted
-from fedloom_server.exports import rounds_up_to
 from fedloom_server.failures import failure_of_run
 from fedloom_server.federation import Federation
-from fedloom_server.models import MODEL_FILE, prepare_model
 from fedloom_server.records import AssignmentState, Base, Run, RunState
 from fedloom_server.retention import bring_models
 from fedloom_server.rounds import run_rounds
-from fedloom_server.selection import find_policy
 from fedloom_server.sites import LOOK_S
-from fedloom_server.store import new_run_id
+from fedloom_server.submissions import Submissions
 from fedloom_server.waiting import Wait
 
 RESUMABLE = (RunState.PAUSED, RunState.WAITING, RunState.STOPPED, RunState.FAILED)
@@ -42,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Runs:
-    """Takes runs, works them off by priority and in order of submission, ends them."""
+    """Works runs off by priority and in order of submission, holds and ends them."""
 
     def __init__(self, federation: Federation, *, concurrent_runs: int) -> None:
         self._federation = federation
@@ -56,97 +49,13 @@ class Runs:
         self._failures: dict[str, int] = {}
         """Times in a row that a run has had to wait because its sites, or the disk, failed it."""
         self._not_before_s: dict[str, float] = {}
+        self.submissions = Submissions(self._store, on_queued=self._changed.set)
+        """Where runs come from."""
         federation.sites.when_changed(self._sites_changed)
 
     def _sites_changed(self) -> None:
         if self._waits:
             self._changed.set()
-
-    async def submit(self, spec_text: str, *, priority: int = 0, cloned_from: str = "") -> Run:
-        """Check a run spec, make its initial model and queue the run.
-
-        Raises:
-            BadSpec: the spec or the model it names is wrong; nothing is queued.
-        """
-        spec = parse_run_spec(spec_text)
-        find_policy(spec.cohort.policy)  # before a model is made in vain
-        folder = self._store.spool.new_workshop()
-        try:
-            await prepare_model(spec, folder)
-            return await self.enqueue(spec, folder, priority=priority, cloned_from=cloned_from)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    async def enqueue(self, spec: RunSpec, folder: Path, *, priority: int = 0, cloned_from: str = "") -> Run:
-        """Queue a run whose initial model, a folder of files, is made; the files move into the store.
-
-        Raises:
-            BadSpec: the run's codecs cannot encode the model, or there is no such selection policy.
-        """
-        find_policy(spec.cohort.policy)
-        require_codable(spec.transport, folder / MODEL_FILE)
-        files = await asyncio.to_thread(self._take_in, folder)
-        model = next(file for file in files if file["name"] == MODEL_FILE)
-        run = Run(
-            id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
-            submitted_at_s=time.time(), assets=[file for file in files if file is not model],
-            model_digest=model["digest"], model_bytes=model["size_bytes"], priority=priority,
-            cloned_from=cloned_from,
-        )  # fmt: skip
-        self._queue(run)
-        return run
-
-    async def clone(self, run_id: str, spec_text: str, *, priority: int = 0) -> Run:
-        """Queue a new run in place of another, with a model of its own.
-
-        Raises:
-            NotFound, WrongState: there is no such run.
-            BadSpec: as for :meth:`submit`.
-        """
-        origin = self._store.run(run_id)
-        return await self.submit(spec_text, priority=priority, cloned_from=origin.id)
-
-    async def clone_from_model(
-        self, run_id: str, spec_text: str, round_number: int | None, *, priority: int = 0
-    ) -> Run:
-        """Queue a new run that goes on from a model of another: after a round, or the latest.
-
-        Raises:
-            NotFound, WrongState: there is no such run, or its model of that round is not kept.
-            BadSpec: the spec is wrong, or is of another model.
-        """
-        origin, spec = self._store.run(run_id), parse_run_spec(spec_text)
-        if spec.model != origin.spec.model:
-            raise BadSpec(
-                f"model differs from that of run {origin.id}: a clone that goes on from a model keeps its "
-                "model; leave it as it was, or clone without a round"
-            )
-        find_policy(spec.cohort.policy)
-        rounds = rounds_up_to(self._store, origin, round_number)
-        digest, number = (rounds[-1].model_digest, rounds[-1].number) if rounds else (origin.model_digest, 0)
-        model = await self._store.files.bring(digest)
-        require_codable(spec.transport, model)
-        run = Run(
-            id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
-            submitted_at_s=time.time(), assets=origin.assets, model_digest=digest,
-            model_bytes=model.stat().st_size, priority=priority, cloned_from=origin.id, cloned_round=number,
-        )  # fmt: skip
-        self._queue(run)
-        return run
-
-    def _queue(self, run: Run) -> None:
-        self._store.save(run)
-        self._changed.set()
-        logger.info(
-            "run submitted", extra={"run": run.id, "name_of_run": run.name, "model_bytes": run.model_bytes}
-        )
-
-    def _take_in(self, folder: Path) -> list[dict[str, Any]]:
-        files = []
-        for path in sorted(folder.iterdir()):
-            stored = self._store.files.put(path)
-            files.append({"name": path.name, "digest": stored.digest, "size_bytes": stored.size_bytes})
-        return files
 
     async def stop(self, run_id: str, reason: str) -> Run:
         """End a run, and return when it has ended; its last global model stays.

@@ -52,7 +52,7 @@ class Line:
                 "evaluation": {"every_rounds": 0, "initial": False},
             }
         )
-        run = await self.running.runs.enqueue(spec, initial)
+        run = await self.running.runs.submissions.enqueue(spec, initial)
         ended = await self._ended(run)
         assert ended.state == "finished", ended.reason
         assert len(self.proxy.done) == len(plans)

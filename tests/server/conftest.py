@@ -348,7 +348,7 @@ class Bench:
         folder.mkdir(parents=True)
         save_file(tensors or INITIAL, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
-        return await self.running.runs.enqueue(spec, folder, priority=priority)
+        return await self.running.runs.submissions.enqueue(spec, folder, priority=priority)
 
     async def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
         async with asyncio.timeout(seconds):

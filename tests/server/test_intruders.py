@@ -93,7 +93,7 @@ async def place(tmp_path: Path, spec: Any, initial: Any) -> AsyncIterator[Place]
         model.mkdir()
         save_file(initial, model / "model.safetensors", metadata={"format": "pt"})
         (model / "config.json").write_text('{"model_type": "gpt2"}')
-        await running.runs.enqueue(spec(evaluation={"initial": False}), model)
+        await running.runs.submissions.enqueue(spec(evaluation={"initial": False}), model)
         await asyncio.wait_for(place.granted.wait(), 20)
         yield place
         working.cancel()

@@ -179,7 +179,7 @@ async def test_a_clone_goes_on_from_a_model_of_another_run(bench, spec, initial)
     bench.site("a", step=1.0)
     run = await bench.ended(await bench.enqueue(spec(rounds=3)))
     text = spec(rounds=2, name="clone", local={"steps": 7}).model_dump_json()
-    clone = await bench.running.runs.clone_from_model(run.id, text, 1, priority=3)
+    clone = await bench.running.runs.submissions.clone_from_model(run.id, text, 1, priority=3)
     assert (clone.cloned_from, clone.cloned_round, clone.priority) == (run.id, 1, 3)
     clone = await bench.ended(clone)
     np.testing.assert_allclose(bench.model(clone)["layer.bias"], initial["layer.bias"] + 3, rtol=1e-6)
@@ -192,9 +192,9 @@ async def test_a_clone_from_a_model_is_refused_another_model_or_round(bench, spe
     run = await bench.ended(await bench.enqueue(spec()))
     other = spec(model={"config": {"model_type": "llama"}}).model_dump_json()
     with pytest.raises(BadSpec, match="model differs from that of run"):
-        await bench.running.runs.clone_from_model(run.id, other, None)
+        await bench.running.runs.submissions.clone_from_model(run.id, other, None)
     with pytest.raises(NotFound, match="has no model of round 8; it has 0, 1"):
-        await bench.running.runs.clone_from_model(run.id, spec().model_dump_json(), 8)
+        await bench.running.runs.submissions.clone_from_model(run.id, spec().model_dump_json(), 8)
 
 
 async def test_each_failure_is_kept_with_its_site_cause_and_last_lines(bench, spec, fault):

@@ -96,7 +96,7 @@ class World:
         folder.mkdir()
         save_file(INITIAL, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
-        return await running.runs.enqueue(spec, folder)
+        return await running.runs.submissions.enqueue(spec, folder)
 
     async def rounds_done(self, running, run, rounds):
         async with asyncio.timeout(60):

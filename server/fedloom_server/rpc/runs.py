@@ -40,7 +40,8 @@ class RunEdge(RunServiceServicer):
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.Run:  # noqa: N802
         """Check a run spec and queue the run."""
-        return run_message(await self._runs.submit(request.spec, priority=request.priority), MODEL_FILE)
+        run = await self._runs.submissions.submit(request.spec, priority=request.priority)
+        return run_message(run, MODEL_FILE)
 
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:  # noqa: N802
         """Runs, newest first."""
@@ -81,11 +82,11 @@ class RunEdge(RunServiceServicer):
         """Queue a new run like another one."""
         if request.HasField("from_round") or request.from_latest:
             number = request.from_round if request.HasField("from_round") else None
-            run = await self._runs.clone_from_model(
+            run = await self._runs.submissions.clone_from_model(
                 request.run_id, request.spec, number, priority=request.priority
             )
         else:
-            run = await self._runs.clone(request.run_id, request.spec, priority=request.priority)
+            run = await self._runs.submissions.clone(request.run_id, request.spec, priority=request.priority)
         return run_message(run, MODEL_FILE)
 
     async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.Run:  # noqa: N802

@@ -1,0 +1,114 @@
+"""How runs come to be: from a spec, with a model of their own, or as clones of others."""
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedloom_common.errors import BadSpec
+from fedloom_common.runspec import RunSpec, parse_run_spec
+from fedloom_server.codecs import require_codable
+from fedloom_server.exports import rounds_up_to
+from fedloom_server.models import MODEL_FILE, prepare_model
+from fedloom_server.records import Run, RunState
+from fedloom_server.selection import find_policy
+from fedloom_server.store import Store, new_run_id
+
+logger = logging.getLogger(__name__)
+
+
+class Submissions:
+    """Makes runs and queues them: a run is in the store, with its model, or nothing of it is."""
+
+    def __init__(self, store: Store, *, on_queued: Callable[[], None]) -> None:
+        self._store = store
+        self._on_queued = on_queued
+
+    async def submit(self, spec_text: str, *, priority: int = 0, cloned_from: str = "") -> Run:
+        """Check a run spec, make its initial model and queue the run.
+
+        Raises:
+            BadSpec: the spec or the model it names is wrong; nothing is queued.
+        """
+        spec = parse_run_spec(spec_text)
+        find_policy(spec.cohort.policy)  # before a model is made in vain
+        folder = self._store.spool.new_workshop()
+        try:
+            await prepare_model(spec, folder)
+            return await self.enqueue(spec, folder, priority=priority, cloned_from=cloned_from)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def enqueue(self, spec: RunSpec, folder: Path, *, priority: int = 0, cloned_from: str = "") -> Run:
+        """Queue a run whose initial model, a folder of files, is made; the files move into the store.
+
+        Raises:
+            BadSpec: the run's codecs cannot encode the model, or there is no such selection policy.
+        """
+        find_policy(spec.cohort.policy)
+        require_codable(spec.transport, folder / MODEL_FILE)
+        files = await asyncio.to_thread(self._take_in, folder)
+        model = next(file for file in files if file["name"] == MODEL_FILE)
+        run = Run(
+            id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
+            submitted_at_s=time.time(), assets=[file for file in files if file is not model],
+            model_digest=model["digest"], model_bytes=model["size_bytes"], priority=priority,
+            cloned_from=cloned_from,
+        )  # fmt: skip
+        self._queue(run)
+        return run
+
+    async def clone(self, run_id: str, spec_text: str, *, priority: int = 0) -> Run:
+        """Queue a new run in place of another, with a model of its own.
+
+        Raises:
+            NotFound, WrongState: there is no such run.
+            BadSpec: as for :meth:`submit`.
+        """
+        origin = self._store.run(run_id)
+        return await self.submit(spec_text, priority=priority, cloned_from=origin.id)
+
+    async def clone_from_model(
+        self, run_id: str, spec_text: str, round_number: int | None, *, priority: int = 0
+    ) -> Run:
+        """Queue a new run that goes on from a model of another: after a round, or the latest.
+
+        Raises:
+            NotFound, WrongState: there is no such run, or its model of that round is not kept.
+            BadSpec: the spec is wrong, or is of another model.
+        """
+        origin, spec = self._store.run(run_id), parse_run_spec(spec_text)
+        if spec.model != origin.spec.model:
+            raise BadSpec(
+                f"model differs from that of run {origin.id}: a clone that goes on from a model keeps its "
+                "model; leave it as it was, or clone without a round"
+            )
+        find_policy(spec.cohort.policy)
+        rounds = rounds_up_to(self._store, origin, round_number)
+        digest, number = (rounds[-1].model_digest, rounds[-1].number) if rounds else (origin.model_digest, 0)
+        model = await self._store.files.bring(digest)
+        require_codable(spec.transport, model)
+        run = Run(
+            id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
+            submitted_at_s=time.time(), assets=origin.assets, model_digest=digest,
+            model_bytes=model.stat().st_size, priority=priority, cloned_from=origin.id, cloned_round=number,
+        )  # fmt: skip
+        self._queue(run)
+        return run
+
+    def _queue(self, run: Run) -> None:
+        self._store.save(run)
+        self._on_queued()
+        logger.info(
+            "run submitted", extra={"run": run.id, "name_of_run": run.name, "model_bytes": run.model_bytes}
+        )
+
+    def _take_in(self, folder: Path) -> list[dict[str, Any]]:
+        files = []
+        for path in sorted(folder.iterdir()):
+            stored = self._store.files.put(path)
+            files.append({"name": path.name, "digest": stored.digest, "size_bytes": stored.size_bytes})
+        return files
