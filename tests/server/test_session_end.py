@@ -54,9 +54,10 @@ async def test_a_message_that_comes_as_its_session_ends_asks_nothing_of_the_call
 
 
 def _edge(bench: Any, monkeypatch: pytest.MonkeyPatch) -> FederationEdge:
-    quiet = SimpleNamespace(attached=lambda *told: None, detached=lambda site: None)
+    quiet = SimpleNamespace(attached=lambda *told, **facts: None, detached=lambda site: None)
     log = SimpleNamespace(audit_often=lambda *told, **facts: None)
+    endings = SimpleNamespace(end=lambda *told: True)
+    gate = SimpleNamespace(access=Access(), endings=endings, trust=None)
     return FederationEdge(
-        Access(), SimpleNamespace(end=lambda *told: True), bench.running.sites, quiet, log,
-        heartbeat_s=10, model_name="model.safetensors",
-    )  # fmt: skip
+        gate, bench.running.sites, quiet, log, heartbeat_s=10, model_name="model.safetensors"
+    )
