@@ -20,6 +20,7 @@ from fedloom_client.deliveries import Deliveries
 from fedloom_client.downloads import Downloads
 from fedloom_client.groups import Group, WarmGroups
 from fedloom_client.hardware import Device, data_set_bytes, find_devices, main_memory_bytes
+from fedloom_client.launches import clear_after_kill
 from fedloom_client.mailbox import Mailbox
 from fedloom_client.outbox import Outbox
 from fedloom_client.residuals import Residuals
@@ -99,6 +100,8 @@ class Daemon:
             await self._connect().close()  # mistakes in the config end the start, not the first session
             self._outbox.load()
             self._cache.tidy()
+            for folder in self._state.runs.iterdir():
+                clear_after_kill(folder)
             async with self._http_port():
                 notify("READY=1")
                 await self._until_stopped(asyncio.create_task(self._serve()))

@@ -20,6 +20,8 @@ from fedloom_common.errors import TrainingFailed
 
 SOCKET_PATH_BYTES = 100  # sun_path holds 108 with the final zero
 FAILURE = "failure.txt"
+FOLDER_PREFIX = "fedloom-"
+FOLDER_NOTE = "socket-folder"  # says where it is, so that the next daemon can clear it away
 LAUNCHER_LOG = "launcher.log"
 STOP_S = 5.0  # for warm ranks to leave by themselves
 LOG_FOLDERS_KEPT = 5
@@ -94,8 +96,10 @@ class Launched:
         logs = directory / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         trim_logs(logs)
+        clear_after_kill(directory)
         launched = cls(_short_folder(), logs)
         try:
+            (directory / FOLDER_NOTE).write_text(str(launched._folder))
             await launched._start(workers, directory, max_restarts)
         except BaseException:
             await launched._clean()
@@ -162,6 +166,7 @@ class Launched:
         for rank in self._arrived:
             await rank.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        (self._logs.parent / FOLDER_NOTE).unlink(missing_ok=True)
 
     async def _arrive(self, reader: StreamReader, writer: StreamWriter) -> None:
         line = await reader.readline()
@@ -223,10 +228,20 @@ def trim_logs(logs: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def clear_after_kill(directory: Path) -> None:
+    """Remove the socket's folder of a launch in ``directory`` whose daemon was killed, as its ranks were."""
+    note = directory / FOLDER_NOTE
+    if note.is_file():
+        folder = Path(note.read_text())
+        if folder.name.startswith(FOLDER_PREFIX):
+            shutil.rmtree(folder, ignore_errors=True)
+        note.unlink()
+
+
 def _short_folder() -> Path:
     """A folder for the socket that only this user can enter, with a path short enough for a socket."""
-    folder = Path(tempfile.mkdtemp(prefix="fedloom-"))
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
     if len(os.fsencode(folder / "control")) <= SOCKET_PATH_BYTES:
         return folder
     folder.rmdir()
-    return Path(tempfile.mkdtemp(prefix="fedloom-", dir="/tmp"))
+    return Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom_client.launches import RankZero
+from fedloom_client.launches import FOLDER_NOTE, RankZero, clear_after_kill
 from fedloom_client.training.orders import Job, Order, Source
 
 ORDER = Order(id="a", work="evaluate", run_id="r", round=0, model_path="", assets_dir="", spec={})
@@ -37,3 +37,13 @@ async def test_a_dead_rank_is_known_to_be_lost_however_its_connection_ended(
     assert rank.is_lost
     await rank.close()
     server.close()
+
+
+def test_the_socket_of_a_killed_daemon_is_cleared_away_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("fedloom-abc", "home"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "control").touch()
+        (tmp_path / FOLDER_NOTE).write_text(str(tmp_path / name))
+        clear_after_kill(tmp_path)
+        clear_after_kill(tmp_path)  # there is nothing left to clear
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
