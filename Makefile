@@ -8,8 +8,10 @@ PEERS ?= $(filter --quick,$(BENCH))
 IDLE ?= $(filter --quick,$(BENCH))
 
 SECONDS ?= 60
+MINUTES ?= 60
+SEED ?= 1
 
-.PHONY: setup demo test test-slow test-faults test-docker test-gpu fuzz deploy-check bench bench-peers check protos clean help
+.PHONY: setup demo test test-slow test-faults soak test-docker test-gpu fuzz deploy-check bench bench-peers check protos clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,6 +34,9 @@ test-slow: $(READY) ## tests that take minutes
 
 test-faults: $(READY) ## kills, pauses, cuts, full disks: what docs/reliability.md tells
 	$(BIN)/python -m pytest -m faults tests/faults
+
+soak: $(READY) ## random faults for MINUTES=60, with SEED=1
+	PYTHONPATH=tests $(BIN)/python tests/faults/chaos.py $(MINUTES) $(SEED)
 
 test-docker: $(READY) ## docker compose with a real engine
 	$(BIN)/python -m pytest -m docker

@@ -30,7 +30,7 @@ from fedloom.v1.runs_pb2 import (
     ResumeRequest,
     SubmitRequest,
 )
-from fedloom_common.errors import Unreachable
+from fedloom_common.errors import AttemptFailed
 from fedloom_server.console.connection import Coordinator, Operator
 from fedloom_server.console.kit import create_kit
 
@@ -106,20 +106,21 @@ class Federation:
     def start_coordinator(self, wrapper: Sequence[str] = ()) -> None:
         config = self.kit / "coordinator/coordinator.yaml"
         listen = f"127.0.0.1:{self.port}"
-        self._start("coordinator", [*wrapper, FEDLOOM, "coordinator", "--config", config, "--listen", listen])
+        self.start("coordinator", [*wrapper, FEDLOOM, "coordinator", "--config", config, "--listen", listen])
 
     def start_site(self, site: str = "oslo", wrapper: Sequence[str] = ()) -> None:
         """Start a daemon."""
         self.configure(site, coordinator=f"localhost:{self.ports.get(site, self.port)}")
         folder = self.site_folder(site)
         command = [sys.executable, HERE / "nullsite.py", folder / "training.json", folder / "site.yaml"]
-        self._start(site, [*wrapper, *command])
+        self.start(site, [*wrapper, *command])
 
     def start_sites(self) -> None:
         for site in self.sites:
             self.start_site(site)
 
-    def _start(self, name: str, command: Sequence[str | Path]) -> None:
+    def start(self, name: str, command: Sequence[str | Path]) -> None:
+        """Start a process under a name."""
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
                 command,
@@ -179,7 +180,7 @@ class Federation:
 
     async def get(self, run: str) -> GetResponse | None:
         """The run and its rounds; None while the coordinator does not answer."""
-        with contextlib.suppress(Unreachable):
+        with contextlib.suppress(AttemptFailed):
             async with self.operator() as coordinator:
                 return await coordinator.run_with_rounds(run)
         return None
@@ -217,7 +218,7 @@ class Federation:
 
     async def connected(self) -> int:
         """How many sites are connected; 0 while the coordinator does not answer."""
-        with contextlib.suppress(Unreachable):
+        with contextlib.suppress(AttemptFailed):
             async with self.operator() as coordinator:
                 answer = await coordinator.call(coordinator.runs.ListSites, ListSitesRequest())
                 return sum(site.connected for site in answer.sites)
@@ -237,7 +238,7 @@ class Federation:
         """Wait until the coordinator answers."""
         async with asyncio.timeout(START_S):
             while True:
-                with contextlib.suppress(Unreachable):
+                with contextlib.suppress(AttemptFailed):
                     async with self.operator() as coordinator:
                         await coordinator.call(coordinator.runs.List, ListRequest())
                         return
