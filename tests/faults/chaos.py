@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -289,5 +290,8 @@ def _told(chaos: Chaos, runs: Runs, minutes: float, before: dict[str, Size], aft
 
 if __name__ == "__main__":
     chosen_seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    with tempfile.TemporaryDirectory(prefix="soak-") as place:
-        asyncio.run(soak(Path(place), float(sys.argv[1]), chosen_seed, print))
+    place = Path(tempfile.mkdtemp(prefix="soak-"))
+    tell = sys.stdout.write
+    tell(f"logs and states: {place}\n")
+    asyncio.run(soak(place, float(sys.argv[1]), chosen_seed, lambda seen: tell(seen + "\n")))
+    shutil.rmtree(place)  # after a failure it is what one wants to look at
