@@ -14,7 +14,7 @@ GB = 1e9  # decimal, as vendors of devices count: an "80 GB" device reports at l
 class Require(BaseModel):
     """What a site must have, all of it; its config or the operator gives it labels."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     gpus: int | None = Field(default=None, ge=1)
     """GPUs at least; with ``gpu_memory_gb``, GPUs of that size."""

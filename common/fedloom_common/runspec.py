@@ -19,9 +19,14 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 
 
 class Strict(BaseModel):
-    """A part of a spec or config: unknown keys are errors, values are immutable."""
+    """A part of a spec or config: unknown keys are errors, numbers are finite, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,  # JSON has neither: a run that was saved with one could not be read again
+    )
 
 
 class ModelSpec(Strict):

@@ -123,6 +123,22 @@ def test_models_and_updates_travel_as_they_are_unless_the_spec_says_otherwise():
     assert read_run_spec(spec.model_dump_json()) == spec
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        "cohort: {stall_s: .inf}",
+        "cohort: {deadline_s: .inf}",
+        "evaluation: {deadline_s: .inf}",
+        "stop: {target: {value: .nan}}",
+        "mode: {kind: async, buffer: 2, server_lr: .inf}",
+        "cohort: {require: {gpu_memory_gb: .inf}}",
+    ],
+)
+def test_what_json_cannot_hold_is_refused(more):
+    with pytest.raises(BadSpec, match="finite number"):
+        parse_run_spec(GOOD + more)
+
+
 def test_every_mistake_is_told_at_once():
     with pytest.raises(BadSpec) as caught:
         parse_run_spec(GOOD.replace("rounds: 3", "rounds: 0") + "sed: 1")

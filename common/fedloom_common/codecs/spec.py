@@ -11,7 +11,7 @@ Block = Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 class Stage(BaseModel):
     """One stage of a chain."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Fp32(Stage):
