@@ -28,20 +28,21 @@ async def trainings(run: Run, record: Round, federation: Federation) -> list[Ass
     return [assignment for assignment in batch if not assignment.is_late]  # else the round went on already
 
 
-def evaluations(run: Run, record: Round, federation: Federation) -> list[Assignment]:
+async def evaluations(run: Run, record: Round, federation: Federation) -> list[Assignment]:
     """Measurements of a round's model, by every connected site that has the run's data and is not late.
 
     Raises:
-        TooFewSites: it is the initial model, and fewer sites are connected than ``cohort.min_sites``.
+        TooFewSites: none is connected, or fewer than ``cohort.min_sites`` if it is the initial model.
     """
     stored = federation.store.assignments(run.id, record.number)
     batch = [assignment for assignment in stored if assignment.work is Work.EVALUATE]
     if batch:
         return batch
-    if record.number == 0:
-        require_sites(run, federation.sites)  # nobody may be there yet
+    await _wait_for_return(run, record.number, federation)
     busy = _busy(federation.store.late(run.id))
     sites = [site for site in federation.sites.fitting(wanted(run.spec)) if site not in busy]
+    if record.number == 0 or not (sites or busy):
+        require_sites(run, federation.sites)  # nobody may be there yet, or any more
     return assigned(run, record, Work.EVALUATE, sites, federation)
 
 
@@ -116,6 +117,7 @@ def _taken_over(run: Run, record: Round, federation: Federation) -> list[Assignm
 
 async def _choose(run: Run, record: Round, federation: Federation) -> None:
     """Fill the cohort; a site that is still at work on an earlier round has its place in this one by that."""
+    await _wait_for_return(run, record.number - 1, federation)
     cohort, fitting = run.spec.cohort, federation.sites.fitting(wanted(run.spec))
     busy = _busy(federation.store.late(run.id))
     free = [site for site in fitting if site not in busy]
@@ -128,6 +130,13 @@ async def _choose(run: Run, record: Round, federation: Federation) -> None:
         )
         record.cohort = list(drawn)
     record.target = target + len(busy) if cohort.over_select else 0
+
+
+async def _wait_for_return(run: Run, number: int, federation: Federation) -> None:
+    """After a start of the coordinator, give the sites that had done a round's work time to attach again."""
+    if federation.sites.may_return:
+        stored = federation.store.assignments(run.id, number)
+        await federation.sites.returned({a.site for a in stored if a.state is AssignmentState.DONE})
 
 
 def _busy(late: Sequence[Assignment]) -> set[str]:

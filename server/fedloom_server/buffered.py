@@ -103,7 +103,7 @@ class _Flow:
         versions, assignments = self._versions, self._work.values()
         sites = self._idle.fitting(has_begun=versions.has_begun)
         if versions.measured and self._measuring is None and (sites or versions.has_begun):
-            self._measuring = versions.evaluations(sites)
+            self._measuring = versions.evaluations(sites) or None
         busy = {assignment.site for assignment in assignments}
         for assignment in self._measuring or ():
             if assignment.state is AssignmentState.OPEN and assignment.site not in busy:

@@ -118,7 +118,7 @@ async def _aggregate(run: Run, record: Round, done: Sequence[Assignment], foldin
 
 async def _evaluate(run: Run, record: Round, federation: Federation) -> None:
     """Metrics of the round's model."""
-    batch = evaluations(run, record, federation)
+    batch = await evaluations(run, record, federation)
     _advance(run, record, record.state, federation)
     await federation.assignments.carry_out(run, batch, terms_of_evaluation(run, record, federation))
     done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]

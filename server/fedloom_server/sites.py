@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 
 from fedloom_common.errors import NotPermitted
 from fedloom_server.eligibility import Description, Wanted, fits, shortfall
@@ -11,6 +12,7 @@ from fedloom_server.records import SiteState
 from fedloom_server.roster import Link, Roster, Site
 
 LOOK_S = 0.2  # a run that waits looks at the sites so often at most, however many attach at once
+RETURN_S = 35.0  # after a start; sites that were attached before try again at least every 30 s
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,7 @@ class Sites:
         self._changed = asyncio.Event()
         self.count_connected = 0
         self._listeners: list[Callable[[], None]] = []
+        self._began_at_s = time.monotonic()
 
     @contextmanager
     def attached(
@@ -98,6 +101,25 @@ class Sites:
     def next_change(self) -> asyncio.Event:
         """Set when a site comes or goes, or may do other than before, at any time from now on."""
         return self._changed
+
+    @property
+    def may_return(self) -> bool:
+        """Whether the coordinator has begun so lately that sites may still be on their way back to it."""
+        return time.monotonic() < self._began_at_s + RETURN_S
+
+    async def returned(self, names: Collection[str]) -> None:
+        """Wait for sites that were attached to the coordinator before this one, as long as they may return.
+
+        Whoever picks from those that are there would else pick from the first to come.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._began_at_s + RETURN_S - time.monotonic()):
+                while any(self._is_missed(name) for name in names):
+                    await self.next_change().wait()
+
+    def _is_missed(self, name: str) -> bool:
+        site = self._roster.get(name)
+        return site is not None and site.link is None and not site.standstill
 
     def changed(self) -> None:
         """Tell whoever waits for sites: one came or went, or may do other than before."""

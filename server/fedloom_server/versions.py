@@ -163,14 +163,17 @@ class Versions:
         logger.info("version made", extra={"run": run.id, "round": record.number, "metrics": facts})
 
     def evaluations(self, sites: Sequence[str]) -> list[Assignment]:
-        """What the version under measurement asks of sites; of ``sites``, if it has not asked yet."""
+        """What the version under measurement asks of sites; of ``sites``, if it has not asked yet.
+
+        Nothing while it has asked nobody, and nobody is there.
+        """
         run, record = self._run, self.measured[0]
         stored = [
             assignment
             for assignment in self._store.assignments(run.id, record.number)
             if assignment.work is Work.EVALUATE and assignment.attempt == record.attempt
         ]
-        if stored:
+        if stored or not sites:
             return stored
         batch = [
             Assignment(

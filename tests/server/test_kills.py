@@ -4,6 +4,8 @@ The disk, as it was before each transaction, is what the next coordinator finds:
 same sites, one of them paused for a while, one whose slow site is always late.
 """
 
+import asyncio
+
 import numpy as np
 import pytest
 from disks import copy_of, counted
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file
 
 from fedloom_server.app import coordinator
 from fedloom_server.config import KeepModels
+from fedloom_server.records import Round
 from fedloom_server.store import Store
 
 STEPS, EXAMPLES = {"a": 1.0, "b": 4.0, "slow": -2.5}, {"a": 10, "b": 30, "slow": 60}
@@ -56,6 +59,38 @@ async def test_a_kill_before_any_transaction_changes_no_result(
     assert 40 < len(disks) < MOST_DISKS
     for disk in disks[::every]:
         await _go_on(config.model_copy(update={"state_dir": disk}), bench_of, runs, wanted)
+
+
+@pytest.mark.parametrize(("mode", "at_least"), [({"kind": "sync"}, 2), ({"kind": "async", "buffer": 2}, 1)])
+async def test_a_kill_before_a_measurement_leaves_no_model_unmeasured(
+    config, bench_of, spec, tmp_path, monkeypatch, mode, at_least
+):
+    disk, keep = tmp_path / "disk", Store.save
+
+    def save(self, *records):
+        keep(self, *records)
+        if not disk.exists() and any(isinstance(r, Round) and r.state == "evaluating" for r in records):
+            copy_of(config.state_dir, disk)
+
+    monkeypatch.setattr(Store, "save", save)
+    wanted = spec(mode=mode, cohort={"min_sites": 2}, evaluation={"initial": False})
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        sites = [bench.site("a"), bench.site("b")]
+        run = await bench.ended(await bench.enqueue(wanted))
+        for site in sites:
+            await bench.detach(site.name)
+    async with coordinator(config.model_copy(update={"state_dir": disk})) as running:
+        bench = bench_of(running)
+        await asyncio.sleep(0.3)
+        bench.attach(sites[0])
+        await asyncio.sleep(0.5)
+        bench.attach(sites[1])
+        run = await bench.ended(run)
+        assert run.state == "finished"
+        assert "loss" in running.store.rounds(run.id)[-1].metrics
+        rows = [a for a in running.store.assignments(run.id) if a.work == "evaluate" and a.state == "done"]
+        assert len(rows) >= at_least
 
 
 async def _go_on(config, bench_of, runs, wanted):
