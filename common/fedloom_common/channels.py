@@ -11,6 +11,8 @@ from fedloom_common.identity import Peer, TlsFiles, channel_credentials, insecur
 from fedloom_common.rotation import LiveCredential
 
 MESSAGE_BYTES = 8 << 20
+RECEIVED_BYTES = 2 << 20
+"""The largest message that the coordinator takes in, to say what is wrong with it."""
 WINDOW_BYTES = 1 << 19
 """Unless configured, what a sender may have on its way beyond the chunk that is being read."""
 
@@ -25,13 +27,12 @@ _BOTH_ENDS: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     # gRPC's own window grows to many MiB wherever queues are long, and all of it is lost when a line breaks.
     ("grpc.http2.bdp_probe", 0),
-    # Tensors travel in chunks of 1 MiB: a larger message is refused before it is decoded.
-    ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
 ]
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *_BOTH_ENDS,
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
     # The default grows to two minutes, which a site would wait after every restart of the coordinator.
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 10_000),
@@ -43,6 +44,10 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
     # Connections that never finish a handshake cost nothing for longer than this.
     ("grpc.server_handshake_timeout_ms", 10_000),
+    # A connection without a call costs a file; a site keeps a session, and who calls again connects again.
+    ("grpc.max_connection_idle_ms", 60_000),
+    # Tensors travel in chunks of 1 MiB; what has come of a message is in memory, and a peer may send many.
+    ("grpc.max_receive_message_length", RECEIVED_BYTES),
     # Identity only: a compressed message could grow a thousandfold before its size is checked.
     ("grpc.compression_enabled_algorithms_bitset", 1),
     # With it, a second coordinator on the same port would start and silently take half of the connections.
@@ -55,6 +60,16 @@ logger = logging.getLogger(__name__)
 def window(window_bytes: int) -> tuple[str, int]:
     """The option by which a receiver limits what senders may have on their way to it."""
     return ("grpc.http2.lookahead_bytes", window_bytes)
+
+
+def most_connections(count: int) -> tuple[str, int]:
+    """The option by which a server refuses further connections, before any handshake."""
+    return ("grpc.max_allowed_incoming_connections", count)
+
+
+def most_calls(count: int) -> tuple[str, int]:
+    """The option by which a server has a client wait with further calls of one connection."""
+    return ("grpc.max_concurrent_streams", count)
 
 
 def open_channel(
@@ -82,6 +97,8 @@ def open_channel(
     _warn_of_no_tls(address, insecure)
     # A proxy from the environment would carry even a loopback address off this host.
     options.append(("grpc.enable_http_proxy", 0))
+    # Peers of one process are as far apart as with certificates: each has a connection of its own.
+    options.append(("grpc.use_local_subchannel_pool", 1))
     return grpc.aio.insecure_channel(address, options=options, interceptors=_interceptors(insecure))
 
 

@@ -121,19 +121,12 @@ class _Brief(H11Protocol):
     """One connection: bounded in number and in time."""
 
     def connection_made(self, transport: Any) -> None:
-        if len(self.connections) >= CONNECTIONS:
-            transport.abort()
-            return
+        self._began_s = self.loop.time()
+        alive = [it for it in self.connections if isinstance(it, _Brief) and not it.transport.is_closing()]
+        if len(alive) >= CONNECTIONS:  # the newest may be a probe, on which the process's life depends
+            min(alive, key=lambda one: one._began_s).transport.abort()
         super().connection_made(transport)
         self.loop.call_later(LIFE_S, transport.close)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self in self.connections:
-            super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self in self.connections:
-            super().data_received(data)
 
 
 def _config(vitals: Vitals, tls: TlsFiles | None) -> uvicorn.Config:

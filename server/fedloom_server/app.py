@@ -24,7 +24,7 @@ from fedloom.v1 import (
     sites_pb2_grpc,
     transfer_pb2,
 )
-from fedloom_common.channels import SERVER_OPTIONS, window
+from fedloom_common.channels import SERVER_OPTIONS, most_calls, most_connections, window
 from fedloom_common.errors import BadSpec
 from fedloom_common.identity import require_loopback
 from fedloom_common.memory import keep_freed_memory
@@ -65,6 +65,7 @@ SERVICES = tuple(
 )
 
 BROKEN_QUEUE_S = 10.0
+CALLS_TO_REFUSE = 16  # of one connection at once: a flood of thousands would keep others waiting
 STOP_S = 1.0  # for calls that end by nobody's will, such as a watcher's, once those that do have ended
 
 logger = logging.getLogger(__name__)
@@ -218,7 +219,12 @@ def _server(config: CoordinatorConfig, parts: "_Parts") -> grpc.aio.Server:
     federation, runs, calls = parts.federation, parts.runs, parts.calls
     store, sites, assignments = federation.store, federation.sites, federation.assignments
     gate, access, log = parts.gate, parts.gate.access, store.audit_log
-    options = [*SERVER_OPTIONS, window(config.window_bytes)]
+    options = [
+        *SERVER_OPTIONS,
+        window(config.window_bytes),
+        most_connections(_most_files() // 2),
+        most_calls(config.limits.calls_at_once + CALLS_TO_REFUSE),
+    ]
     server = grpc.aio.server(interceptors=[gate.guard], options=options)
     sessions = FederationEdge(
         gate, sites, assignments, log, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE
@@ -253,5 +259,9 @@ def _listen(server: grpc.aio.Server, config: CoordinatorConfig, gate: Gate) -> i
 
 def _open_more_files() -> None:
     """Raise the limit of open files as far as the system lets us: averaging opens every update of a round."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _most_files()
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _most_files() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]

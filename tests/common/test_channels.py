@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from fedloom_common.authority import Authority
-from fedloom_common.channels import MESSAGE_BYTES, SERVER_OPTIONS, open_channel
+from fedloom_common.channels import MESSAGE_BYTES, RECEIVED_BYTES, SERVER_OPTIONS, open_channel
 from fedloom_common.errors import BadSpec, NotPermitted
 from fedloom_common.identity import (
     Peer,
@@ -152,12 +152,13 @@ async def test_exactly_one_way_to_be_known_is_needed(tmp_path: Path) -> None:
 async def test_messages_above_the_cap_are_refused_at_both_ends(
     address: str, channel: grpc.aio.Channel
 ) -> None:
-    fits, too_large = b"x" * (MESSAGE_BYTES - 100), b"x" * (MESSAGE_BYTES + 1)
+    fits, too_large = b"x" * (RECEIVED_BYTES - 100), b"x" * (MESSAGE_BYTES + 1)
     call = channel.unary_unary("/test.Calls/OneOne")
     assert await call(fits, timeout=10) == b"site ward-a %d" % len(fits)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call(too_large, timeout=10)
-    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for wrong in (b"x" * (RECEIVED_BYTES + 1), too_large):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(wrong, timeout=10)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     uncapped = [("grpc.max_send_message_length", -1)]
     async with grpc.aio.insecure_channel(address, options=uncapped) as reckless:
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -162,3 +162,12 @@ async def test_connections_that_say_nothing_are_bounded_in_number_and_time(monke
 
         assert all(end == b"" or isinstance(end, ConnectionError) for end in ends)
         assert (await get(f"http://127.0.0.1:{port}/healthz"))[0] == 200
+
+
+async def test_a_probe_is_answered_however_many_connections_say_nothing(monkeypatch):
+    monkeypatch.setattr(web, "CONNECTIONS", 4)
+    async with http_port("127.0.0.1:0", None, vitals()) as port:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(8)]
+        assert (await get(f"http://127.0.0.1:{port}/healthz"))[0] == 200
+        for _, writer in silent:
+            writer.close()

@@ -15,7 +15,7 @@ from fedloom_common.identity import Peer, Role
 from fedloom_server.app import Coordinator, coordinator
 from fedloom_server.config import CoordinatorConfig, Limits
 from fedloom_server.rpc.access import SESSION_MESSAGE_BYTES, SPEC_BYTES
-from fedloom_server.rpc.caps import KEPT_BUCKETS, Buckets
+from fedloom_server.rpc.caps import KEPT_BUCKETS, LINES_AT_ONCE, Buckets, Bursts
 
 ANN, WARD = Peer(Role.OPERATOR, "ann"), Peer(Role.SITE, "ward-a")
 HELLO = session_pb2.SiteMessage(hello=session_pb2.Hello(protocol_version=1))
@@ -96,6 +96,97 @@ async def test_calls_at_once_are_counted(config) -> None:
 async def _forever() -> AsyncIterator[session_pb2.SiteMessage]:
     await asyncio.sleep(60)
     yield HELLO
+
+
+async def _withheld() -> AsyncIterator[bytes]:
+    await asyncio.sleep(60)
+    yield b""
+
+
+async def test_calls_whose_message_is_withheld_are_counted_and_refused_like_others(config) -> None:
+    """On the wire a single message looks like a stream of one: nobody may hold calls open before we ask."""
+    async with coordinator(limited(config, calls_at_once=4)) as running, channel(running, WARD) as mine:
+        query = mine.stream_unary("/fedloom.v1.TransferService/QueryWrite")
+        held = [query(_withheld()) for _ in range(4)]
+        await asyncio.gather(*(call.wait_for_connection() for call in held))
+        with pytest.raises(grpc.aio.AioRpcError, match="has 4 calls under way"):
+            while True:
+                await asyncio.wait_for(query(_withheld()), 5)
+        for call in held:
+            call.cancel()
+        with pytest.raises(grpc.aio.AioRpcError, match="may not call"):
+            await asyncio.wait_for(mine.stream_unary("/fedloom.v1.RunService/Stop")(_withheld()), 5)
+
+
+async def test_a_message_that_does_not_come_ends_the_call(bench, monkeypatch) -> None:
+    monkeypatch.setattr("fedloom_server.rpc.guard.REQUEST_S", 0.05)
+    async with channel(bench.running, ANN) as mine:
+        submit = mine.stream_unary("/fedloom.v1.RunService/Submit")
+        for messages, reason in ((_withheld(), r"not come whole in 0\.05 s"), (iter(()), "none came")):
+            with pytest.raises(grpc.aio.AioRpcError, match=reason) as caught:
+                await asyncio.wait_for(submit(messages), 10)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_peer_that_is_refused_all_the_time_fills_no_log(bench, caplog) -> None:
+    async with (
+        channel(bench.running, WARD) as mine,
+        channel(bench.running, Peer(Role.VIEWER, "bob")) as other,
+    ):
+        for _ in range(5 * LINES_AT_ONCE):
+            with pytest.raises(grpc.aio.AioRpcError, match="may not call"):
+                await RunServiceStub(mine).Stop(runs_pb2.StopRequest(run_id="x"))
+        with pytest.raises(grpc.aio.AioRpcError, match="may not call"):
+            await RunServiceStub(other).Stop(runs_pb2.StopRequest(run_id="x"))
+    refusals = [line.peer for line in caplog.records if line.message == "call refused"]
+    assert LINES_AT_ONCE <= refusals.count("site ward-a") <= 2 * LINES_AT_ONCE
+    assert refusals.count("viewer bob") == 1
+
+
+async def test_a_site_that_speaks_of_others_work_all_the_time_fills_no_log(bench, caplog) -> None:
+    told = session_pb2.SiteMessage(progress=session_pb2.Progress(assignment_id="r.1.1.train.ward-b"))
+    last = session_pb2.SiteMessage()
+    last.failure.assignment_id = "r.1.1.train.ward-c"
+    async with channel(bench.running, WARD) as mine, asyncio.timeout(20):
+        call = FederationServiceStub(mine).Attach(_and_stay(HELLO, *[told] * 80, last))
+        while (await call.read()).WhichOneof("kind") != "cancel":  # which answers the last one
+            pass
+        call.cancel()
+    lines = [line for line in caplog.records if line.message.startswith("a site speaks of work")]
+    assert len(lines) == LINES_AT_ONCE
+
+
+async def _and_stay(*messages: session_pb2.SiteMessage) -> AsyncIterator[session_pb2.SiteMessage]:
+    for message in messages:
+        yield message
+    await asyncio.sleep(60)
+
+
+def test_the_number_of_what_went_untold_is_told_with_the_next() -> None:
+    bursts = Bursts(per_s=50, burst=1)
+    assert [bursts.untold("a") for _ in range(3)] == [0, None, None]
+    time.sleep(0.05)
+    assert bursts.untold("a") == 2
+    assert bursts.untold("b") == 0
+
+
+async def test_connections_are_limited_before_their_handshake(config, monkeypatch) -> None:
+    monkeypatch.setattr("fedloom_server.app._most_files", lambda: 8)
+    monkeypatch.setattr("fedloom_server.app._open_more_files", lambda: None)
+    async with coordinator(config) as running:
+        open_ends = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(12)]
+        greeted = [await _is_greeted(reader) for reader, _ in open_ends]
+        for _, writer in open_ends:
+            writer.close()
+    assert greeted.count(True) <= 4
+
+
+async def _is_greeted(reader: asyncio.StreamReader) -> bool:
+    """Whether the other end begins to speak HTTP/2."""
+    try:
+        return bool(await asyncio.wait_for(reader.read(1), 5))
+    except OSError:
+        return False
 
 
 async def test_a_message_that_is_too_large_is_refused_before_it_is_decoded(bench, caplog) -> None:

@@ -13,6 +13,8 @@ from fedloom_server.config import Limits
 ATTACH = "/fedloom.v1.FederationService/Attach"
 MINUTE_S = 60.0
 KEPT_BUCKETS = 4096
+LINES_PER_S, LINES_AT_ONCE = 0.1, 20
+"""Log lines of one kind that a peer can cause at will: nobody fills a disk by being refused."""
 
 
 class Buckets:
@@ -43,6 +45,26 @@ class Buckets:
             if tokens + (now_s - at_s) * self._per_s < self._burst:
                 return
             del self._filled[oldest]
+
+
+class Bursts:
+    """Which of many similar events to tell: the first, then a few now and then with the others' number."""
+
+    def __init__(self, per_s: float, burst: float) -> None:
+        self._buckets = Buckets(per_s, burst)
+        self._untold: Counter[Hashable] = Counter()
+
+    def untold(self, key: Hashable) -> int | None:
+        """Events that went untold before this one, if it is to be told; else None."""
+        if self._buckets.take(key):
+            self._untold[key] += 1
+            return None
+        return self._untold.pop(key, 0)
+
+
+def untold_fact(untold: int) -> dict[str, str]:
+    """What a log line says of those that were left out before it."""
+    return {"untold_before": str(untold)} if untold else {}
 
 
 class Caps:

@@ -20,6 +20,7 @@ from fedloom_server.audit import AuditLog
 from fedloom_server.records import Work, site_of
 from fedloom_server.results import Result
 from fedloom_server.roster import Site
+from fedloom_server.rpc.caps import LINES_AT_ONCE, LINES_PER_S, Bursts, untold_fact
 from fedloom_server.rpc.endings import current_call
 from fedloom_server.rpc.gate import Gate
 from fedloom_server.rpc.hellos import description_of, labels_of, read_hello, short
@@ -34,7 +35,7 @@ LONGEST_HEARTBEAT_S = 60.0
 # What a site may say at most: it is kept, and shown to operators.
 TEXT_CHARACTERS = 16_000
 NUMBERS = 64
-OPEN_ASSIGNMENTS = 1000
+OPEN_ASSIGNMENTS = 100  # each is looked up in the database before anybody else is served
 KEPT_RUNS = 1000
 
 _PLAIN = re.compile(r"[^A-Za-z0-9_.-]")
@@ -65,6 +66,7 @@ class FederationEdge(FederationServiceServicer):
         self._heartbeat_s = heartbeat_s
         self._model_name = model_name
         self._log = log
+        self._foreign = Bursts(LINES_PER_S, LINES_AT_ONCE)
         self._handlers: Mapping[str, Callable[[str, Any], None]] = {
             "progress": self._progress,
             "outcome": self._outcome,
@@ -155,7 +157,8 @@ class FederationEdge(FederationServiceServicer):
         """Record that a site speaks of work that was never its own; nothing comes of what it says."""
         if assignment_id is not None and site_of(assignment_id) != peer.name:
             facts = {"site": peer.name, "kind": kind, "assignment": short(assignment_id)}
-            logger.warning("a site speaks of work that is not its own", extra=facts)
+            if (untold := self._foreign.untold(peer.name)) is not None:
+                logger.warning("a site speaks of work that is not its own", extra=facts | untold_fact(untold))
             self._log.audit_often(peer, "message.refused", short(assignment_id), kind=kind)
 
     def _pace_s(self) -> float:

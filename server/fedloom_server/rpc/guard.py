@@ -4,6 +4,7 @@ Handlers behind this see only peers that their method admits and messages of bou
 FederationErrors; any other exception leaves as an error without its text.
 """
 
+import asyncio
 import inspect
 import logging
 import time
@@ -23,11 +24,11 @@ from fedloom_common.rpc import TIME_KEY, status_of
 from fedloom_server.audit import AuditLog
 from fedloom_server.rpc.access import NOBODY, TABLE, Access, Context, Rule
 from fedloom_server.rpc.calls import Calls
-from fedloom_server.rpc.caps import Caps
+from fedloom_server.rpc.caps import LINES_AT_ONCE, LINES_PER_S, Bursts, Caps, untold_fact
 from fedloom_server.rpc.endings import Endings
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
-
+REQUEST_S = 30.0  # a mebibyte, the largest, at 280 kbit/s; who dawdles longer keeps one of its calls busy
 Handler = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._calls = calls
         self._endings = endings
         self._log = log
+        self._refusals = Bursts(LINES_PER_S, LINES_AT_ONCE)
 
     async def intercept_service(
         self, continuation: Handler, handler_call_details: grpc.HandlerCallDetails
@@ -50,11 +52,14 @@ class Guard(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        kind, behaviour = _behaviour(handler)
-        call = _Call(handler_call_details.method, handler, behaviour)
-        wrapped = self._streaming(call) if handler.response_streaming else self._single(call)
-        # Requests reach us as bytes: nothing is decoded for a caller that is not admitted, or is too large.
-        return getattr(grpc, f"{kind}_rpc_method_handler")(wrapped, None, handler.response_serializer)
+        call = _Call(handler_call_details.method, handler, _behaviour(handler))
+        # As if every request were a stream, of bytes: gRPC would otherwise take a single one in, at its
+        # sender's leisure, before it asks us. So nothing is held or decoded for who is not admitted.
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming(call), None, handler.response_serializer
+            )
+        return grpc.stream_unary_rpc_method_handler(self._single(call), None, handler.response_serializer)
 
     def _single(self, call: "_Call") -> Callable[..., Any]:
         async def handle(raw: Any, context: Context) -> Any:
@@ -62,7 +67,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 with self._admitted(call, context) as peer:
                     if call.method == HEALTH_CHECK:  # by which `fedloom doctor` compares the clocks
                         context.set_trailing_metadata(((TIME_KEY, f"{time.time():.3f}"),))
-                    return await call.behaviour(self._request(call, peer, raw), context)
+                    return await call.behaviour(await self._request(call, peer, raw), context)
             except Exception as error:  # noqa: BLE001 (the process's edge)
                 await self._abort(call, error, context)
 
@@ -72,7 +77,7 @@ class Guard(grpc.aio.ServerInterceptor):
         async def handle(raw: Any, context: Context) -> None:
             try:
                 with self._admitted(call, context) as peer:
-                    request = self._request(call, peer, raw)
+                    request = await self._request(call, peer, raw)
                     if inspect.isasyncgenfunction(call.behaviour):
                         async with aclosing(call.behaviour(request, context)) as responses:
                             async for response in responses:
@@ -94,11 +99,11 @@ class Guard(grpc.aio.ServerInterceptor):
         ):
             yield peer
 
-    def _request(self, call: "_Call", peer: Peer, raw: Any) -> Any:
+    async def _request(self, call: "_Call", peer: Peer, raw: AsyncIterator[bytes]) -> Any:
         """What the handler is to see: the message, or the stream of them."""
         if call.is_stream:
             return _Messages(call, raw, self._caps.pace() if call.rule.is_paced else Pace(None))
-        request = call.decode(raw)
+        request = call.decode(await _single_message(raw))
         if call.rule.audited and peer.role is not Role.SITE:
             # Before it is done: nothing that an operator does goes unrecorded, even if we are killed now.
             record = self._log.audit if peer.role is Role.OPERATOR else self._log.audit_often
@@ -125,7 +130,8 @@ class Guard(grpc.aio.ServerInterceptor):
         except NotPermitted:
             who = f"unknown at {_host_of(context.peer())}"
         facts = {"method": call.method, "caller": context.peer(), "reason": str(error)}
-        logger.warning("call refused", extra=facts | {"peer": str(who)})
+        if (untold := self._refusals.untold(str(who))) is not None:
+            logger.warning("call refused", extra=facts | {"peer": str(who)} | untold_fact(untold))
         if isinstance(error, NotPermitted | TooManyCalls):
             action = "call.refused"
         elif call.rule.audited and isinstance(who, Peer) and who.role is not Role.SITE:
@@ -182,11 +188,25 @@ class _Messages:
         return self._call.decode(await anext(self._raw))
 
 
-def _behaviour(handler: Any) -> tuple[str, Callable[..., Any]]:
+async def _single_message(raw: AsyncIterator[bytes]) -> bytes:
+    """The only message of a call.
+
+    Raises:
+        ProtocolError: it does not come, or not in time.
+    """
+    try:
+        return await asyncio.wait_for(anext(raw), REQUEST_S)
+    except StopAsyncIteration:
+        raise ProtocolError("the call has a message; none came") from None
+    except TimeoutError:
+        raise ProtocolError(f"the call has a message; it did not come whole in {REQUEST_S:g} s") from None
+
+
+def _behaviour(handler: Any) -> Callable[..., Any]:
     for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
-        behaviour = getattr(handler, kind)
+        behaviour: Callable[..., Any] | None = getattr(handler, kind)
         if behaviour is not None:
-            return kind, behaviour
+            return behaviour
     raise AssertionError("a handler has exactly one behaviour")
 
 
