@@ -1,7 +1,9 @@
 """A host's certificate, its key and the CA, as files on this host."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -25,11 +27,10 @@ def credential(tls: TlsFiles | None, role: Role) -> Iterator[Finding]:
     try:
         _, pem, _ = read_credential(tls.ca, tls.certificate, tls.key)
     except BadSpec as error:
-        yield problem(str(error), "copy this host's folder from the federation's kit again")
-        yield from _expiry(tls)
+        yield problem(str(error), _way_out(tls, role))
         return
     yield ok(f"{tls.certificate.name}, its key and the CA belong together")
-    yield from _expiry(tls)
+    yield from _expiry(tls, role)
     yield from _identity(x509.load_pem_x509_certificates(pem)[0], role)
     yield from _key_mode(tls)
 
@@ -46,19 +47,36 @@ def hosts_of(certificate: x509.Certificate) -> list[str]:
     ]
 
 
-def _expiry(tls: TlsFiles) -> Iterator[Finding]:
-    for path in (tls.certificate, tls.ca):
-        try:
-            end = x509.load_pem_x509_certificates(path.read_bytes())[0].not_valid_after_utc
-        except (OSError, ValueError):
-            continue  # read_credential has said so
+def _way_out(tls: TlsFiles, role: Role) -> str:
+    """What to do about files that cannot be used: those of the kit may be no better, or the clock wrong."""
+    now = datetime.now(UTC)
+    for path, certificate in _readable(tls):
+        if now < certificate.not_valid_before_utc:
+            return f"set this host's clock, if it is not {now:%Y-%m-%d %H:%M} UTC; else wait until then"
+        if now > certificate.not_valid_after_utc:
+            return _renewal(path, tls, role)
+    return "copy this host's folder from the federation's kit again"
+
+
+def _expiry(tls: TlsFiles, role: Role) -> Iterator[Finding]:
+    for path, certificate in _readable(tls):
+        end = certificate.not_valid_after_utc
         days = (end - datetime.now(UTC)).days
         told = f"{path.name} ends at {end:%Y-%m-%d}, in {days} days"
-        renew = "have a new one issued, with `fedloom provision`"
-        if days < 0:
-            yield problem(f"{path.name} ended at {end:%Y-%m-%d}", renew)
-        else:
-            yield warning(told, renew) if days < SOON_DAYS else ok(told)
+        yield warning(told, _renewal(path, tls, role)) if days < SOON_DAYS else ok(told)
+
+
+def _readable(tls: TlsFiles) -> Iterator[tuple[Path, x509.Certificate]]:
+    for path in (tls.certificate, tls.ca):
+        with suppress(OSError, ValueError):  # read_credential says so
+            yield path, x509.load_pem_x509_certificates(path.read_bytes())[0]
+
+
+def _renewal(path: Path, tls: TlsFiles, role: Role) -> str:
+    if path == tls.ca:
+        return "make a new kit for the whole federation, with `fedloom provision init`"
+    whose = role.value if role is Role.COORDINATOR else f"{role} NAME"
+    return f"have a new one made by `fedloom provision renew {whose}`, and copy it and its key here"
 
 
 def _identity(certificate: x509.Certificate, role: Role) -> Iterator[Finding]:
