@@ -23,6 +23,7 @@ LEAST_REST_S = 0.5
 RESTS = 3  # times as long as a failure took: calls are made on the event loop, which must not stand still
 UNAVAILABLE = "the coordinator's database does not answer now: try again later"
 PASSING_IN_SQLITE = ("is locked", "disk I/O error", "unable to open database file")
+DAMAGED_SQLITE = ("file is not a database", "malformed")
 DISK_FULL = "53100"
 STANDBY = "25006"  # it takes no writes: its primary has moved
 POSTGRES_SETTINGS = {
@@ -86,6 +87,7 @@ class Database:
 
         Raises:
             StorageUnavailable, StorageFull: as for ``do``.
+            BadSpec: the file is damaged, or no database.
         """
         began_s = time.monotonic()
         try:
@@ -95,6 +97,11 @@ class Database:
             if kind is None:
                 raise
             text = _text(error)
+            if kind is BadSpec:
+                raise BadSpec(
+                    f"{shown(self.engine.url)} is damaged, or no database ({text}); put a backup in its "
+                    "place, or move it away with its -wal and -shm files to begin without any runs"
+                ) from error
             logger.warning(
                 "the database does not answer", extra={"url": shown(self.engine.url), "reason": text}
             )
@@ -170,6 +177,8 @@ def _meaning(error: DBAPIError | NoConnection) -> type[FederationError] | None:
     if state == DISK_FULL or "database or disk is full" in text:
         return StorageFull
     if isinstance(error.orig, sqlite3.Error):
+        if any(words in text for words in DAMAGED_SQLITE):
+            return BadSpec
         is_passing = any(words in text for words in PASSING_IN_SQLITE)
     else:
         is_passing = isinstance(error, OperationalError | InterfaceError) or state == STANDBY

@@ -90,6 +90,8 @@ def _database(url: SecretStr | None, folder: Path) -> Iterator[Finding]:
         yield ok(f"{shown(database.engine.url)} answers, and its tables are this release's")
     except WrongState as error:
         yield warning(str(error), "nothing is lost either way")
+    except BadSpec as error:
+        yield problem(str(error), "docs/operations/state.md tells how to restore a backup")
     except FederationError as error:
         yield problem(
             f"{shown(database.engine.url)}: {error}", "see that it runs, and that user and password are right"

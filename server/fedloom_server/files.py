@@ -90,7 +90,10 @@ class Files:
         """
         place = self._place(digest)
         if not place.is_file():
-            raise NotFound(f"the coordinator does not keep {digest}")
+            raise NotFound(
+                f"the coordinator does not keep {digest}; if its records come from a backup, put the files of "
+                "that backup back, and resume the run"
+            )
         return place
 
     async def bring(self, digest: str) -> Path:

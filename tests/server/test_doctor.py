@@ -10,6 +10,7 @@ import yaml
 
 from fedloom_common.authority import Authority
 from fedloom_common.doctor.reach import way
+from fedloom_common.errors import BadSpec
 from fedloom_common.identity import Role, TlsFiles
 from fedloom_server.app import coordinator
 from fedloom_server.config import CoordinatorConfig, CoordinatorTls
@@ -214,6 +215,19 @@ async def test_a_taken_port_and_a_database_that_is_away_are_problems(kit, config
     assert "cannot be listened on" in problems["service"]
     assert "127.0.0.1:1" in problems["database"]
     assert "secret" not in problems["database"]
+
+
+async def test_a_damaged_database_is_told_and_a_coordinator_does_not_start_with_it(kit, config):
+    config.state_dir.mkdir(parents=True, exist_ok=True)
+    (config.state_dir / "coordinator.db").write_bytes(b"no database at all" * 100)
+
+    found = await examined(kit)
+    problems = {item.part: item for item in found if item.verdict == "problem"}
+    assert "damaged, or no database" in problems["database"].told
+    assert "backup" in problems["database"].advice
+    with pytest.raises(BadSpec, match="put a backup in its place"):
+        async with coordinator(config):
+            pass
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "nfs4"])
