@@ -91,8 +91,8 @@ class Files:
         place = self._place(digest)
         if not place.is_file():
             raise NotFound(
-                f"the coordinator does not keep {digest}; if its records come from a backup, put the files of "
-                "that backup back, and resume the run"
+                f"the coordinator does not keep {digest}; if its records come from a backup, put the files "
+                "of that backup back, and resume the run"
             )
         return place
 
