@@ -65,6 +65,7 @@ SERVICES = tuple(
 )
 
 BROKEN_QUEUE_S = 10.0
+MOST_CONNECTIONS = 4096  # one in its handshake takes 45 KB; a thousand sites have one or two each
 CALLS_TO_REFUSE = 16  # of one connection at once: a flood of thousands would keep others waiting
 STOP_S = 1.0  # for calls that end by nobody's will, such as a watcher's, once those that do have ended
 
@@ -222,7 +223,7 @@ def _server(config: CoordinatorConfig, parts: "_Parts") -> grpc.aio.Server:
     options = [
         *SERVER_OPTIONS,
         window(config.window_bytes),
-        most_connections(_most_files() // 2),
+        most_connections(min(MOST_CONNECTIONS, _most_files() // 2)),
         most_calls(config.limits.calls_at_once + CALLS_TO_REFUSE),
     ]
     server = grpc.aio.server(interceptors=[gate.guard], options=options)
