@@ -5,6 +5,7 @@ The rows are the domain's own objects; rules and edges pass them around. Only
 """
 
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Double, Enum, ForeignKeyConstraint, Integer, MetaData
@@ -12,6 +13,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 
 from fedloom_common.runspec import RunSpec
 from fedloom_server.columns import Characters, Numbers
+
+SPECS_KEPT = 64  # parsed: rules ask for a run's spec many times for each site
 
 
 class RunState(StrEnum):
@@ -124,7 +127,7 @@ class Run(Base):
     @property
     def spec(self) -> RunSpec:
         """What the operator asked for."""
-        return RunSpec.model_validate_json(self.spec_json)
+        return _spec_of(self.spec_json)
 
 
 class Round(Base):
@@ -287,6 +290,11 @@ class Owner(Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     mark: Mapped[str]
     """Drawn anew at each start."""
+
+
+@lru_cache(maxsize=SPECS_KEPT)
+def _spec_of(text: str) -> RunSpec:
+    return RunSpec.model_validate_json(text)
 
 
 def assignment_id(run_id: str, round_number: int, attempt: int, work: Work, site: str) -> str:

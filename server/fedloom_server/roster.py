@@ -145,7 +145,7 @@ class Roster:
         """Write some rows; False if the database does not take them, and they are kept for later."""
         names = list(itertools.islice(self._unsaved, FLUSH_ROWS))
         try:
-            self._store.save_sites([self._sites[name].record for name in names])
+            self._store.save(*(self._sites[name].record for name in names))
         except FederationError as error:
             logger.warning("sites have yet to be written", extra={"reason": str(error)})
             return False

@@ -149,8 +149,9 @@ def _advance(run: Run, record: Round, state: RoundState, federation: Federation,
     if state in (RoundState.FINISHED, RoundState.FAILED):
         federation.meters.round_ended(record)
     federation.watching.tell(run.id, run)
-    assignments = federation.store.assignments(run.id, record.number)
-    federation.watching.tell(run.id, RoundChange(record, assignments))
+    if federation.watching.is_watched(run.id):
+        assignments = federation.store.assignments(run.id, record.number)
+        federation.watching.tell(run.id, RoundChange(record, assignments))
 
 
 def _stop_reason(run: Run, federation: Federation) -> str | None:

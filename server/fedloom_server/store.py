@@ -1,7 +1,6 @@
 """The coordinator's durable state: records in a database, and the files beside it."""
 
 import secrets
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +27,7 @@ from fedloom_server.records import (
 )
 from fedloom_server.schema import upgrade
 from fedloom_server.spool import Spool
+from fedloom_server.writing import write
 
 MOST_ATTEMPTS = 1 << 20  # of a round, when rounds and attempts are put in one order
 
@@ -62,12 +62,7 @@ class Store:
 
     def save(self, *records: Base) -> None:
         """Write records, new or changed, whole and in one transaction."""
-
-        def merge(session: Session) -> None:
-            for record in records:
-                session.merge(record)
-
-        self.database.do(merge)
+        self.database.do(lambda session: write(session, records))
 
     def run(self, prefix: str) -> Run:
         """The run whose id begins so.
@@ -145,18 +140,6 @@ class Store:
     def sites(self) -> list[SiteRecord]:
         """Every site that is known."""
         return self._all(select(SiteRecord))
-
-    def save_sites(self, records: Sequence[SiteRecord]) -> None:
-        """Write many sites in one transaction: what is there is read once, and not row by row."""
-
-        def merge(session: Session) -> None:
-            names = [record.name for record in records]
-            known = session.scalars(select(SiteRecord).where(SiteRecord.name.in_(names))).all()
-            for record in records:
-                session.merge(record)
-            del known  # until here: the session holds what nobody else does only weakly
-
-        self.database.do(merge)
 
     def remove_site(self, name: str) -> None:
         """Forget a site; what it did stays with its runs."""

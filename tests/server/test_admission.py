@@ -292,16 +292,16 @@ async def test_sites_that_the_database_does_not_take_are_written_when_it_does(tm
     monkeypatch.setattr(roster, "FLUSH_S", 0.05)
     store = Store(tmp_path)
     known = roster.Roster(store)
-    save_sites, failures = Store.save_sites, 3
+    save, failures = Store.save, 3
 
-    def full(store: Store, records: list[SiteRecord]) -> None:
+    def full(store: Store, *records: SiteRecord) -> None:
         nonlocal failures
         if failures:
             failures -= 1
             raise StorageFull("no space left for the database")
-        save_sites(store, records)
+        save(store, *records)
 
-    monkeypatch.setattr(Store, "save_sites", full)
+    monkeypatch.setattr(Store, "save", full)
     known.introduced(known.add("a"), Description(software="fedloom 9"), {"ward": "icu"})
     async with asyncio.timeout(20):
         while not store.sites():  # noqa: ASYNC110 (a timer of the roster's own)
@@ -347,7 +347,7 @@ def test_history_is_that_of_earlier_attempts_whatever_the_database(store):
     assert history == {"a": (2 * MOST_ATTEMPTS + 1, 10), "b": (MOST_ATTEMPTS + 2, 0)}
     assert store.training_history("r", (1, 1)) == []
     for _ in range(2):
-        store.save_sites([SiteRecord(name="a"), SiteRecord(name="b", own_labels={"ward": "icu"})])
+        store.save(SiteRecord(name="a"), SiteRecord(name="b", own_labels={"ward": "icu"}))
     assert sorted(site.name for site in store.sites()) == ["a", "b"]
     store.remove_site("a")
     assert [(site.name, site.own_labels) for site in store.sites()] == [("b", {"ward": "icu"})]

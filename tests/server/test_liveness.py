@@ -83,9 +83,9 @@ async def test_a_run_that_waits_looks_at_the_sites_a_few_times_a_second_however_
 
 async def test_sites_that_attach_together_are_written_together(config, bench_of, monkeypatch):
     written = []
-    save_sites = Store.save_sites
+    save = Store.save
     monkeypatch.setattr(
-        Store, "save_sites", lambda store, records: (written.append(len(records)), save_sites(store, records))
+        Store, "save", lambda store, *records: (written.append(len(records)), save(store, *records))
     )
     async with coordinator(config) as running:
         bench = bench_of(running)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
 
 from fedloom_common.errors import NotFound, WrongState
 from fedloom_server.database import open_database
@@ -80,6 +81,24 @@ def test_records_are_saved_all_or_none(store):
     with pytest.raises(Exception, match=r"(?i)foreign key"):
         store.save(run_of("a1", state=RunState.RUNNING), round_of(1, run_id="nobody"))
     assert store.run("a1").state is RunState.QUEUED
+
+
+def test_what_is_there_of_many_records_is_asked_for_at_once(store):
+    statements = []
+    event.listen(store.database.engine, "before_cursor_execute", lambda *facts: statements.append(facts[2]))
+    batch = [
+        Assignment(
+            id=f"r.1.1.train.s{number}", run_id="r", round=1, attempt=1, work=Work.TRAIN, site=f"s{number}",
+            model_digest="blake3:00", model_bytes=10,
+        )
+        for number in range(1200)
+    ]  # fmt: skip
+    store.save(run_of("r"), *batch)
+    batch[7].examples = 7
+    store.save(run_of("r"), *batch)
+    assert len(statements) < 50  # a question for each would make 2,400
+    assert len(store.assignments("r")) == 1200
+    assert sum(assignment.examples for assignment in store.assignments("r")) == 7
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id(store):
