@@ -41,8 +41,11 @@ async def run_rounds(run: Run, federation: Federation) -> str:
         initial = _new_round(run, 0, RoundState.EVALUATING)
         initial.model_digest, initial.model_bytes = run.model_digest, run.model_bytes
         await _play(run, initial, federation)
+    elif (begun := _round_begun(run, federation)) is not None and begun.cohort:
+        await _play(run, begun, federation)  # stop conditions are for the ends of rounds
     while (reason := _stop_reason(run, federation)) is None:
-        await _play(run, _open_round(run, federation), federation)
+        record = _round_begun(run, federation)
+        await _play(run, record or _new_round(run, run.rounds_done + 1, RoundState.TRAINING), federation)
     return reason
 
 
@@ -128,12 +131,12 @@ async def _evaluate(run: Run, record: Round, federation: Federation) -> None:
         logger.warning("no site evaluated the model", extra={"run": run.id, "round": record.number})
 
 
-def _open_round(run: Run, federation: Federation) -> Round:
-    """The round under way when the coordinator stopped, or the next one."""
+def _round_begun(run: Run, federation: Federation) -> Round | None:
+    """The round that has yet to end; its cohort is empty between two attempts."""
     for record in federation.store.rounds(run.id):
         if record.state not in (RoundState.FINISHED, RoundState.FAILED):
             return record
-    return _new_round(run, run.rounds_done + 1, RoundState.TRAINING)
+    return None
 
 
 def _new_round(run: Run, number: int, state: RoundState) -> Round:

@@ -213,8 +213,7 @@ class Runs:
             assignment.reason = ended if is_open else f"no round was left to take its late update: {ended}"
             assignment.state, assignment.is_late = AssignmentState.CANCELLED, False
             rows.append(assignment)
-        if run.state is not RunState.FINISHED:
-            rows += self._store.close_rounds(run)
+        rows += self._store.close_rounds(run)
         if run.state is RunState.FAILED:
             rows.append(failure_of_run(run, log))
         self._store.save(*rows)

@@ -143,6 +143,36 @@ async def test_a_paused_run_keeps_the_updates_that_have_come_and_goes_on_in_the_
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
 
 
+async def test_a_round_that_outlasts_the_run_s_time_is_finished_after_a_pause(bench, spec, initial, fault):
+    bench.site("done", step=1.0)
+    late = bench.site("late", step=3.0, fault=fault.SILENT)
+    short = spec(rounds=50, cohort={"min_sites": 2}, evaluation=TRAIN_ONLY, stop={"wall_s": 0.2})
+    run = await bench.enqueue(short)
+    await bench.until(lambda: bench.outcomes(run).get("done") == ("done", "") and late.assigned.is_set())
+    await asyncio.sleep(0.3)
+    await bench.running.runs.pause(run.id, "")
+    late.fault = fault.NONE
+    bench.running.runs.resume(run.id)
+    run = await bench.ended(run)
+    assert (run.state, run.rounds_done) == ("finished", 1)
+    assert "stop.wall_s" in run.reason
+    assert [record.state for record in bench.running.store.rounds(run.id)] == ["finished"]
+    np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
+    assert list(bench.running.store.spool.folder.iterdir()) == []
+
+
+async def test_a_round_between_two_tries_does_not_outlast_the_run_s_time(bench, spec, fault):
+    bench.site("a", fault=fault.FAILS)
+    short = spec(rounds=50, cohort={"attempts": 1}, stop={"wall_s": 0.2})
+    run = await bench.enqueue(short)
+    await bench.until(lambda: bench.running.store.run(run.id).state == "waiting")
+    await asyncio.sleep(0.3)
+    bench.running.runs.resume(run.id)
+    run = await bench.ended(run)
+    assert (run.state, run.rounds_done) == ("finished", 0)
+    assert [record.state for record in bench.running.store.rounds(run.id)] == ["finished", "failed"]
+
+
 async def test_a_finished_training_of_a_paused_run_is_asked_for_when_its_site_attaches(
     config, spec, bench_of, fault
 ):
