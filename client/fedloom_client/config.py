@@ -10,7 +10,7 @@ from fedloom_common.httpport import http_encryption
 from fedloom_common.identity import TlsFiles
 from fedloom_common.requirements import MOST_LABELS, Label
 from fedloom_common.runspec import Name, Strict
-from fedloom_common.settings import ConfigGlob, ConfigPath
+from fedloom_common.settings import Address, ConfigGlob, ConfigPath
 
 HOURS = r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$"
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
@@ -93,7 +93,7 @@ class Policy(Strict):
 class SiteConfig(Strict):
     """The config of a client daemon, site.yaml."""
 
-    coordinator: str = Field(pattern=r"^.+:\d+$")
+    coordinator: Address
     """host:port of the coordinator."""
     tls: TlsFiles | None = None
     """This site's certificate, its key and the federation's CA."""
@@ -101,7 +101,7 @@ class SiteConfig(Strict):
     """Instead of ``tls``, for tests on one machine: a site name sent in clear; loopback addresses only."""
     state_dir: ConfigPath
     """Folder for models, packed data and updates that wait for delivery; made if missing."""
-    http: str | None = Field(default=None, pattern=r"^.+:\d+$")
+    http: Address | None = None
     """host:port of /healthz, /readyz and /metrics; no such port if not given."""
     http_tls: bool | None = None
     """Whether that port shows the site's certificate; wherever it is not on loopback, if not given."""

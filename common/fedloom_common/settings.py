@@ -7,15 +7,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ValidationError, ValidationInfo, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+)
 
 from fedloom_common.drafts import Draft, Typed, draft_of
 from fedloom_common.errors import BadSpec
 from fedloom_common.fields import mistake, settings_help
 
-__all__ = ["ConfigGlob", "ConfigPath", "Fitting", "load_fitting", "load_settings", "settings_help"]
+__all__ = ["Address", "ConfigGlob", "ConfigPath", "Fitting", "load_fitting", "load_settings", "settings_help"]
 
 M = TypeVar("M", bound=BaseModel)
+
+MOST_PORTS = 65535
+
+
+def _port_exists(address: str) -> str:
+    if int(address.rpartition(":")[2]) > MOST_PORTS:  # the system would take another in silence
+        raise ValueError(f"ports go up to {MOST_PORTS}")
+    return address
+
+
+Address = Annotated[str, Field(pattern=r"^.+:\d+$"), AfterValidator(_port_exists)]
+"""host:port."""
 
 
 def _resolve(value: Any, info: ValidationInfo) -> Any:

@@ -8,7 +8,7 @@ from fedloom_common.channels import WINDOW_BYTES
 from fedloom_common.httpport import http_encryption
 from fedloom_common.identity import TlsFiles
 from fedloom_common.runspec import Strict
-from fedloom_common.settings import ConfigPath
+from fedloom_common.settings import Address, ConfigPath
 
 
 class CoordinatorTls(TlsFiles):
@@ -53,13 +53,13 @@ def _policy(value: Any) -> Any:
 class CoordinatorConfig(Strict):
     """The config of a coordinator, coordinator.yaml."""
 
-    listen: str = Field(default="0.0.0.0:7443", pattern=r"^.+:\d+$")
+    listen: Address = "0.0.0.0:7443"
     """host:port to serve sites and operators on; port 0 takes a free one."""
     tls: CoordinatorTls | None = None
     """The coordinator's certificate, its key and the federation's CA."""
     insecure: bool = False
     """Instead of ``tls``, for tests on one machine: no encryption, identities believed; loopback only."""
-    http: str | None = Field(default=None, pattern=r"^.+:\d+$")
+    http: Address | None = None
     """host:port of /healthz, /readyz and /metrics; no such port if not given."""
     http_tls: bool | None = None
     """Whether that port shows the coordinator's certificate; wherever it is not on loopback, if not given."""

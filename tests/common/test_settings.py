@@ -3,11 +3,11 @@ import json
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import Name, Strict
-from fedloom_common.settings import ConfigGlob, ConfigPath, load_settings, settings_help
+from fedloom_common.settings import Address, ConfigGlob, ConfigPath, load_settings, settings_help
 
 
 class Source(Strict):
@@ -232,3 +232,10 @@ def test_help_lists_every_setting_with_its_description_and_default(monkeypatch: 
         ("--tasks TEXT (repeat for more)", 'Kinds of `task`. (default: ["causal_lm"])'),
     ]:
         assert f"  {flag}\n      {description}\n" in text + "\n"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:65536", "127.0.0.1", "127.0.0.1:http"])
+def test_an_address_whose_port_cannot_be_is_refused(address):
+    with pytest.raises(ValueError, match=r"65535|pattern"):
+        TypeAdapter(Address).validate_python(address)
+    assert TypeAdapter(Address).validate_python("[::1]:65535") == "[::1]:65535"

@@ -1,15 +1,14 @@
 """What an operator's own file says: where the coordinator is, and as whom to talk to it."""
 
-from pydantic import Field
-
 from fedloom_common.identity import TlsFiles
 from fedloom_common.runspec import Name, Strict
+from fedloom_common.settings import Address
 
 
 class OperatorConfig(Strict):
     """The config of the operator's commands, operator.yaml."""
 
-    coordinator: str = Field(pattern=r"^.+:\d+$")
+    coordinator: Address
     """host:port of the coordinator."""
     tls: TlsFiles | None = None
     """This operator's certificate, its key and the federation's CA."""
