@@ -164,7 +164,11 @@ async def test_a_round_that_outlasts_the_run_s_time_is_finished_after_a_pause(be
 async def test_a_round_between_two_tries_does_not_outlast_the_run_s_time(bench, spec, fault):
     bench.site("a", fault=fault.FAILS)
     short = spec(rounds=50, cohort={"attempts": 1}, stop={"wall_s": 2})
-    run = await bench.ended(await bench.enqueue(short))  # after a wait or two, of 2 s and more
+    run = await bench.enqueue(short)
+    await bench.waits(run, "the quorum is 1")
+    await asyncio.sleep(2)
+    bench.running.runs.resume(run.id)
+    run = await bench.ended(run)
     assert (run.state, run.rounds_done) == ("finished", 0)
     assert [record.state for record in bench.running.store.rounds(run.id)] == ["finished", "failed"]
 
