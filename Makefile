@@ -27,7 +27,7 @@ demo: $(READY) ## three sites train one GPT together on this machine
 	$(BIN)/python examples/shakespeare/demo.py $(DEMO)
 
 test: $(READY) ## the everyday test suite
-	$(BIN)/python -m pytest -m "not slow and not docker and not gpu and not faults"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not docker and not gpu and not faults"
 
 test-slow: $(READY) ## tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not docker and not gpu"

@@ -250,10 +250,13 @@ async def test_round_robin_goes_on_where_it_was_after_a_restart(config, bench_of
             spec(rounds=5, cohort=cohort, evaluation={"every_rounds": 0, "initial": False})
         )
         await bench.until(lambda: running.store.run(run.id).rounds_done >= 2)
+        await running.runs.pause(run.id, "until all are back")
     async with coordinator(config) as running:
         bench = bench_of(running)
         for name in names:
             bench.site(name)
+        await attached(bench, *names)
+        running.runs.resume(run.id)
         run = await bench.ended(run)
         trained = [record.cohort for record in running.store.rounds(run.id)]
     assert trained == [["a"], ["b"], ["c"], ["a"], ["b"]]

@@ -1,4 +1,5 @@
 import asyncio
+import re
 import sqlite3
 
 import numpy as np
@@ -86,7 +87,8 @@ async def test_too_few_updates_keep_the_model_and_let_the_run_wait(bench, spec, 
     bench.site("b", fault=fault.NAN)
     run = await bench.enqueue(spec(cohort={"min_sites": 2, "attempts": 2}))
     run = await bench.waits(run, "reported")
-    assert "1 of 2 sites reported, the quorum is 2 (b rejected: " in run.reason
+    # the other site's result may be given up before it comes, as it is of no more use
+    assert re.search(r"[01] of 2 sites reported, the quorum is 2 \(b rejected: ", run.reason)
     assert "goes on when a site attaches again, or after 20 s" in run.reason
     np.testing.assert_array_equal(bench.model(run)["layer.bias"], initial["layer.bias"])
     assert {a.attempt for a in bench.running.store.assignments(run.id, 1)} == {1, 2}
