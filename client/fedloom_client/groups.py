@@ -11,7 +11,7 @@ from typing import Protocol
 from fedloom_client.statedir import StateDir, safe_name
 from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult
 
-RUN_FOLDERS_KEPT = 3  # besides those in use, of runs whose end this site never heard
+RUN_FOLDERS_KEPT = 32  # besides those in use: a coordinator tells at attach which runs have ended
 
 logger = logging.getLogger(__name__)
 

@@ -124,6 +124,11 @@ class Launched:
                 arrival.cancel()
         return self._rank
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether the launcher has ended by a signal, which is nothing that it could tell of."""
+        return self._exit.done() and self._exit.result() < 0
+
     def reason(self) -> str:
         """Why the launcher ended."""
         where = f"(output of the ranks: {self._logs})"

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fedloom_client.config import DataSource, SiteConfig, Workers
@@ -88,7 +89,8 @@ class WorkerGroup:
         """The rank that takes orders, after ``lost`` deaths during this one.
 
         A launcher that ends has used up its restarts. If some of them went to earlier orders, or it ended
-        between orders, another one gets what is left of this order's.
+        between orders, another one gets what is left of this order's; so does the next after one that was
+        killed, which counts as a death.
         """
         while True:
             if self._launched is None:
@@ -97,14 +99,15 @@ class WorkerGroup:
                 restarts = max(0, self._workers.max_restarts - lost)
                 self._launched = await Launched.start(self._workers, self._directory, restarts)
             launched = self._launched
-            async with signs_of_life(
-                lambda beat: on_progress(WorkerProgress(phase="start", done=lost + beat))
-            ):
+            tell = partial(_tell_starting, on_progress, lost)
+            async with signs_of_life(tell):
                 rank = await launched.rank_zero()
             if rank is not None:
                 return rank
+            lost += launched.was_killed
+            may_go_on = launched.has_served or launched.was_killed
             await self.stop()
-            if lost > self._workers.max_restarts or not launched.has_served:
+            if lost > self._workers.max_restarts or not may_go_on:
                 raise TrainingFailed(launched.reason())
 
     async def _perform_on(
@@ -134,6 +137,10 @@ class WorkerGroup:
         finally:
             if not stopped:
                 await self.stop()
+
+
+def _tell_starting(on_progress: Callable[[WorkerProgress], None], lost: int, beats: int) -> None:
+    on_progress(WorkerProgress(phase="start", done=lost + beats))
 
 
 def join_group(config: SiteConfig) -> int:

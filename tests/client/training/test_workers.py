@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -203,12 +204,33 @@ async def test_a_killed_rank_is_restarted_and_the_order_gives_the_undisturbed_re
     result = await task
     await group.stop()
     phases = [item.phase for item in progress]
-    assert phases.count("start") == 2
+    assert [phase for phase, _ in groupby(phases)].count("start") == 2
     went_on_at = next(item for item in reversed(progress[phases.index("train") :]) if item.loss is None)
     assert (went_on_at.done > 0) is (checkpoint_every is not None)
     assert result.examples == 200 * 8
     alone.perform(make_order(local=local, update_path=str(tmp_path / "undisturbed")))
     same_tensors(order.update_path, tmp_path / "undisturbed", 1e-5)
+    assert processes_of(directory) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [1, 0])
+async def test_a_launcher_killed_while_its_group_starts_is_replaced_if_there_are_restarts(
+    texts: DataSource, make_order: MakeOrder, tmp_path: Path, restarts: int
+) -> None:
+    directory = tmp_path / "group"
+    group = WorkerGroup(workers=two_ranks(max_restarts=restarts), source=texts, directory=directory)
+    task = asyncio.create_task(group.perform(make_order(), lambda _: None))
+    while not (launchers := [item for item in processes_of(directory) if "RANK" not in item.environ()]):
+        assert not task.done(), task.result()
+        await asyncio.sleep(0.02)
+    launchers[0].kill()
+    if restarts:
+        assert (await task).examples == 4 * 8
+    else:
+        with pytest.raises(TrainingFailed, match="the launcher ended with status -9"):
+            await task
+    await group.stop()
     assert processes_of(directory) == []
 
 
