@@ -43,12 +43,13 @@ async def test_the_site_attaches_again_after_the_coordinator_was_away(
 ) -> None:
     caplog.set_level(logging.INFO, "fedloom_client")
     world.daemon()
-    await world.attached()
+    await world.coordinator.until_heard("heartbeat")
     await world.coordinator.stop()
+    beats = len(world.coordinator.kinds("heartbeat"))
     await asyncio.sleep(1.5)
     await world.coordinator.start()
     await world.attached(2)
-    await world.coordinator.until_heard("heartbeat", 2)
+    await world.coordinator.until_heard("heartbeat", beats + 1)
     lines = [record for record in caplog.records if record.name == session_module.__name__]
     assert [line.message for line in lines] == ["attached", "not attached; trying on", "attached"]
 
