@@ -165,8 +165,17 @@ def operate(method: str, **fields: object) -> Call:
 
 
 def attach(channel: grpc.aio.Channel, place: Place) -> Awaitable[object]:
-    hello = session_pb2.SiteMessage(hello=session_pb2.Hello(protocol_version=1))
-    return _all(FederationServiceStub(channel).Attach(iter([hello])))
+    return _all(FederationServiceStub(channel).Attach(_saying_nothing()))
+
+
+def begin_to_write(channel: grpc.aio.Channel, place: Place) -> Awaitable[object]:
+    return TransferStub(channel).write(_saying_nothing())
+
+
+async def _saying_nothing() -> AsyncIterator[Any]:
+    """Roles are refused before a word is said; gRPC would lose the reason if one was on its way."""
+    await asyncio.Event().wait()
+    yield
 
 
 def audit(channel: grpc.aio.Channel, place: Place) -> Any:
@@ -223,7 +232,7 @@ TRIES = {
     "a viewer stops": Try("viewer bob", operate("Stop", run_id="x"), DENIED),
     "a viewer resumes": Try("viewer bob", operate("Resume", run_id="x"), DENIED),
     "an operator attaches": Try("operator ann", attach, DENIED),
-    "an operator writes": Try("operator ann", write(theirs), DENIED),
+    "an operator writes": Try("operator ann", begin_to_write, DENIED),
     "an operator asks for an upload": Try("operator ann", query(theirs), DENIED),
     "the coordinator's role submits": Try("coordinator imposter", operate("Submit", spec="x"), DENIED),
     "the coordinator's role reads": Try("coordinator imposter", read(model), DENIED),

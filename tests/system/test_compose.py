@@ -155,6 +155,12 @@ def test_an_exported_model_loads_on_the_host(crashed: CrashedRun, compose: Compo
     assert torch.isfinite(loss)
 
 
+def test_images_have_the_drivers_of_databases_and_object_storage(compose: Compose) -> None:
+    drivers = "import psycopg, s3fs; print(psycopg.pq.version() > 0, s3fs.S3FileSystem.protocol)"
+    said = compose("run", "--rm", "-T", "--entrypoint", "python", "coordinator", "-c", drivers)
+    assert said.decode().split("\n")[0] == "True ('s3', 's3a')"
+
+
 def test_an_export_without_a_known_run_says_so_and_writes_no_archive(compose: Compose) -> None:
     assert b"give the id of one run" in compose("run", "--rm", "-T", "export", status=2)
     assert b"no run 'nonsense'" in compose("run", "--rm", "-T", "export", "nonsense", status=2)
