@@ -9,8 +9,8 @@ from fedloom_common.codecs.spec import StageName
 from fedloom_common.httpport import http_encryption
 from fedloom_common.identity import TlsFiles
 from fedloom_common.requirements import MOST_LABELS, Label
-from fedloom_common.runspec import Name, Strict
 from fedloom_common.settings import Address, ConfigGlob, ConfigPath
+from fedloom_common.strict import Name, Strict
 
 HOURS = r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$"
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]

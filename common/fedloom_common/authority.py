@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import atomic_file
 from fedloom_common.identity import Role
-from fedloom_common.runspec import Name
+from fedloom_common.strict import Name
 
 CA_DAYS = 3652
 LEAF_DAYS = 365

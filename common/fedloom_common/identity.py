@@ -20,8 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from fedloom_common.certificates import certificate_expiry as certificate_expiry
 from fedloom_common.certificates import read_credential
 from fedloom_common.errors import NotIdentified, NotPermitted
-from fedloom_common.runspec import Name, Strict
 from fedloom_common.settings import ConfigPath
+from fedloom_common.strict import Name, Strict
 
 _NAME = TypeAdapter(Name)
 _ROLE_KEY, _NAME_KEY = "fedloom-role", "fedloom-name"

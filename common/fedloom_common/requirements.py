@@ -1,8 +1,10 @@
 """What a run asks of a site before it may take part, and the labels by which sites are told apart."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from fedloom_common.strict import Strict
 
 LABEL = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"
 Label = Annotated[str, Field(pattern=LABEL)]
@@ -11,10 +13,8 @@ MOST_LABELS = 64
 GB = 1e9  # decimal, as vendors of devices count: an "80 GB" device reports at least 8e10 bytes
 
 
-class Require(BaseModel):
+class Require(Strict):
     """What a site must have, all of it; its config or the operator gives it labels."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     gpus: int | None = Field(default=None, ge=1)
     """GPUs at least; with ``gpu_memory_gb``, GPUs of that size."""
@@ -26,7 +26,7 @@ class Require(BaseModel):
     """Size of the run's data set at least, in bytes."""
     label: Label | tuple[Label, ...] = ()
     """A label's name or value that the site has, or a list of them, of which it has every one."""
-    labels: dict[Label, Label | tuple[Label, ...]] = {}
+    labels: dict[Label, Label | tuple[Label, ...]] = Field(default={})
     """Labels by name with the value that the site gives it, or a list of values of which it gives one."""
 
     @property
@@ -40,7 +40,7 @@ class Require(BaseModel):
         return (wanted,) if isinstance(wanted, str) else wanted
 
     @model_validator(mode="after")
-    def _every_label_has_a_value(self) -> "Require":
+    def _every_label_has_a_value(self) -> Self:
         empty = [name for name, wanted in self.labels.items() if not wanted]
         if empty:
             raise ValueError(f"labels.{empty[0]} is an empty list, which no site can meet; name its values")

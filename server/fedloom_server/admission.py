@@ -7,7 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedloom_common.errors import BadSpec, NotFound, WrongState
 from fedloom_common.requirements import LABEL, MOST_LABELS, Label
-from fedloom_common.runspec import Name
+from fedloom_common.strict import Name
 from fedloom_server.assignments import Assignments
 from fedloom_server.records import SiteState
 from fedloom_server.roster import Roster, Site

@@ -7,8 +7,8 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from fedloom_common.channels import WINDOW_BYTES
 from fedloom_common.httpport import http_encryption
 from fedloom_common.identity import TlsFiles
-from fedloom_common.runspec import Strict
 from fedloom_common.settings import Address, ConfigPath
+from fedloom_common.strict import Strict
 
 
 class CoordinatorTls(TlsFiles):

@@ -6,8 +6,8 @@ import pytest
 from pydantic import Field, TypeAdapter
 
 from fedloom_common.errors import BadSpec
-from fedloom_common.runspec import Name, Strict
 from fedloom_common.settings import Address, ConfigGlob, ConfigPath, load_settings, settings_help
+from fedloom_common.strict import Name, Strict
 
 
 class Source(Strict):

@@ -2,37 +2,32 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic.functional_validators import AfterValidator
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from fedloom_common.strict import Strict
 
 Block = Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
-class Stage(BaseModel):
-    """One stage of a chain."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class Fp32(Stage):
+class Fp32(Strict):
     """Values as they are, in the model's own type."""
 
     name: Literal["fp32"] = "fp32"
 
 
-class Bf16(Stage):
+class Bf16(Strict):
     """The change in bfloat16: 8 bits of precision, the range of fp32."""
 
     name: Literal["bf16"] = "bf16"
 
 
-class Fp16(Stage):
+class Fp16(Strict):
     """The change in half precision: 11 bits from 6e-5 up, fewer below, an error beyond 65504."""
 
     name: Literal["fp16"] = "fp16"
 
 
-class Int8(Stage):
+class Int8(Strict):
     """The change in 255 steps, scaled to the largest magnitude of each block."""
 
     name: Literal["int8"] = "int8"
@@ -42,7 +37,7 @@ class Int8(Stage):
     """Whether the site adds what rounding left out to its next update; costs it two fp32 models on disk."""
 
 
-class Int4(Stage):
+class Int4(Strict):
     """The change in 15 steps, scaled to the largest magnitude of each block."""
 
     name: Literal["int4"] = "int4"
@@ -52,7 +47,7 @@ class Int4(Stage):
     """Whether the site adds what rounding left out to its next update; costs it two fp32 models on disk."""
 
 
-class TopK(Stage):
+class TopK(Strict):
     """Of each tensor's change only the values of largest magnitude."""
 
     name: Literal["topk"] = "topk"
@@ -62,7 +57,7 @@ class TopK(Stage):
     """Whether the site adds what was left out to its next update; costs it two fp32 models on disk."""
 
 
-class Zstd(Stage):
+class Zstd(Strict):
     """Lossless compression of what the other stages leave."""
 
     name: Literal["zstd"] = "zstd"

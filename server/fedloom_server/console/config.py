@@ -1,8 +1,8 @@
 """What an operator's own file says: where the coordinator is, and as whom to talk to it."""
 
 from fedloom_common.identity import TlsFiles
-from fedloom_common.runspec import Name, Strict
 from fedloom_common.settings import Address
+from fedloom_common.strict import Name, Strict
 
 
 class OperatorConfig(Strict):

@@ -27,8 +27,8 @@ from fedloom_common.authority import LEAF_DAYS, Authority, Credential
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import sync_folder, write_text
 from fedloom_common.identity import Role
-from fedloom_common.runspec import Strict
 from fedloom_common.settings import load_settings
+from fedloom_common.strict import Strict
 from fedloom_server.console.kitconfigs import COORDINATOR_YAML, OPERATOR_YAML, SITE_YAML, data_section
 from fedloom_server.console.kitledger import CRL, CRL_DAYS, Ledger
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from fedloom_common.authority import LEAF_DAYS
 from fedloom_common.errors import BadSpec
 from fedloom_common.identity import Role
-from fedloom_common.runspec import Name
+from fedloom_common.strict import Name
 from fedloom_server.console.kit import PORT, Kit, create_kit
 from fedloom_server.console.kitledger import CRL, CRL_DAYS
 

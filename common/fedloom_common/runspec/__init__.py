@@ -1,0 +1,49 @@
+"""The run spec: everything that an operator decides about a run, in one file.
+
+The coordinator and every site read the same spec; what belongs to one machine
+(paths of data, devices, certificates) is in that machine's own config instead.
+
+    model.py        which model, and what it is trained to do
+    cohort.py       which sites take part in a round
+    local.py        what a site does in a round
+    aggregation.py  how updates become the next global model
+    transport.py    how both are made smaller for the wire
+    mode.py         rounds, or each site at its own pace
+    evaluation.py   measuring the model, and what ends the run early
+    run.py          all of it, and what contradicts itself
+    reading.py      YAML and JSON, mistakes, the schema
+"""
+
+from fedloom_common.runspec.aggregation import Aggregation
+from fedloom_common.runspec.cohort import Cohort, Staleness
+from fedloom_common.runspec.evaluation import Evaluation, Patience, Stop, Target
+from fedloom_common.runspec.local import SGD, AdamW, Local, Schedule
+from fedloom_common.runspec.mode import Async, Sync
+from fedloom_common.runspec.model import CausalLM, ModelSpec
+from fedloom_common.runspec.reading import describe, parse_run_spec, read_run_spec, run_spec_schema
+from fedloom_common.runspec.run import RunSpec
+from fedloom_common.runspec.transport import Transport
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Aggregation",
+    "Async",
+    "CausalLM",
+    "Cohort",
+    "Evaluation",
+    "Local",
+    "ModelSpec",
+    "Patience",
+    "RunSpec",
+    "Schedule",
+    "Staleness",
+    "Stop",
+    "Sync",
+    "Target",
+    "Transport",
+    "describe",
+    "parse_run_spec",
+    "read_run_spec",
+    "run_spec_schema",
+]

@@ -1,0 +1,53 @@
+"""A run spec's evaluation: how often the model is measured, and what then ends the run early."""
+
+from pydantic import Field
+
+from fedloom_common.strict import Strict
+
+
+class Evaluation(Strict):
+    """Measuring the global model on the sites' held-out data."""
+
+    every_rounds: int = Field(default=1, ge=0)
+    """Rounds between evaluations; 0 for none. The last round is always evaluated otherwise."""
+    initial: bool = True
+    """Whether the initial model is evaluated before round 1."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Most held-out examples that each site measures; all if not given."""
+    deadline_s: float = Field(default=3600, gt=0)
+    """Seconds after which a model's metrics are those of the sites that have measured it."""
+
+
+class Target(Strict):
+    """Stop when a metric is good enough."""
+
+    metric: str = "loss"
+    """Metric of the round, as ``fedloom run show`` names it."""
+    value: float
+    """Stop at this value or better."""
+    higher_is_better: bool = False
+    """Direction of the metric."""
+
+
+class Patience(Strict):
+    """Stop when a metric no longer gets better."""
+
+    metric: str = "loss"
+    """Metric of the round, as ``fedloom run show`` names it."""
+    evaluations: int = Field(ge=1)
+    """Stop after so many evaluations in a row without improvement."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """Smallest change that counts as improvement."""
+    higher_is_better: bool = False
+    """Direction of the metric."""
+
+
+class Stop(Strict):
+    """Conditions that end a run before its last round; the first to hold wins."""
+
+    target: Target | None = None
+    """Stop when a metric is good enough."""
+    patience: Patience | None = None
+    """Stop when a metric no longer gets better."""
+    wall_s: float | None = Field(default=None, gt=0)
+    """Stop at the end of the round in which the run has lasted so many seconds."""

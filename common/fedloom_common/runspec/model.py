@@ -1,0 +1,35 @@
+"""A run spec's model and task: what is trained, and to do what."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedloom_common.strict import Strict
+
+
+class ModelSpec(Strict):
+    """Which model is trained, and with which tokenizer."""
+
+    path: str | None = None
+    """Directory at the coordinator with a pretrained causal language model; give this or ``config``."""
+    config: dict[str, Any] | None = None
+    """A transformers config with its ``model_type``; the coordinator draws its weights from the seed."""
+    tokenizer: str = "auto"
+    """``bytes`` (UTF-8 bytes, 256 tokens and one end-of-text token), a directory at the coordinator, or
+    ``auto``: the model directory's own, and ``bytes`` for a model from ``config``."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either path (a model directory) or config (a new model), and not both")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs a model_type, such as gpt2 or llama")
+        return self
+
+
+class CausalLM(Strict):
+    """Next-token prediction on packed text."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    context_tokens: int = Field(default=128, ge=8, le=1 << 20)
+    """Length of one training example, in tokens; texts are joined and cut to this length."""

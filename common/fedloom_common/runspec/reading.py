@@ -1,0 +1,73 @@
+"""The run spec as text: read from YAML and JSON, its mistakes told a line each, its schema."""
+
+import json
+import re
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fedloom_common.errors import BadSpec
+from fedloom_common.runspec.run import RunSpec
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML as people and JSON write it: 1e-5 is a number, which YAML 1.1 reads as text."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_run_spec(text: str) -> RunSpec:
+    """Read a run spec from YAML or JSON text.
+
+    Raises:
+        BadSpec: one line for each wrong key or value: its path, what came, what was wanted.
+    """
+    try:
+        data = yaml.load(text, _Yaml)  # noqa: S506 (a safe loader)
+    except yaml.YAMLError as error:
+        raise BadSpec(f"the run spec is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise BadSpec(f"a run spec is a mapping with keys such as name and model, not {type(data).__name__}")
+    try:
+        return RunSpec.model_validate(data)
+    except ValidationError as error:
+        raise BadSpec("the run spec has mistakes:\n" + describe(error)) from error
+
+
+def read_run_spec(json_text: str) -> RunSpec:
+    """Read a run spec as the coordinator sends it: JSON, with every default.
+
+    Raises:
+        BadSpec: it is not one; the coordinator's release may be another.
+    """
+    try:
+        return RunSpec.model_validate_json(json_text)
+    except ValidationError as error:
+        raise BadSpec("the coordinator's run spec has mistakes:\n" + describe(error)) from error
+
+
+def describe(error: ValidationError) -> str:
+    """Every mistake that pydantic found, a line each: path, what was wanted, what came."""
+    return "\n".join(_describe_one(item) for item in error.errors())
+
+
+def run_spec_schema() -> str:
+    """JSON Schema of the run spec, for editors and other languages."""
+    return json.dumps(RunSpec.model_json_schema(), indent=2)
+
+
+def _describe_one(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"]) or "(the whole)"
+    wanted = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        wanted = "no such key"
+    if item["type"] == "missing":
+        return f"  {path}: required, but not given"
+    came = repr(item["input"])
+    if isinstance(item["input"], dict) or len(came) > 80:
+        return f"  {path}: {wanted}"
+    return f"  {path}: {wanted} (came: {came})"

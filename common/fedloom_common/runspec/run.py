@@ -1,0 +1,90 @@
+"""The run spec, whole: its parts side by side, and how they may not contradict each other."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from fedloom_common.runspec.aggregation import Aggregation
+from fedloom_common.runspec.cohort import Cohort
+from fedloom_common.runspec.evaluation import Evaluation, Stop
+from fedloom_common.runspec.local import Local
+from fedloom_common.runspec.mode import Async, Sync
+from fedloom_common.runspec.model import CausalLM, ModelSpec
+from fedloom_common.runspec.transport import Transport
+from fedloom_common.strict import Name, Strict
+
+_ONLY_IN_ROUNDS = (
+    ("cohort", "fraction", "mode.concurrency says how many sites train at a time"),
+    ("cohort", "quorum", "mode.buffer says how many updates make a version"),
+    ("cohort", "over_select", "mode.concurrency says how many sites train at a time"),
+    ("cohort", "late", "every update counts when it comes; mode.staleness says how much"),
+    ("cohort", "staleness", "mode.staleness says what an update counts"),
+    ("cohort", "deadline_s", "nobody waits for a site; mode.staleness.max says how late it may be"),
+    ("cohort", "attempts", "a site that fails is replaced at once, and nothing is tried again"),
+    ("aggregation", "deterministic", "which updates make a version depends on when they come"),
+    ("transport", "down", "it tells a model's change to sites that hold the one before, which few do then"),
+)
+"""What has no meaning without rounds, and what to do instead."""
+
+
+class RunSpec(Strict):
+    """A run, whole."""
+
+    name: Name
+    """Name for people: small letters, digits, dots, dashes and underscores."""
+    model: ModelSpec
+    """Which model is trained."""
+    task: CausalLM = CausalLM()
+    """What the model is trained to do."""
+    data: Name
+    """Name of the data set; every site says in its own config which files that is."""
+    rounds: int = Field(ge=1, le=1_000_000)
+    """Rounds at most."""
+    mode: Annotated[Sync | Async, Field(discriminator="kind")] = Sync()
+    """Whether sites work in rounds, or each at its own pace."""
+    cohort: Cohort = Cohort()
+    """Which sites take part in a round."""
+    local: Local
+    """What each site does in a round."""
+    aggregation: Aggregation = Aggregation()
+    """How updates become the next global model."""
+    transport: Transport = Transport()
+    """How models and updates are made smaller for the wire."""
+    evaluation: Evaluation = Evaluation()
+    """Measuring the global model."""
+    stop: Stop = Stop()
+    """Conditions that end the run early."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Source of all randomness: initial weights, cohorts, data order, dropout."""
+
+    @model_validator(mode="after")
+    def _nothing_contradicts_the_mode(self) -> Self:
+        if isinstance(self.mode, Sync):
+            return self
+        for section, key, instead in _ONLY_IN_ROUNDS:
+            part = getattr(self, section)
+            came, default = getattr(part, key), type(part).model_fields[key].default
+            if came != default:
+                told = part.model_dump(mode="json")[key]
+                raise ValueError(f"{section}.{key} is {told}, but mode.kind is async: {instead}")
+        if self.cohort.policy == "all" and self.mode.concurrency is not None:
+            raise ValueError(
+                f"cohort.policy all asks every site, and mode.concurrency is {self.mode.concurrency}: "
+                "drop one of both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stop_metric_is_measured(self) -> Self:
+        if self.evaluation.every_rounds == 0 and (self.stop.target or self.stop.patience):
+            raise ValueError("stop.target and stop.patience need evaluation.every_rounds of 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _late_updates_are_not_deterministic(self) -> Self:
+        if self.cohort.late == "carry" and self.aggregation.deterministic:
+            raise ValueError(
+                "cohort.late: carry and aggregation.deterministic contradict each other: which round takes a "
+                "late update depends on when it comes; drop one of them"
+            )
+        return self
