@@ -9,6 +9,7 @@ from fedloom_common.codecs.spec import StageName
 from fedloom_common.httpport import http_encryption
 from fedloom_common.identity import TlsFiles
 from fedloom_common.requirements import MOST_LABELS, Label
+from fedloom_common.runspec import TaskKind
 from fedloom_common.settings import Address, ConfigGlob, ConfigPath
 from fedloom_common.strict import Name, Strict
 
@@ -65,7 +66,7 @@ class Privacy(Strict):
 class Policy(Strict):
     """What this site permits; an assignment beyond it is refused with the rule that refuses it."""
 
-    tasks: tuple[str, ...] = ("causal_lm",)
+    tasks: tuple[TaskKind, ...] = ("causal_lm",)
     """Kinds of task."""
     data_sets: tuple[Name, ...] | None = None
     """Data sets that runs may use; all of ``data`` if not given."""

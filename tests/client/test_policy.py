@@ -45,7 +45,7 @@ def here(**changes: Any) -> Circumstances:
 @pytest.mark.parametrize(
     ("policy", "local", "reason"),
     [
-        pytest.param({"tasks": ("seq2seq",)}, {"steps": 1}, "permits seq2seq, the run's task", id="task"),
+        pytest.param({"tasks": ()}, {"steps": 1}, "permits nothing, the run's task is causal_lm", id="task"),
         pytest.param({"max_model_bytes": 99}, {"steps": 1}, "is 99, the model has 100 bytes", id="size"),
         pytest.param({"max_steps_per_round": 9}, {"steps": 10}, "is 9, the run wants 10 steps", id="steps"),
         pytest.param({"max_epochs_per_round": 0.5}, {"epochs": 2}, "is 0.5, the run wants 2", id="epochs"),
@@ -212,6 +212,11 @@ def test_a_policy_file_is_read_as_it_stands_and_permits_nothing_while_it_is_wron
     for wrong in ("max_step: 5", "just words", "{", "max_steps_per_round: many"):
         rules.write_text(wrong)
         assert "everything is refused" in str(judge.refusal(assignment(), spec()))
+
+
+def test_a_task_that_nobody_knows_is_a_mistake_in_the_policy() -> None:
+    with pytest.raises(ValueError, match=r"tasks\.0\n  Input should be 'causal_lm'"):
+        Policy(tasks=("causal",))
 
 
 def test_a_policy_in_two_places_is_a_mistake(tmp_path: Path) -> None:

@@ -139,6 +139,26 @@ def test_what_json_cannot_hold_is_refused(more):
         parse_run_spec(GOOD + more)
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("eps: .nan", "eps is nan"),
+        ("eps: -.inf", "eps is -inf"),
+        ("rope: {factors: [1.5, .inf]}", r"rope\.factors\.1 is inf"),
+    ],
+)
+def test_a_model_config_with_what_json_cannot_hold_is_refused_by_its_path(more, told):
+    with pytest.raises(BadSpec, match=rf"model\.config: {told}, which JSON cannot hold: leave it out"):
+        parse_run_spec(GOOD.replace("n_layer: 2", more))
+
+
+@pytest.mark.parametrize("betas", ["[5, 2]", "[0.9, 1.0]", "[-0.1, 0.9]"])
+def test_betas_that_do_not_decay_are_refused(betas):
+    text = GOOD.replace("steps: 10", f"steps: 10, optimizer: {{betas: {betas}}}")
+    with pytest.raises(BadSpec, match=r"optimizer\.adamw\.betas\.\d: .*(less than 1|equal to 0)"):
+        parse_run_spec(text)
+
+
 def test_every_mistake_is_told_at_once():
     with pytest.raises(BadSpec) as caught:
         parse_run_spec(GOOD.replace("rounds: 3", "rounds: 0") + "sed: 1")

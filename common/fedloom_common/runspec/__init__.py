@@ -19,7 +19,7 @@ from fedloom_common.runspec.cohort import Cohort, Staleness
 from fedloom_common.runspec.evaluation import Evaluation, Patience, Stop, Target
 from fedloom_common.runspec.local import SGD, AdamW, Local, Schedule
 from fedloom_common.runspec.mode import Async, Sync
-from fedloom_common.runspec.model import CausalLM, ModelSpec
+from fedloom_common.runspec.model import CausalLM, ModelSpec, TaskKind
 from fedloom_common.runspec.reading import describe, parse_run_spec, read_run_spec, run_spec_schema
 from fedloom_common.runspec.run import RunSpec
 from fedloom_common.runspec.transport import Transport
@@ -41,6 +41,7 @@ __all__ = [
     "Stop",
     "Sync",
     "Target",
+    "TaskKind",
     "Transport",
     "describe",
     "parse_run_spec",

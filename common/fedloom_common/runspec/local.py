@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from fedloom_common.strict import Strict
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class AdamW(Strict):
     """torch.optim.AdamW."""
@@ -13,7 +15,7 @@ class AdamW(Strict):
     name: Literal["adamw"] = "adamw"
     lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Term added to the denominator."""

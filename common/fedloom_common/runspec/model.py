@@ -1,10 +1,15 @@
 """A run spec's model and task: what is trained, and to do what."""
 
+import math
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedloom_common.strict import Strict
+
+TaskKind = Literal["causal_lm"]
+"""Every kind of task, as sites' policies name them."""
 
 
 class ModelSpec(Strict):
@@ -17,6 +22,16 @@ class ModelSpec(Strict):
     tokenizer: str = "auto"
     """``bytes`` (UTF-8 bytes, 256 tokens and one end-of-text token), a directory at the coordinator, or
     ``auto``: the model directory's own, and ``bytes`` for a model from ``config``."""
+
+    @field_validator("config")
+    @classmethod
+    def _config_is_json(cls, config: dict[str, Any] | None) -> dict[str, Any] | None:
+        for path, number in _numbers("", config):
+            if not math.isfinite(number):
+                raise ValueError(
+                    f"{path} is {number}, which JSON cannot hold: leave it out, or give a number"
+                )
+        return config
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -33,3 +48,12 @@ class CausalLM(Strict):
     kind: Literal["causal_lm"] = "causal_lm"
     context_tokens: int = Field(default=128, ge=8, le=1 << 20)
     """Length of one training example, in tokens; texts are joined and cut to this length."""
+
+
+def _numbers(path: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number with a fraction, by its path."""
+    if isinstance(value, float):
+        yield path.removeprefix("."), value
+    elif isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(f"{path}.{key}", part)
