@@ -36,6 +36,7 @@ from fedloom_server.meters import Meters
 from fedloom_server.metrics import Samples
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.ownership import owned_store
+from fedloom_server.reports import Reports
 from fedloom_server.retention import collect_orphans
 from fedloom_server.roster import Roster
 from fedloom_server.rpc.audit import AuditEdge
@@ -187,7 +188,6 @@ class _Parts:
         assignments = Assignments(
             store,
             sites,
-            watching,
             meters,
             concurrent_uploads=config.concurrent_uploads,
             staged_updates=config.staged_updates,
@@ -228,7 +228,7 @@ def _server(config: CoordinatorConfig, parts: "_Parts") -> grpc.aio.Server:
     ]
     server = grpc.aio.server(interceptors=[gate.guard], options=options)
     sessions = FederationEdge(
-        gate, sites, assignments, log, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE
+        gate, sites, Reports(federation), log, heartbeat_s=config.heartbeat_s, model_name=MODEL_FILE
     )
     session_pb2_grpc.add_FederationServiceServicer_to_server(sessions, server)
     transfers = TransferEdge(

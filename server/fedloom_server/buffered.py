@@ -84,7 +84,7 @@ class _Flow:
             await self._folding.begin(self._taken)  # what a power cut has spoilt is open again
         came = [a for a in live if a not in self._taken and a.state is AssignmentState.DONE]
         self._buffer = sorted(came, key=lambda assignment: not assignment.is_folded)
-        self._federation.assignments.stage(self._taken + self._buffer)
+        self._federation.assignments.uploads.stage(self._taken + self._buffer)
         still_open = [a for a in live if a.state is AssignmentState.OPEN]
         for assignment in still_open:
             self._begin(assignment)
@@ -163,7 +163,7 @@ class _Flow:
         await asyncio.gather(*self._work, self._sites_watch, *making, return_exceptions=True)
         if self._folding is not None:
             await self._folding.end()
-        self._federation.assignments.release(self._taken + self._buffer)
+        self._federation.assignments.uploads.release(self._taken + self._buffer)
 
     def _begin(self, assignment: Assignment) -> None:
         cohort, assignments = self._spec.cohort, self._federation.assignments
@@ -198,7 +198,7 @@ class _Flow:
         self._buffer = left if versions.open else []
         if versions.open is None:
             self._federation.assignments.cancel(training, ALL_MADE)
-            self._federation.assignments.release(left)
+            self._federation.assignments.uploads.release(left)
         self._withdraw_stale(training)
 
     def _withdraw_stale(self, training: list[Assignment]) -> None:
@@ -214,7 +214,7 @@ class _Flow:
         if not done:
             raise TooFewUpdates("every update of the version was lost by a power cut")
         await self._versions.make(done, self._folding)
-        self._federation.assignments.release(self._taken)
+        self._federation.assignments.uploads.release(self._taken)
         self._taken, self._folding = [], None
         await self._open_buffer()
 
@@ -225,12 +225,12 @@ class _Flow:
         await folding.begin(updates, lambda: len(updates) < self._mode.buffer)
         for lost in [a for a in updates if a.state is AssignmentState.OPEN]:
             updates.remove(lost)
-            self._federation.assignments.release([lost])
+            self._federation.assignments.uploads.release([lost])
             self._begin(lost)
         self._folding = folding
 
     def _new_folding(self, record: Round) -> Folding:
-        return Folding(self._run, record, self._federation.store, self._federation.assignments)
+        return Folding(self._run, record, self._federation.store, self._federation.assignments.uploads)
 
     def _watch_sites(self) -> asyncio.Task[None]:
         """From this moment on, so that no change is missed between two looks at the sites."""

@@ -16,10 +16,10 @@ from fedloom_common.partial import discard
 from fedloom_common.runspec import Sync
 from fedloom_common.threads import until_done
 from fedloom_server.aggregation import BaseModel, Update, aggregator_for, staleness_factor
-from fedloom_server.assignments import Assignments
 from fedloom_server.downlink import Published, publish
 from fedloom_server.records import Assignment, AssignmentState, Round, Run
 from fedloom_server.store import Store
+from fedloom_server.uploads import Uploads
 
 FOLD_UPDATES = 4  # folded at once: with fewer, reading and writing the sum outweighs reading the updates
 
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 class Folding:
     """Folds the updates of one attempt at a round."""
 
-    def __init__(self, run: Run, record: Round, store: Store, assignments: Assignments) -> None:
+    def __init__(self, run: Run, record: Round, store: Store, uploads: Uploads) -> None:
         self._run, self._record = run, record
-        self._store, self._assignments = store, assignments
+        self._store, self._uploads = store, uploads
         self._rule = aggregator_for(run.spec.aggregation, run.spec.transport.up, record.base_digest)
         self._mode = run.spec.mode
         self._is_in_order = run.spec.aggregation.deterministic
@@ -64,7 +64,7 @@ class Folding:
         """An assignment has ended."""
         self._changed.set()
         if self._is_hindered:
-            self._assignments.release(self._batch)
+            self._uploads.release(self._batch)
 
     async def end(self) -> None:
         """Fold no further; returns when a fold that is under way has ended."""
@@ -109,8 +109,8 @@ class Folding:
                 break
             if assignment.has_spooled_update:
                 ready.append(assignment)
-        enough = min(FOLD_UPDATES, max(1, self._assignments.staged_updates // 2))
-        if self._assignments.is_short_of_room:  # other runs' updates take it: these may never be enough
+        enough = min(FOLD_UPDATES, max(1, self._uploads.staged_updates // 2))
+        if self._uploads.is_short_of_room:  # other runs' updates take it: these may never be enough
             enough = 1
         return ready if len(ready) >= enough and self._is_awaited() else []
 
@@ -128,7 +128,7 @@ class Folding:
             self._store.spool.spares.keep(update.path)
         if earlier is not None:
             earlier.unlink()
-        self._assignments.release(group)
+        self._uploads.release(group)
         logger.debug("updates folded", extra={"run": self._run.id, "round": self._record.number})
 
     def _save_fold(self, group: list[Assignment], digest: str) -> None:

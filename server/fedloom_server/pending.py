@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedloom_server.downlink import Delta
-from fedloom_server.records import Assignment, AssignmentState, Run
+from fedloom_server.records import Assignment, AssignmentState, Run, RunState
+from fedloom_server.store import Store
 from fedloom_server.watching import SiteProgress
 
 WORKING_PHASES = frozenset({"start", "prepare", "train", "evaluate", "encode"})
@@ -86,6 +87,14 @@ class Pending:
         return reason
 
 
+class OpenAssignments(dict[str, Pending]):
+    """What has not ended and is waited for, by id."""
+
+    def of(self, site: str) -> list[Pending]:
+        """What one site has been given, first to last."""
+        return [entry for entry in self.values() if entry.assignment.site == site]
+
+
 def sites_done(batch: Sequence[Assignment]) -> int:
     """Sites whose result has come; a late result and a fresh one of the same site count as one site."""
     return len({assignment.site for assignment in batch if assignment.state is AssignmentState.DONE})
@@ -95,3 +104,21 @@ def sites_possible(batch: Sequence[Assignment]) -> int:
     """Sites whose result has come or may yet come."""
     hopeful = (AssignmentState.DONE, AssignmentState.OPEN)
     return len({assignment.site for assignment in batch if assignment.state in hopeful})
+
+
+def may_be_taken_up(stored: Assignment, site: str, store: Store) -> bool:
+    """Whether a run that has yet to go on, after a restart or a pause, will want an assignment of a site."""
+    if stored.site != site or stored.state is not AssignmentState.OPEN:
+        return False
+    state = store.run(stored.run_id).state
+    return state.goes_on_by_itself or (state is RunState.PAUSED and bool(stored.update_digest))
+
+
+def facts_of(assignment: Assignment) -> dict[str, object]:
+    """What tells an assignment from others in a line of the log."""
+    return {
+        "run": assignment.run_id,
+        "round": assignment.round,
+        "site": assignment.site,
+        "work": str(assignment.work),
+    }

@@ -52,7 +52,7 @@ async def run_rounds(run: Run, federation: Federation) -> str:
 async def _play(run: Run, record: Round, federation: Federation) -> None:
     """One round from wherever it stands to its end."""
     if record.state in (RoundState.TRAINING, RoundState.AGGREGATING):
-        folding = Folding(run, record, federation.store, federation.assignments)
+        folding = Folding(run, record, federation.store, federation.assignments.uploads)
         done, late = await _train(run, record, federation, folding)
         _advance(run, record, RoundState.AGGREGATING, federation, *late)
         await _aggregate(run, record, done, folding)

@@ -15,9 +15,9 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.session_pb2_grpc import FederationServiceServicer
 from fedloom_common.errors import FederationError, Unreachable
 from fedloom_common.identity import Peer
-from fedloom_server.assignments import Assignments
 from fedloom_server.audit import AuditLog
 from fedloom_server.records import Work, site_of
+from fedloom_server.reports import Reports
 from fedloom_server.results import Result
 from fedloom_server.roster import Site
 from fedloom_server.rpc.caps import LINES_AT_ONCE, LINES_PER_S, Bursts, untold_fact
@@ -53,7 +53,7 @@ class FederationEdge(FederationServiceServicer):
         self,
         gate: Gate,
         sites: Sites,
-        assignments: Assignments,
+        reports: Reports,
         log: AuditLog,
         *,
         heartbeat_s: float,
@@ -62,7 +62,7 @@ class FederationEdge(FederationServiceServicer):
         self._gate = gate
         self._access = gate.access
         self._sites = sites
-        self._assignments = assignments
+        self._reports = reports
         self._heartbeat_s = heartbeat_s
         self._model_name = model_name
         self._log = log
@@ -70,8 +70,8 @@ class FederationEdge(FederationServiceServicer):
         self._handlers: Mapping[str, Callable[[str, Any], None]] = {
             "progress": self._progress,
             "outcome": self._outcome,
-            "refusal": lambda site, told: assignments.refused(site, told.assignment_id, _text(told.reason)),
-            "failure": lambda site, told: assignments.failed(site, told.assignment_id, _text(told.reason)),
+            "refusal": lambda site, told: reports.refused(site, told.assignment_id, _text(told.reason)),
+            "failure": lambda site, told: reports.failed(site, told.assignment_id, _text(told.reason)),
             "heartbeat": lambda site, told: None,
         }
 
@@ -90,7 +90,7 @@ class FederationEdge(FederationServiceServicer):
             ):
                 heartbeat_s = self._pace_s()
                 link.welcome(site, heartbeat_s)
-                self._assignments.attached(
+                self._reports.attached(
                     site, hello.open_assignments[:OPEN_ASSIGNMENTS], hello.kept_runs[:KEPT_RUNS]
                 )
                 silence = Silence(MISSED_HEARTBEATS * heartbeat_s, link.give_up, site)
@@ -103,7 +103,7 @@ class FederationEdge(FederationServiceServicer):
                     silence.end()
         finally:
             if self._sites.link(site) is None:  # no newer session has taken its place
-                self._assignments.detached(site)
+                self._reports.detached(site)
 
     async def _read(
         self,
@@ -168,7 +168,7 @@ class FederationEdge(FederationServiceServicer):
         )
 
     def _progress(self, site: str, progress: pb.Progress) -> None:
-        self._assignments.progress(
+        self._reports.progress(
             site,
             SiteProgress(
                 site=site, round=0, work=Work.TRAIN, assignment_id=progress.assignment_id,
@@ -184,7 +184,7 @@ class FederationEdge(FederationServiceServicer):
             phase_seconds=_seconds(outcome.phase_seconds), update_digest=outcome.update_digest,
             update_bytes=outcome.update_bytes,
         )  # fmt: skip
-        self._assignments.finished(site, outcome.assignment_id, result)
+        self._reports.finished(site, outcome.assignment_id, result)
 
 
 def _text(text: str) -> str:

@@ -63,7 +63,7 @@ class TransferEdge:
         self._access = access
         self._calls = calls
         self._store = store
-        self._assignments = assignments
+        self._assignments, self._uploads = assignments, assignments.uploads
         self._downloads = asyncio.Semaphore(concurrent_downloads)
         self._reading: dict[Peer, list[asyncio.Timeout]] = {}
         self._writers: dict[str, _Writer] = {}
@@ -135,23 +135,23 @@ class TransferEdge:
 
     async def _query_write(self, request: pb.QueryWriteRequest, context: Context) -> pb.QueryWriteResponse:
         """Tell how much of an upload is held."""
-        assignment = self._assignments.uploading(self._access.peer(context).name, request.upload)
+        assignment = self._uploads.uploading(self._access.peer(context).name, request.upload)
         if (writer := self._writers.get(assignment.id)) is not None:
             with suppress(TimeoutError):  # the site has given it up, even where the line has not told us so
                 await asyncio.wait_for(writer.end(), SETTLE_S)
-        assignment = self._assignments.uploading(assignment.site, assignment.id)
+        assignment = self._uploads.uploading(assignment.site, assignment.id)
         if assignment.state is AssignmentState.DONE:
             return pb.QueryWriteResponse(committed_bytes=assignment.update_bytes, complete=True)
-        return pb.QueryWriteResponse(committed_bytes=self._assignments.held_bytes(assignment))
+        return pb.QueryWriteResponse(committed_bytes=self._uploads.held_bytes(assignment))
 
     async def _write(self, messages: AsyncIterator[bytes], context: Context) -> pb.Receipt:
         """Take an update in; a repeated one is answered with its receipt again."""
         first = await _first_chunk(messages)
-        assignment = self._assignments.uploading(self._access.peer(context).name, first.upload)
+        assignment = self._uploads.uploading(self._access.peer(context).name, first.upload)
         if assignment.state is not AssignmentState.DONE:
             self._require_next(assignment, first)  # before it takes over from a stream that may be going well
             async with self._sole_writer(assignment.id) as writer:
-                assignment = self._assignments.uploading(assignment.site, assignment.id)
+                assignment = self._uploads.uploading(assignment.site, assignment.id)
                 if assignment.state is not AssignmentState.DONE:
                     await self._take_in(assignment, first, messages, writer)
         return pb.Receipt(
@@ -182,10 +182,10 @@ class TransferEdge:
         try:
             await self._receive(assignment, first, messages, writer)
         except AttemptFailed as error:
-            self._assignments.troubled(assignment, str(error))
+            self._uploads.troubled(assignment, str(error))
             raise
         await self._check(assignment)
-        self._assignments.delivered(assignment, digest)
+        self._uploads.delivered(assignment, digest)
 
     async def _receive(
         self, assignment: Assignment, first: Chunk, messages: AsyncIterator[bytes], writer: _Writer
@@ -212,7 +212,7 @@ class TransferEdge:
 
     def _require_next(self, assignment: Assignment, first: Chunk) -> int:
         """Bytes that are held of an upload: there the first chunk of a stream must begin."""
-        held_bytes = self._assignments.held_bytes(assignment)
+        held_bytes = self._uploads.held_bytes(assignment)
         if first.offset != held_bytes:
             raise BadChunk(f"the upload goes on at byte {held_bytes}, a chunk at byte {first.offset} came")
         return held_bytes
@@ -220,9 +220,9 @@ class TransferEdge:
     async def _add(self, partial: PartialFile, assignment: Assignment, chunk: Chunk, writer: _Writer) -> None:
         if writer.is_unwanted:
             raise BadChunk(TAKEN_OVER)
-        self._assignments.uploading(assignment.site, assignment.id)  # still wanted?
+        self._uploads.uploading(assignment.site, assignment.id)  # still wanted?
         await partial.add(chunk)
-        self._assignments.received(assignment, len(chunk.payload))
+        self._uploads.received(assignment, len(chunk.payload))
 
     async def _check(self, assignment: Assignment) -> None:
         """Check the update against the model."""
@@ -231,7 +231,7 @@ class TransferEdge:
         try:
             await asyncio.to_thread(validate_update, path, self._store.files.path(digest), up, digest)
         except BadTensor as error:
-            self._assignments.rejected(assignment, str(error))
+            self._uploads.rejected(assignment, str(error))
             raise BadTensor(f"round {assignment.round}, site {assignment.site}: {error}") from error
         except FileNotFoundError as error:
             raise WrongState(f"upload {assignment.id} came too late: its round has gone on") from error

@@ -80,7 +80,7 @@ class MetricsPage:
         self._sites.labels("connected").set(sum(site.link is not None for site in sites))
         for method in TABLE:
             self._calls.labels(method).set(seen.calls.under_way[method])
-        turns = seen.assignments.turns
+        turns = seen.assignments.uploads.turns
         self._uploads.labels("under_way").set(seen.calls.under_way[WRITE])
         self._uploads.labels("waiting").set(turns.waiting)
         self._staged.set(turns.staged)
