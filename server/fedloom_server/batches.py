@@ -65,6 +65,19 @@ def assigned(
     return batch
 
 
+def still_late(batch: Sequence[Assignment]) -> list[Assignment]:
+    """Late trainings of a failed attempt, made ready for the next one to take over.
+
+    An update that is folded is open again: its sum is of no use without the attempt's other updates.
+    """
+    late = [a for a in batch if a.staleness and a.state in (AssignmentState.OPEN, AssignmentState.DONE)]
+    for assignment in late:
+        assignment.is_late = True
+        if assignment.is_folded:
+            assignment.state, assignment.update_digest, assignment.is_folded = AssignmentState.OPEN, "", False
+    return late
+
+
 def terms_of_training(run: Run, record: Round, federation: Federation) -> Terms:
     """What holds for all who train from a round's base model."""
     cohort, store = run.spec.cohort, federation.store
@@ -95,12 +108,15 @@ def require_sites(run: Run, sites: Sites, besides: int = 0) -> None:
 
 
 def _taken_over(run: Run, record: Round, federation: Federation) -> list[Assignment]:
-    """Trainings that the rounds before went on without, moved to this one; those too late for it end.
+    """Trainings that earlier rounds and attempts left to later ones, moved to this; those too late end.
 
     Nothing may come between this and what is done with the batch: an update may arrive at any moment.
     """
     store, most = federation.store, run.spec.cohort.staleness.max
-    earlier = [assignment for assignment in store.late(run.id) if assignment.round < record.number]
+    here = (record.number, record.attempt)
+    earlier = [
+        assignment for assignment in store.late(run.id) if (assignment.round, assignment.attempt) < here
+    ]
     late = [federation.assignments.present(assignment) for assignment in earlier]
     for assignment in late:
         assignment.staleness += record.number - assignment.round

@@ -46,23 +46,26 @@ class Patience:
     def _why_no_longer(self, still: Sequence[Pending]) -> str | None:
         """Why those who are still at work are not waited for; None while they are."""
         terms, done, possible = self._terms, sites_done(self._batch), sites_possible(self._batch)
+        only_late = terms.carries_late and all(entry.assignment.staleness for entry in still)
+        is_over = terms.carries_late and _now_s() >= self._deadline_at_s
         if possible < terms.needed:
             return f"{terms.needed} results are needed and only {possible} can still come"
         if terms.target and done >= terms.target:
             return f"{done} results have come, and no more are waited for"
         if done < terms.needed:
-            return None
-        if terms.carries_late and all(entry.assignment.staleness for entry in still):
+            return self._too_late if only_late and is_over else None
+        if only_late:
             return "only late updates are missing, and the round goes on without them"
-        if terms.carries_late and _now_s() >= self._deadline_at_s:
-            return f"not finished by the deadline of {terms.deadline_s:g} s"
-        return None
+        return self._too_late if is_over else None
 
     def _go_on_without(self, entries: Sequence[Pending], reason: str) -> None:
-        """What is still open becomes late, if it is of use to later rounds, and ends otherwise."""
-        goes_on = self._terms.carries_late and sites_done(self._batch) >= self._terms.needed
+        """What is still open becomes late, if it is of use to later rounds, and ends otherwise.
+
+        What was late before is of use whatever becomes of this attempt.
+        """
+        is_enough = sites_done(self._batch) >= self._terms.needed
         for entry in entries:
-            if goes_on:
+            if self._terms.carries_late and (is_enough or entry.assignment.staleness):
                 entry.assignment.is_late = True
             else:
                 self._end(entry, AssignmentState.CANCELLED, reason)
@@ -77,10 +80,16 @@ class Patience:
                 continue
             if self._is_held_up(entry):
                 entry.alive_at_s = now_s
+            if is_over and terms.carries_late and entry.assignment.staleness:
+                continue  # it may join the next attempt
             if is_over:
-                self._lose(entry, f"not finished by the deadline of {terms.deadline_s:g} s")
+                self._lose(entry, self._too_late)
             elif now_s >= entry.alive_at_s + terms.stall_s:
                 self._lose(entry, f"no progress for {terms.stall_s:g} s")
+
+    @property
+    def _too_late(self) -> str:
+        return f"not finished by the deadline of {self._terms.deadline_s:g} s"
 
     def _lose(self, entry: Pending, reason: str) -> None:
         is_connected = self._is_connected(entry.assignment.site)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 from fedloom_common.errors import TooFewUpdates
-from fedloom_server.batches import evaluations, terms_of_evaluation, terms_of_training, trainings
+from fedloom_server.batches import evaluations, still_late, terms_of_evaluation, terms_of_training, trainings
 from fedloom_server.evaluation import SiteMetrics, combine
 from fedloom_server.failures import FAILURES_KEPT, failure_of_attempt
 from fedloom_server.federation import Federation
@@ -92,19 +92,22 @@ async def _train(
             "round attempt failed", extra={"run": run.id, "round": record.number, "reason": record.reason}
         )
         is_last = record.attempt - record.first_attempt + 1 >= cohort.attempts
-        _begin_attempt(run, record, federation, starts_count=is_last)
+        _begin_attempt(run, record, batch, federation, starts_count=is_last)
         if is_last:
             raise TooFewUpdates(record.reason)
         await asyncio.sleep(ATTEMPT_PAUSE_S)
 
 
-def _begin_attempt(run: Run, record: Round, federation: Federation, *, starts_count: bool) -> None:
-    """Leave a failed attempt behind, with all that came of it."""
+def _begin_attempt(
+    run: Run, record: Round, batch: Sequence[Assignment], federation: Federation, *, starts_count: bool
+) -> None:
+    """Leave a failed attempt behind, with all that came of it but late updates of earlier rounds."""
+    late = still_late(batch)
     failure = failure_of_attempt(record)
     record.attempt, record.cohort, record.target, record.sum_digest = record.attempt + 1, [], 0, ""
     if starts_count:
         record.first_attempt = record.attempt
-    _advance(run, record, record.state, federation, failure)
+    _advance(run, record, record.state, federation, failure, *late)
     federation.store.trim_failures(run.id, FAILURES_KEPT)
     federation.store.clear_spool(run.id)
 

@@ -347,3 +347,49 @@ async def test_work_that_waits_at_its_site_is_alive_as_long_as_what_it_waits_for
     assert "no progress for 1 s; last seen in train, 19 of ? done" in reason
     reason = (await bench.waits(runs[1], "reported")).reason
     assert "no progress for 1 s; last seen in queued" in reason
+
+
+@pytest.mark.parametrize(
+    ("staged_updates", "comes", "step"),
+    [
+        # a +1 of 10 examples, b +4 of 30; slow +8 of 20, a round late, so half of it counts
+        pytest.param(16, "after the failure", (10 * 1 + 30 * 4 + 20 * 4) / 60, id="at-work"),
+        # slow is free, and in the second try's cohort besides
+        pytest.param(16, "before", (10 * 1 + 30 * 4 + 20 * 4 + 20 * 8) / 80, id="on-disk"),
+        # the sum of the first try is gone, so slow is asked for its update again
+        pytest.param(2, "before", (10 * 1 + 30 * 4 + 20 * 4) / 60, id="folded"),
+    ],
+)
+async def test_a_late_update_outlives_a_failed_try(
+    config, bench_of, spec, initial, monkeypatch, staged_updates, comes, step
+):
+    monkeypatch.setattr("fedloom_server.rounds.ATTEMPT_PAUSE_S", 0.1)
+    async with coordinator(config.model_copy(update={"staged_updates": staged_updates})) as running:
+        bench, store = bench_of(running), running.store
+        a, b = bench.site("a", step=1.0, examples=10), bench.site("b", step=4.0, examples=30)
+        slow = bench.site("slow", step=8.0, examples=20)
+        a.gate, b.gate, slow.gate = asyncio.Semaphore(1), asyncio.Semaphore(1), asyncio.Semaphore(0)
+        cohort = {"min_sites": 3, "quorum": 2, "deadline_s": 4, "late": "carry", "attempts": 5}
+        cohort["staleness"] = {"exponent": 1.0}
+        run = await bench.enqueue(spec(rounds=2, cohort=cohort, evaluation=TRAIN_ONLY))
+        await bench.until(lambda: any(asked.round == 2 for asked in a.asked))
+        await bench.until(lambda: any(asked.round == 2 for asked in b.asked))
+        late = f"{run.id}.1.1.train.slow"
+        if comes == "before":
+            slow.gate.release()
+            await bench.until(lambda: store.assignment(late).state == "done")
+            await bench.until(lambda: store.assignment(late).is_folded == (staged_updates == 2))
+        for site in (a, b):
+            site.send(failure=pb.Failure(assignment_id=site.asked[-1].id, reason="out of memory"))
+        await bench.until(lambda: store.rounds(run.id)[-1].attempt == 2 and store.rounds(run.id)[-1].cohort)
+        slow.gate.release()
+        await bench.until(lambda: store.assignment(late).state == "done")
+        for site in (a, a, b, b, slow):  # each of a and b still has the training that failed before its gate
+            site.gate.release()
+        run = await bench.ended(run)
+        assert run.state == "finished"
+        row = store.assignment(late)
+        assert (row.state, row.round, row.attempt, row.staleness, row.is_late) == ("done", 2, 2, 1, False)
+        wanted = initial["layer.bias"] + (10 * 1 + 30 * 4) / 40 + step
+        np.testing.assert_allclose(bench.model(run)["layer.bias"], wanted, rtol=1e-6)
+        assert len(slow.trained) == (2 if step > 4 else 1)
