@@ -29,6 +29,7 @@ from fedloom_server.rpc.endings import Endings
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 REQUEST_S = 30.0  # a mebibyte, the largest, at 280 kbit/s; who dawdles longer keeps one of its calls busy
+LOST_S = 1.0  # gRPC tells of a broken line in one turn of the loop or two
 Handler = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Guard(grpc.aio.ServerInterceptor):
             try:
                 with self._admitted(call, context) as peer:
                     request = await self._request(call, peer, raw)
+                    await _send_headers(context)
                     if inspect.isasyncgenfunction(call.behaviour):
                         async with aclosing(call.behaviour(request, context)) as responses:
                             async for response in responses:
@@ -120,6 +122,8 @@ class Guard(grpc.aio.ServerInterceptor):
             code, text, metadata = status_of(error)
             await context.abort(code, text, metadata)
         facts = {"method": call.method, "caller": context.peer()}
+        if isinstance(error, grpc.aio.InternalError):  # a message could not be sent
+            await _until_lost(facts)
         logger.error("call failed", extra=facts, exc_info=error)
         ours = FederationError("internal error; the coordinator's log has its cause")
         await context.abort(*status_of(ours))
@@ -186,6 +190,29 @@ class _Messages:
     async def __anext__(self) -> Any:
         await self._pace.take(1)  # what is not read fills the stream's window: the sender has to wait
         return self._call.decode(await anext(self._raw))
+
+
+async def _send_headers(context: Context) -> None:
+    """Send a call's headers, whole, before its first message.
+
+    They would else go with that message; and if the call is ended while it waits for its peer to read, gRPC
+    would want to send them again before the status, fail, and leave the peer without an end.
+    """
+    sending = asyncio.ensure_future(context.send_initial_metadata(()))
+    try:
+        await asyncio.shield(sending)
+    except asyncio.CancelledError:
+        await asyncio.wait([sending])
+        raise
+
+
+async def _until_lost(facts: dict[str, str]) -> None:
+    """Let gRPC cancel a call whose line broke, as it is about to; returns if it does not."""
+    try:
+        await asyncio.sleep(LOST_S)
+    except asyncio.CancelledError:
+        logger.info("the line broke while a message was sent", extra=facts)
+        raise
 
 
 async def _single_message(raw: AsyncIterator[bytes]) -> bytes:
