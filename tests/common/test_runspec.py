@@ -23,6 +23,11 @@ def test_defaults_fill_a_short_spec():
     assert spec.task.kind == "causal_lm"
 
 
+def test_an_algorithm_is_told_by_its_name_alone():
+    spec = parse_run_spec(GOOD.replace("steps: 10", "steps: 10, algorithm: fedprox"))
+    assert (spec.local.algorithm.name, spec.local.algorithm.mu) == ("fedprox", 0.01)
+
+
 def test_a_spec_survives_json():
     spec = parse_run_spec(GOOD)
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
@@ -55,6 +60,11 @@ MISTAKES = {
     "odd-optimizer": (
         GOOD.replace("steps: 10", "steps: 10, optimizer: {name: lion}"),
         "local.optimizer: .*lion",
+    ),
+    "odd-algorithm": (GOOD.replace("steps: 10", "steps: 10, algorithm: fedfoo"), "local.algorithm: .*fedfoo"),
+    "no-pull": (
+        GOOD.replace("steps: 10", "steps: 10, algorithm: {name: fedprox, mu: 0}"),
+        "local.algorithm.fedprox.mu: .*greater than 0",
     ),
     "indivisible": (
         GOOD.replace("steps: 10", "steps: 10, batch_examples: 10, accumulation_steps: 3"),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fedloom_client.training.algorithms import RoundAlgorithm
 from fedloom_client.training.checkpoints import Checkpoint
 from fedloom_client.training.data import Blocks
 from fedloom_client.training.group import Group
@@ -49,6 +50,7 @@ class Course:
     plan: RoundPlan
     stream: ExampleStream
     optimizer: torch.optim.Optimizer
+    algorithm: RoundAlgorithm
     checkpoint: Checkpoint
     earlier: list[float]
     """Losses of the round's first steps, if a checkpoint told of them."""
@@ -78,8 +80,10 @@ def train(rank: Rank, local: Local, blocks: Blocks, course: Course) -> float:
                     loss = rank.task.loss(rank.model, examples) / plan.accumulation
                 loss.backward()  # type: ignore[no-untyped-call]
             losses[step] += loss.detach() / rank.group.world
+        course.algorithm.add_to_objective()
         if local.clip_norm is not None:
             nn.utils.clip_grad_norm_(rank.model.parameters(), local.clip_norm)
+        course.algorithm.correct()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         is_checkpoint = step + 1 < plan.steps and course.checkpoint.is_due(step + 1)

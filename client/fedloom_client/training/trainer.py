@@ -1,7 +1,6 @@
 """What a rank keeps warm from order to order of a run: the model, the packed data, the optimizer."""
 
 import hashlib
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from fedloom_client.training import loop
+from fedloom_client.training.algorithms import begin_round
 from fedloom_client.training.checkpoints import Checkpoint
 from fedloom_client.training.data import Blocks, PackedData
 from fedloom_client.training.group import Group
@@ -20,10 +19,11 @@ from fedloom_client.training.loop import Rank
 from fedloom_client.training.models import LocalModel
 from fedloom_client.training.optimizers import KeptState, new_optimizer
 from fedloom_client.training.orders import Job, Order, WorkerProgress, WorkerResult
+from fedloom_client.training.parallel import autocast_type, compute_activations_again, distributed
 from fedloom_client.training.plan import ExampleStream, plan_round
 from fedloom_client.training.tasks import CausalLM
 from fedloom_common.errors import TrainingFailed
-from fedloom_common.runspec import Local, RunSpec
+from fedloom_common.runspec import RunSpec
 
 
 class Trainer:
@@ -46,11 +46,13 @@ class Trainer:
         self._group, self._data = group, data
         self._model = LocalModel(Path(job.order.assets_dir), Path(job.order.model_path), group.device)
         self._check_tokens()
+        if self._spec.local.gradient_checkpointing:
+            compute_activations_again(self._model.module)
         self._rank = Rank(
             group=group,
-            model=_distributed(self._model, group),
+            model=distributed(self._model.module, group),
             task=CausalLM(),
-            precision=_precision(self._spec.local, group.device),
+            precision=autocast_type(self._spec.local, group.device),
             report=report,
             stop_wanted=stop_wanted,
         )
@@ -93,6 +95,7 @@ class Trainer:
             plan=plan,
             stream=self._stream,
             optimizer=optimizer,
+            algorithm=begin_round(local.algorithm, self._model.module),
             checkpoint=checkpoint,
             earlier=checkpoint.begin(self._model, optimizer),
         )
@@ -176,24 +179,6 @@ def spread(blocks: Blocks, most: int | None) -> Blocks:
     if most is None or len(blocks) <= most:
         return blocks
     return blocks[np.arange(most) * len(blocks) // most]
-
-
-def _distributed(model: LocalModel, group: Group) -> torch.nn.Module:
-    if group.world == 1:
-        return model.module
-    # language models keep no running statistics; torch 2.13 renamed the switch and warns of the old name
-    known = inspect.signature(DistributedDataParallel).parameters
-    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
-    if group.device.type == "cuda":
-        options["device_ids"] = [group.device]
-    return DistributedDataParallel(model.module, **options)
-
-
-def _precision(local: Local, device: torch.device) -> torch.dtype | None:
-    made_for_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    wanted = local.precision == "bf16" or (local.precision == "auto" and made_for_it)
-    return torch.bfloat16 if wanted else None
 
 
 def _seed(*parts: int) -> int:

@@ -6,6 +6,7 @@ The coordinator and every site read the same spec; what belongs to one machine
     model.py        which model, and what it is trained to do
     cohort.py       which sites take part in a round
     local.py        what a site does in a round
+    algorithms.py   what a site's steps aim at
     aggregation.py  how updates become the next global model
     transport.py    how both are made smaller for the wire
     mode.py         rounds, or each site at its own pace
@@ -15,6 +16,7 @@ The coordinator and every site read the same spec; what belongs to one machine
 """
 
 from fedloom_common.runspec.aggregation import Aggregation
+from fedloom_common.runspec.algorithms import FedProx, Plain
 from fedloom_common.runspec.cohort import Cohort, Staleness
 from fedloom_common.runspec.evaluation import Evaluation, Patience, Stop, Target
 from fedloom_common.runspec.local import SGD, AdamW, Local, Schedule
@@ -32,9 +34,11 @@ __all__ = [
     "CausalLM",
     "Cohort",
     "Evaluation",
+    "FedProx",
     "Local",
     "ModelSpec",
     "Patience",
+    "Plain",
     "RunSpec",
     "Schedule",
     "Staleness",

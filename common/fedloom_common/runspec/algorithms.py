@@ -1,0 +1,34 @@
+"""A run spec's site algorithm: what a site's optimizer steps aim at, besides the loss on its own data."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from fedloom_common.strict import Strict
+
+
+class Plain(Strict):
+    """The loss on the site's own data, and nothing else (FedAvg)."""
+
+    name: Literal["plain"] = "plain"
+
+
+class FedProx(Strict):
+    """The loss, and  μ/2 ‖w − wᵗ‖²  that holds the site near the round's global model wᵗ.
+
+    Source: Li et al. 2020, arXiv:1812.06127, algorithm 2.
+    """
+
+    name: Literal["fedprox"]
+    mu: float = Field(default=0.01, gt=0)
+    """μ: the larger, the nearer; the paper tunes it from {0.001, 0.01, 0.1, 1}."""
+
+
+def _algorithm_of_name(data: Any) -> Any:
+    return {"name": data} if isinstance(data, str) else data
+
+
+Algorithm = Annotated[
+    Annotated[Plain | FedProx, Field(discriminator="name")], BeforeValidator(_algorithm_of_name)
+]
+"""A mapping with a name, or the name alone: ``algorithm: fedprox``."""
