@@ -31,6 +31,17 @@ CALL_S = 120.0  # for calls that answer once: a coordinator under load is slow, 
 DEFAULT_CONFIG = Path("operator.yaml")
 ENV_PREFIX = "FEDLOOM_OPERATOR_"
 
+HINTS = {
+    "CERTIFICATE_VERIFY_FAILED": (
+        "do this certificate and the coordinator's come from the same `fedloom provision` kit?"
+    ),
+    "WRONG_VERSION_NUMBER": "what answers there speaks no TLS: is it the coordinator's port?",
+    "Handshake read failed": (
+        "something takes connections there and ends them: does the coordinator run behind it?"
+    ),
+}
+"""What gRPC's words for a connection that failed mean to a person; the first that it says counts."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -170,10 +181,8 @@ def operator_command(
 def _no_answer(address: str, code: grpc.StatusCode, details: str) -> str:
     if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
         return f"the coordinator at {address} failed: {details}"
-    hint = ""
-    if any(word in details.lower() for word in ("handshake", "ssl", "certificate")):
-        hint = " (do this certificate and the coordinator's come from the same `fedloom provision` kit?)"
-    return f"no coordinator answers at {address}: {details}{hint}"
+    hints = (f" ({hint})" for words, hint in HINTS.items() if words in details)
+    return f"no coordinator answers at {address}: {details}{next(hints, '')}"
 
 
 PANEL = "Coordinator"

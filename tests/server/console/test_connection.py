@@ -1,3 +1,5 @@
+import asyncio
+
 import grpc
 import pytest
 
@@ -146,3 +148,29 @@ async def test_a_foreign_certificate_gets_no_answer_and_a_hint(tls_fake, tmp_pat
     with pytest.raises(Unreachable, match="come from the same `fedloom provision` kit"):
         async with foreign.connect() as coordinator:
             await coordinator.call(coordinator.runs.Get, GetRequest(run_id="a1"))
+
+
+@pytest.mark.parametrize(
+    ("says", "hint"),
+    [
+        (b"", "something takes connections there and ends them: does the coordinator run behind it?"),
+        (
+            b"HTTP/1.1 400 Bad Request\r\n\r\n",
+            "what answers there speaks no TLS: is it the coordinator's port?",
+        ),
+    ],
+)
+async def test_a_port_that_is_not_the_coordinators_is_not_blamed_on_the_kit(tls_fake, tmp_path, says, hint):
+    async def answer(reader, writer):
+        await reader.read(1)
+        writer.write(says)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1") as server:
+        address = f"localhost:{server.sockets[0].getsockname()[1]}"
+        config = tmp_path / "kit" / "operator.yaml"
+        with pytest.raises(Unreachable) as caught:
+            async with Operator(config=config, flags=("--coordinator", address)).connect() as coordinator:
+                await coordinator.call(coordinator.runs.Get, GetRequest(run_id="a1"))
+    assert str(caught.value).endswith(f" ({hint})")
+    assert "provision" not in str(caught.value)
