@@ -96,7 +96,7 @@ class Exchange:
                 await asyncio.sleep(0.01)
 
 
-def nothing_is_lost(exchange: Exchange, *rounds: int) -> None:
+def assert_nothing_is_lost(exchange: Exchange, *rounds: int) -> None:
     """All that updates told, and what is kept, are all the changes that there were."""
     told = sum(exchange.told(f"r{number}").astype(np.float64) for number in rounds)
     wanted = sum((BASE + change(number) - BASE).astype(np.float64) for number in rounds)
@@ -124,7 +124,7 @@ async def test_what_updates_leave_out_joins_the_next_ones(world: Any) -> None:
     await world.attached()
     for number in (1, 2, 3):
         await exchange.round(number)
-    nothing_is_lost(exchange, 1, 2, 3)
+    assert_nothing_is_lost(exchange, 1, 2, 3)
 
 
 async def test_an_encoded_update_survives_a_restart_and_what_it_left_out_counts_after_it(world: Any) -> None:
@@ -144,7 +144,7 @@ async def test_an_encoded_update_survives_a_restart_and_what_it_left_out_counts_
     await exchange.settled()
     assert len(world.group.orders) == 1
     await exchange.round(2)
-    nothing_is_lost(exchange, 1, 2)
+    assert_nothing_is_lost(exchange, 1, 2)
 
 
 @pytest.mark.parametrize("after_commit", [False, True])
@@ -178,7 +178,7 @@ async def test_a_kill_after_the_receipt_lets_what_was_left_out_count_once(
     await exchange.round(2)
     assert world.coordinator.receipts == ["r1", "r2"]
     assert len(world.group.orders) == 2
-    nothing_is_lost(exchange, 1, 2)
+    assert_nothing_is_lost(exchange, 1, 2)
 
 
 async def test_a_receipt_that_comes_late_counts_before_the_next_update_is_encoded(world: Any) -> None:
@@ -196,7 +196,7 @@ async def test_a_receipt_that_comes_late_counts_before_the_next_update_is_encode
     world.coordinator.assign(exchange.assignment("r2", 2))
     await world.coordinator.until(lambda: world.coordinator.receipts == ["r1", "r2"])
     await exchange.settled()
-    nothing_is_lost(exchange, 1, 2)
+    assert_nothing_is_lost(exchange, 1, 2)
 
 
 async def test_a_given_up_update_leaves_no_trace_in_the_next(world: Any) -> None:
@@ -215,7 +215,7 @@ async def test_a_given_up_update_leaves_no_trace_in_the_next(world: Any) -> None
     assert not (exchange.residual / "pending.safetensors").exists()
     world.coordinator.grants = True
     await exchange.round(3)
-    nothing_is_lost(exchange, 1, 3)
+    assert_nothing_is_lost(exchange, 1, 3)
 
 
 async def test_a_rejected_update_leaves_no_trace_in_the_next(world: Any) -> None:
@@ -229,7 +229,7 @@ async def test_a_rejected_update_leaves_no_trace_in_the_next(world: Any) -> None
     await exchange.settled()
     assert list(exchange.residual.iterdir()) == []
     await exchange.round(2)
-    nothing_is_lost(exchange, 2)
+    assert_nothing_is_lost(exchange, 2)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from fedloom_common.errors import BadSpec, NotPermitted, WrongState
 FEDLOOM = [sys.executable, "-c", "from fedloom_common.cli import main; main()", "client"]
 
 TRAINER = """
-import asyncio, json, sys
+import asyncio, contextlib, json, logging, sys
 from pathlib import Path
+from fedloom_client import daemon
 from fedloom_client.config import SiteConfig
 from fedloom_client.daemon import Daemon
 from fedloom_client.training.orders import WorkerResult
@@ -26,7 +27,11 @@ from fedloom_client.training.orders import WorkerResult
 class Trainer:
     async def perform(self, order, on_progress):
         Path(sys.argv[2]).open("a").write(order.id + "\\n")
-        if len(sys.argv) > 3:
+        if "sleep" in sys.argv:
+            await asyncio.sleep(600)
+        if "deaf" in sys.argv:  # as ranks are while they load a model
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(600)
             await asyncio.sleep(600)
         Path(order.update_path).write_bytes(b"trained" * 1000)
         return WorkerResult(examples=1, tokens=2, metrics={}, phase_seconds={})
@@ -34,6 +39,8 @@ class Trainer:
     async def stop(self):
         pass
 
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+daemon.STOP_S = 1.0
 config = SiteConfig.model_validate(json.loads(Path(sys.argv[1]).read_text()))
 asyncio.run(Daemon(config, make_group=lambda data, folder: Trainer()).run())
 """
@@ -50,7 +57,8 @@ class Process:
 
     async def start(self) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-c", TRAINER, str(self._site), str(self.trained), *self._arguments
+            *(sys.executable, "-c", TRAINER, str(self._site), str(self.trained), *self._arguments),
+            stderr=asyncio.subprocess.PIPE,
         )
 
 
@@ -86,6 +94,22 @@ async def test_a_signal_stops_the_work_under_way_and_exits_with_0(world: Any, nu
     async with asyncio.timeout(5):
         assert await running.wait() == 0
     assert list((world.state / "outbox").iterdir()) == []
+
+
+async def test_work_that_does_not_hear_of_the_stop_is_cut_off_and_that_is_no_error(world: Any) -> None:
+    process = Process(world, "deaf")
+    running = await process.start()
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    while not process.trained.exists():  # noqa: ASYNC110 (another process makes it)
+        await asyncio.sleep(0.02)
+    running.terminate()
+    async with asyncio.timeout(20):
+        _, told = await running.communicate()
+    lines = told.decode().splitlines()
+    assert running.returncode == 0
+    assert lines[-1] == "INFO the work under way outlasts the stop and is cut off"
+    assert not [line for line in lines if line.startswith(("ERROR", "Traceback"))]
 
 
 async def test_two_daemons_cannot_share_a_state_folder(world: Any) -> None:

@@ -98,7 +98,11 @@ async def test_an_attempt_that_failed_is_tried_again(world: Any, code: grpc.Stat
     world.daemon()
     await world.attached()
     world.coordinator.assign(world.assignment())
-    await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-train"])
+    await world.coordinator.until(lambda: world.coordinator.receipts)
+    assert world.coordinator.write_errors == []
+    assert world.coordinator.receipts == ["r1-train"]
+    assert bytes(world.coordinator.spool["r1-train"]) == world.group.update
+    assert len(world.group.orders) == 1
 
 
 async def test_a_certificate_that_is_renewed_in_time_costs_no_training(
@@ -187,8 +191,13 @@ async def test_a_cancelled_training_that_waits_for_its_upload_is_removed(world: 
     await world.attached()
     world.coordinator.assign(world.assignment())
     await world.coordinator.until_heard("outcome")
+    assert (world.state / "outbox" / "r1-train" / "update.safetensors").exists()
+    world.coordinator.open.clear()
     world.coordinator.send(cancel=pb.Cancel(assignment_id="r1-train", reason="too late"))
     await outbox_is_empty(world)
+    world.coordinator.break_session()
+    assert list((await world.attached(2)).open_assignments) == []
+    assert world.coordinator.receipts == []
 
 
 async def test_a_later_round_of_the_run_replaces_a_training_that_was_never_fetched(world: Any) -> None:

@@ -1,6 +1,7 @@
 """A site that its operator is about to stop: what it has is finished and delivered, and nothing begins."""
 
 import asyncio
+import logging
 import os
 
 import pytest
@@ -45,14 +46,18 @@ async def test_work_that_has_not_begun_is_refused(world):
     world.group.gate.set()
 
 
-async def test_a_daemon_without_work_ends_at_once(world):
+async def test_a_daemon_without_work_ends_at_once(world, caplog):
+    caplog.set_level(logging.INFO)
     daemon = world.daemon()
     await world.attached()
     await world.coordinator.until_heard("heartbeat")
 
     os.kill(os.getpid(), LEAVE_SIGNAL)
-
     await asyncio.wait_for(daemon, 20)
+
+    told = [record.message for record in caplog.records]
+    assert told[-3:] == ["the site drains", "drained", "stopped"]
+    assert (world.coordinator.kinds("refusal"), world.coordinator.kinds("failure")) == ([], [])
 
 
 def test_with_no_daemon_the_command_says_so(world, tmp_path):

@@ -191,8 +191,10 @@ async def test_a_refused_site_tries_a_new_certificate_at_once(
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)  # it pauses
     world.coordinator.attach_error = None
+    assert world.coordinator.hellos == []
     sessions[0].renew()
-    await world.attached()
+    await world.coordinator.until_heard("heartbeat")
+    assert ill_health(world.state / "status.json") is None
 
 
 async def test_a_certificate_that_changes_is_used_and_a_wrong_one_is_told_and_not_used(

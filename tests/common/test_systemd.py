@@ -45,12 +45,19 @@ def test_a_systemd_that_reads_nothing_holds_nobody_up(systemd, caplog):
     assert "systemd cannot be told" in caplog.text
 
 
-def test_without_systemd_nothing_happens(monkeypatch):
+def test_without_systemd_nothing_is_sent_or_waited_for(monkeypatch, caplog):
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    feeding = feed_watchdog()
 
-    notify("READY=1")
-    asyncio.run(feed_watchdog())
+    with monkeypatch.context() as patched:
+        opened = []
+        patched.setattr(socket, "socket", lambda *kind: opened.append(kind))
+        notify("READY=1")
+        with pytest.raises(StopIteration):  # it returns before it waits for anything
+            feeding.send(None)
+
+    assert (opened, caplog.records) == ([], [])
 
 
 def test_a_systemd_that_has_gone_ends_no_service(systemd, caplog):

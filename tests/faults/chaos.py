@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import psutil
 from faults.federation import ENDS, POLL_S, Federation, federation_of
 from faults.ledger import (
+    assert_mean_of_what_counted,
+    assert_no_leftovers,
     begun,
     finished_at,
     folder_bytes,
-    require_mean_of_what_counted,
-    require_no_leftovers,
     trained,
 )
 from faults.nullsite import Tensors
@@ -90,7 +90,7 @@ class Chaos:
         for proxy in self.proxies.values():
             proxy.delay_s = 0.0
 
-    def require_finished_trainings_were_kept(self) -> None:
+    def assert_finished_trainings_were_kept(self) -> None:
         """What was finished when its site was killed was never trained again."""
         times = begun(self.federation)
         assert {name: times[name] for name in self._finished} == self._finished
@@ -172,12 +172,17 @@ class Runs:
         assert answer.run.state == RUN_STATE_FINISHED, answer.run.reason
         assert len(trained(answer)) == ROUNDS
         result = self._federation.model(answer.run.model.digest)
-        await asyncio.to_thread(require_mean_of_what_counted, self._initial, answer, result)
+        await asyncio.to_thread(assert_mean_of_what_counted, self._initial, answer, result)
         self.answers[answer.run.id] = answer
 
 
-async def soak(folder: Path, minutes: float, seed: int, seen: Callable[[str], None]) -> None:
-    """Two thirds of the time with kills, then without, so that memory can be compared; then the checks."""
+async def soak(
+    folder: Path, minutes: float, seed: int, seen: Callable[[str], None]
+) -> tuple[Counter[str], dict[str, GetResponse]]:
+    """Two thirds of the time with kills, then without, so that memory can be compared; then the checks.
+
+    Gives what was done to it, and the runs that ended meanwhile.
+    """
     async with _disturbed(folder, seed) as (federation, chaos, runs):
         going = asyncio.create_task(runs.go_on())
         await _while(going, chaos.disturb(40 * minutes, kills=True))
@@ -188,10 +193,11 @@ async def soak(folder: Path, minutes: float, seed: int, seen: Callable[[str], No
         async with asyncio.timeout(SETTLE_S):
             await going
         await federation.attached(len(EXAMPLES), SETTLE_S)
-        _require_no_growth(before, after := _sizes(federation))
-        await require_no_leftovers(federation)
-        _require_sound(federation, chaos, runs)
+        _assert_no_growth(before, after := _sizes(federation))
+        await assert_no_leftovers(federation)
+        _assert_sound(federation, chaos, runs)
         seen(_told(chaos, runs, minutes, before, after))
+        return chaos.done, runs.answers
 
 
 @asynccontextmanager
@@ -249,22 +255,22 @@ def _sizes(federation: Federation) -> dict[str, Size]:
     return found
 
 
-def _require_no_growth(before: dict[str, Size], after: dict[str, Size]) -> None:
+def _assert_no_growth(before: dict[str, Size], after: dict[str, Size]) -> None:
     for name, size in after.items():
         assert size.memory_bytes < before[name].memory_bytes + GROWTH_BYTES, (name, before, after)
         assert size.files < before[name].files + GROWTH_FILES, (name, before, after)
         assert size.threads < before[name].threads + GROWTH_THREADS, (name, before, after)
 
 
-def _require_sound(federation: Federation, chaos: Chaos, runs: Runs) -> None:
-    chaos.require_finished_trainings_were_kept()
+def _assert_sound(federation: Federation, chaos: Chaos, runs: Runs) -> None:
+    chaos.assert_finished_trainings_were_kept()
     for site in EXAMPLES:
-        _require_receipts_kept(federation.log(site), site, runs.answers)
+        _assert_receipts_kept(federation.log(site), site, runs.answers)
     wrong = [line for name in ("coordinator", *EXAMPLES) for line in OWN_ERROR.findall(federation.log(name))]
     assert not wrong, wrong
 
 
-def _require_receipts_kept(log: str, site: str, answers: Mapping[str, GetResponse]) -> None:
+def _assert_receipts_kept(log: str, site: str, answers: Mapping[str, GetResponse]) -> None:
     """Every update for which its site has a receipt counts."""
     done = {
         f"{run}.{record.number}.{told.attempt}.train.{site}"

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def counted(record: Round) -> dict[str, int]:
     }
 
 
-def require_every_site_counted_once(
+def assert_every_site_counted_once(
     federation: Federation, answer: GetResponse, examples: Mapping[str, int]
 ) -> None:
     """Every round ended at its first attempt, with every site's update, each trained exactly once."""
@@ -57,7 +58,7 @@ def require_every_site_counted_once(
     assert times == dict.fromkeys(ids, 1)
 
 
-def require_mean_of_what_counted(initial: Tensors, answer: GetResponse, result: Tensors) -> None:
+def assert_mean_of_what_counted(initial: Tensors, answer: GetResponse, result: Tensors) -> None:
     """The model is, bit by bit, what the sites' trainings give by Σ nₖ θₖ / Σ nₖ, round after round."""
     model = initial
     for record in trained(answer):
@@ -78,9 +79,11 @@ def mean(model: Tensors, round_number: int, examples: Mapping[str, int]) -> Tens
     }
 
 
-async def require_no_leftovers(federation: Federation) -> None:
+async def assert_no_leftovers(federation: Federation) -> None:
     """Nothing of a run that has ended stays in the coordinator's spool or a site's outbox."""
-    await federation.until(lambda: not leftovers(federation), 30)
+    with suppress(AssertionError):
+        await federation.until(lambda: not leftovers(federation), 30)
+    assert leftovers(federation) == [], federation.logs()
 
 
 def leftovers(federation: Federation) -> list[Path]:

@@ -27,7 +27,7 @@ def cuts(way: Way, size_bytes: int, count: int, *, seed: int) -> list[Plan]:
     return [Plan(way=way, at_bytes=place, fault=chance.choice((Fault.RESET, Fault.END))) for place in places]
 
 
-def require_negated(federation: Federation, digest: str) -> int:
+def assert_negated(federation: Federation, digest: str) -> int:
     """Check the result to the bit; gives the model's size in bytes."""
     (held,) = (federation.kit / "sites/oslo/state/models").glob("*.safetensors")
     before, after = load_file(held), federation.model(digest)
@@ -47,7 +47,7 @@ async def test_fifty_cuts_change_nothing_and_cost_under_a_twentieth(tmp_path, wa
         proxy.plan(*cuts(way, 200_000_000, CUTS, seed=3))
         run = await federation.submit(GPT2_200MB)
         answer = await federation.finished(run, 280)
-    size_bytes = require_negated(federation, answer.run.model.digest)
+    size_bytes = assert_negated(federation, answer.run.model.digest)
     assert size_bytes > 190_000_000
     assert len(proxy.done) == CUTS
     surplus = proxy.forwarded_bytes[way] / size_bytes - 1
@@ -71,7 +71,7 @@ async def test_a_kill_in_the_middle_of_a_transfer_costs_only_what_was_on_its_way
         else:
             federation.start_coordinator()
         answer = await federation.finished(run, 120)
-    size_bytes = require_negated(federation, answer.run.model.digest)
+    size_bytes = assert_negated(federation, answer.run.model.digest)
     surplus = proxy.forwarded_bytes[way] / size_bytes - 1
     assert surplus < 0.4  # from the start it would be at least a half
     seen(f"{way.name.lower()}, {victim} killed: {surplus:.1%} sent twice")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from faults.federation import federation_of
-from faults.ledger import counted, require_mean_of_what_counted
+from faults.ledger import assert_mean_of_what_counted, counted
 from faults.liar import CHUNK_LIES, CONTENT_LIES, COUNT_LIES, Liar
 
 from fedloom.v1.runs_pb2 import GetResponse, SiteRound
@@ -50,7 +50,7 @@ async def _round(folder: Path) -> Told:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        require_mean_of_what_counted(model, answer, federation.model(answer.run.model.digest))
+        assert_mean_of_what_counted(model, answer, federation.model(answer.run.model.digest))
         return Told(liars, answer, federation.log("coordinator"))
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from faults.crowd import Crowd
 from faults.federation import federation_of
-from faults.ledger import require_every_site_counted_once, require_mean_of_what_counted
+from faults.ledger import assert_every_site_counted_once, assert_mean_of_what_counted
 from faults.test_certificates import reissue
 
 EXAMPLES = {"bergen": 3, "oslo": 5}
@@ -110,8 +110,8 @@ async def test_a_clock_that_jumps_by_hours_changes_nothing(tmp_path, who, seen):
             await asyncio.sleep(1.5)
             clock.step(offset)
         answer = await federation.finished(run, 60)
-        require_every_site_counted_once(federation, answer, EXAMPLES)
-        require_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
+        assert_every_site_counted_once(federation, answer, EXAMPLES)
+        assert_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
     seen(f"{who}: 6 rounds in {time.monotonic() - began_s:.0f} s over 5 steps")
 
 
@@ -137,8 +137,8 @@ async def test_a_restarted_database_only_delays_the_run(tmp_path, seen):
                 await asyncio.sleep(3)
                 database.start()
             answer = await federation.finished(run, 120)
-            require_every_site_counted_once(federation, answer, EXAMPLES)
-            require_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
+            assert_every_site_counted_once(federation, answer, EXAMPLES)
+            assert_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
             federation.stop()
     seen("6 rounds over 3 crashes, each update trained and counted once")
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from faults.federation import Federation, federation_of
-from faults.ledger import require_every_site_counted_once, require_mean_of_what_counted
+from faults.ledger import assert_every_site_counted_once, assert_mean_of_what_counted
 from faults.nullsite import Tensors
 from faults.proxy import Proxy
 
@@ -39,8 +39,8 @@ async def test_a_coordinator_that_stands_still_loses_nothing(tmp_path, seen):
         await asyncio.sleep(12)
         federation.running["coordinator"].send_signal(signal.SIGCONT)
         answer = await federation.finished(run, 60)
-        require_every_site_counted_once(federation, answer, EXAMPLES)
-        require_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
+        assert_every_site_counted_once(federation, answer, EXAMPLES)
+        assert_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
     seen("3 rounds, each update once")
 
 
@@ -56,8 +56,8 @@ async def test_a_site_that_stands_still_is_noticed_and_goes_on(tmp_path, seen):
         assert "site=oslo silence_s=3" in federation.log("coordinator")
         federation.running["oslo"].send_signal(signal.SIGCONT)
         answer = await federation.finished(run, 60)
-        require_every_site_counted_once(federation, answer, EXAMPLES)
-        require_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
+        assert_every_site_counted_once(federation, answer, EXAMPLES)
+        assert_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
     seen("silent after 3 s; 3 rounds, each update once")
 
 
@@ -74,7 +74,7 @@ async def test_a_site_that_never_comes_back_is_lost_by_name(tmp_path, seen):
         assert lost.state == "lost"
         assert "no progress for 6 s" in lost.reason
         assert "not connected" in lost.reason
-        require_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
+        assert_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
     seen(f"round 1 took {answer.rounds[0].ended_at_s - answer.rounds[0].started_at_s:.0f} s")
 
 
@@ -90,6 +90,6 @@ async def test_a_half_open_connection_is_given_up_at_both_ends(tmp_path, seen):
         proxy.swallow()
         answer = await federation.finished(run, 200)
         assert "site=oslo silence_s=3" in federation.log("coordinator")
-        require_every_site_counted_once(federation, answer, EXAMPLES)
-        require_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
+        assert_every_site_counted_once(federation, answer, EXAMPLES)
+        assert_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
     seen(f"round 1 took {answer.rounds[0].ended_at_s - answer.rounds[0].started_at_s:.0f} s")

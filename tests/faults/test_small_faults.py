@@ -93,7 +93,7 @@ async def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
             await task
 
 
-def require_negated(result: dict[str, np.ndarray]) -> None:
+def assert_negated(result: dict[str, np.ndarray]) -> None:
     assert sorted(result) == sorted(MODEL)
     for name, tensor in MODEL.items():
         np.testing.assert_array_equal(result[name], -tensor)
@@ -105,13 +105,13 @@ async def test_ten_cuts_change_nothing_and_never_begin_from_the_start(line, way)
     places = chance.sample(range(SIZE_BYTES // 20, SIZE_BYTES), 10)
     kinds = [chance.choice((Fault.RESET, Fault.END)) for _ in places]
     plans = [Plan(way=way, at_bytes=place, fault=kind) for place, kind in zip(places, kinds, strict=True)]
-    require_negated(await line.result(*plans))
+    assert_negated(await line.result(*plans))
     assert line.surplus(way) < 0.5  # from the start each time it would be five
 
 
 @pytest.mark.parametrize("way", Way)
 async def test_a_flipped_bit_is_caught_and_costs_no_second_transfer(line, way):
-    require_negated(await line.result(Plan(way=way, at_bytes=SIZE_BYTES // 2, fault=Fault.FLIP)))
+    assert_negated(await line.result(Plan(way=way, at_bytes=SIZE_BYTES // 2, fault=Fault.FLIP)))
     assert 0 < line.surplus(way) < 0.75
 
 
@@ -124,5 +124,5 @@ async def test_a_line_that_swallows_everything_is_given_up_and_the_upload_goes_o
     options = [(name, quick.get(name, value)) for name, value in channels.CHANNEL_OPTIONS]
     monkeypatch.setattr(channels, "CHANNEL_OPTIONS", options)
     plan = Plan(way=Way.UP, at_bytes=SIZE_BYTES // 2, fault=Fault.BLACKHOLE)
-    require_negated(await line.result(plan))
+    assert_negated(await line.result(plan))
     assert line.surplus(Way.UP) < 0.5

@@ -13,4 +13,6 @@ MINUTES = 2.0
 )
 @pytest.mark.timeout(900)
 async def test_minutes_of_random_faults_lose_nothing_and_count_nothing_twice(tmp_path, seen):
-    await soak(tmp_path, MINUTES, seed=11, seen=seen)
+    faults, runs = await soak(tmp_path, MINUTES, seed=11, seen=seen)
+    assert {"kill coordinator", "kill site", "kill all", "pause", "cut"} <= set(faults)
+    assert runs

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from faults.federation import Federation, federation_of
-from faults.ledger import begun, require_every_site_counted_once, require_mean_of_what_counted, trained
+from faults.ledger import assert_every_site_counted_once, assert_mean_of_what_counted, begun, trained
 from faults.nullsite import Tensors
 
 EXAMPLES = {"bergen": 3, "oslo": 5}
@@ -51,11 +51,11 @@ async def submitted(federation: Federation, **changes: object) -> tuple[str, Ten
     return run, federation.model(answer.run.model.digest)
 
 
-async def require_all_counted(federation: Federation, run: str, initial: Tensors) -> None:
+async def assert_all_counted(federation: Federation, run: str, initial: Tensors) -> None:
     """The run ends, with every training counted once, and with the mean by hand."""
     answer = await federation.finished(run, 120)
-    require_every_site_counted_once(federation, answer, EXAMPLES)
-    require_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
+    assert_every_site_counted_once(federation, answer, EXAMPLES)
+    assert_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
 
 
 @needs_mount
@@ -76,7 +76,7 @@ async def test_a_full_disk_during_an_upload_only_delays_it(tmp_path, seen):
             )
             await asyncio.sleep(8)
             filler.unlink()
-            await require_all_counted(federation, run, initial)
+            await assert_all_counted(federation, run, initial)
             federation.stop()
     seen("3 rounds, each update trained and counted once")
 
@@ -98,7 +98,7 @@ async def test_a_full_disk_during_a_fold_only_delays_it(tmp_path, seen):
             await federation.until(lambda: "no space left" in federation.log("coordinator"))
             await asyncio.sleep(8)
             filler.unlink()
-            await require_all_counted(federation, run, initial)
+            await assert_all_counted(federation, run, initial)
             federation.stop()
     seen("3 rounds, each update trained and counted once")
 
@@ -120,7 +120,7 @@ async def test_a_full_database_only_delays_the_run(tmp_path, seen):
             await federation.until(lambda: "no space left" in federation.log("coordinator"))
             await asyncio.sleep(8)
             filler.unlink()
-            await require_all_counted(federation, run, initial)
+            await assert_all_counted(federation, run, initial)
             federation.stop()
     seen("3 rounds, each update trained and counted once")
 
@@ -147,7 +147,7 @@ async def test_a_full_disk_at_a_site_is_told_and_tried_again(tmp_path, seen):
             await federation.until(lambda: federation.log("oslo").count("no space left") > told)
             filler.unlink()
             answer = await federation.finished(run, 120)
-            require_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
+            assert_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
             assert "no space left" in federation.log("coordinator")
             federation.stop()
     seen(f"attempts: {', '.join(str(record.attempt) for record in trained(answer))}")
@@ -175,5 +175,5 @@ async def test_a_disk_that_does_not_sync_is_never_believed(tmp_path, seen):
         federation.kill("coordinator")
         federation.start_coordinator()
         answer = await federation.ended_after_resumes(run, 120)
-        require_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
+        assert_mean_of_what_counted(initial, answer, federation.model(answer.run.model.digest))
     seen("models as by hand")

@@ -19,7 +19,12 @@ CORPUS = Path(__file__).resolve().parent / "corpus"
 def main() -> None:
     """Fuzz one target in this process, or each in one of its own; a find ends with status 1."""
     if len(sys.argv) > 1:
-        atheris.Setup([sys.argv[0], *sys.argv[2:]], TARGETS[sys.argv[1]])
+        target = TARGETS[sys.argv[1]]
+
+        def once(data: bytes) -> None:
+            target(data)
+
+        atheris.Setup([sys.argv[0], *sys.argv[2:]], once)
         atheris.Fuzz()
     statuses = {name: _fuzz(name, os.environ.get("SECONDS_EACH", "60")) for name in TARGETS}
     sys.exit(any(statuses.values()))

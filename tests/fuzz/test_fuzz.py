@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fuzz.targets import TARGETS, seeds
+from fuzz.targets import TARGETS, Verdict, seeds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +15,12 @@ SEEDS = seeds()
 def test_every_kept_input_is_read_or_refused_as_it_must_be(name):
     kept = sorted((CORPUS / name).iterdir())
     assert kept
-    for path in kept:
-        TARGETS[name](path.read_bytes())
+    assert {TARGETS[name](path.read_bytes()) for path in kept} == set(Verdict)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_well_formed_input_is_read(name):
+    assert TARGETS[name](SEEDS[name][0]) is Verdict.READ
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -28,4 +32,4 @@ def test_spoilt_inputs_are_read_or_refused_as_they_must_be(name, data):
     for _ in range(data.draw(st.integers(0, 4))):
         begin = data.draw(st.integers(0, len(content)))
         content[begin : begin + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
-    TARGETS[name](bytes(content))
+    assert TARGETS[name](bytes(content)) in Verdict

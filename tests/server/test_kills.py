@@ -54,7 +54,7 @@ async def test_a_kill_before_any_transaction_changes_no_result(
             await bench.ended(runs[1], seconds=40)
             running.runs.resume(runs[0].id)
             wanted = (await bench.ended(runs[0], seconds=40)).model_digest
-        _require_models_by_hand(running.store, running.store.run(runs[1].id))
+        _assert_models_by_hand(running.store, running.store.run(runs[1].id))
         assert any(a.staleness for a in running.store.assignments(runs[1].id))
     assert 40 < len(disks) < MOST_DISKS
     for disk in disks[::every]:
@@ -105,7 +105,7 @@ async def _go_on(config, bench_of, runs, wanted):
             ended = await bench.ended(run, seconds=40)
             assert (ended.state, ended.rounds_done) == ("finished", 3), ended.reason
         assert running.store.run(runs[0].id).model_digest == wanted
-        _require_models_by_hand(running.store, running.store.run(runs[1].id))
+        _assert_models_by_hand(running.store, running.store.run(runs[1].id))
         rows = {a.id: a for run in runs for a in running.store.assignments(run.id)}
         left_over = {rows[name].reason for name in before if rows[name].state != "done"}
         assert left_over <= {"no round was left to take its late update: the run was finished"}
@@ -121,7 +121,7 @@ def _sites(bench):
     return sites
 
 
-def _require_models_by_hand(store, run):
+def _assert_models_by_hand(store, run):
     """Every round's model is the one before and the steps of its updates, by what the rows say."""
     rounds = [record for record in store.rounds(run.id) if record.number]
     assert [record.number for record in rounds] == [1, 2, 3]

@@ -15,6 +15,7 @@ from torch.utils.data import DistributedSampler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom_client.training.orders import Cancelled, Order, WorkerResult
+from fedloom_client.training.tasks import CausalLM
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.tensors import write_tensors
 
@@ -35,7 +36,7 @@ def reference_model(assets: Path, weights: Path) -> Any:
     return model
 
 
-def same_tensors(one: Path, other: Path, tolerance: float) -> None:
+def assert_same_tensors(one: Path, other: Path, tolerance: float) -> None:
     first, second = load_file(one), load_file(other)
     assert list(first) == list(second)
     for name, tensor in first.items():
@@ -73,16 +74,27 @@ def test_training_is_the_plain_torch_loop_with_warmup_cosine_and_clipping(
         losses.append(loss.item())
     write_tensors(tmp_path / "reference.safetensors", dict(model.named_parameters()))
 
-    same_tensors(tmp_path / "update-1.safetensors", tmp_path / "reference.safetensors", 1e-5)
+    assert_same_tensors(tmp_path / "update-1.safetensors", tmp_path / "reference.safetensors", 1e-5)
     assert result.metrics == {"loss": pytest.approx(sum(losses) / 5, rel=1e-5)}
     assert (result.examples, result.tokens) == (40, 40 * 31)
 
 
-def test_accumulation_changes_nothing_but_memory(alone: Any, make_order: MakeOrder, tmp_path: Path) -> None:
+def test_accumulation_changes_nothing_but_memory(
+    alone: Any, make_order: MakeOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+    loss = CausalLM.loss
+
+    def noted(self: CausalLM, model: Any, examples: torch.Tensor) -> torch.Tensor:
+        at_once.append(len(examples))
+        return loss(self, model, examples)
+
+    monkeypatch.setattr(CausalLM, "loss", noted)
     local = {"steps": 3, "optimizer": {"name": "sgd", "lr": 0.1}, "keep_optimizer_state": False}
     alone.perform(make_order(local=local, update_path=str(tmp_path / "whole")))
     alone.perform(make_order(local=local | {"accumulation_steps": 4}, update_path=str(tmp_path / "parts")))
-    same_tensors(tmp_path / "whole", tmp_path / "parts", 1e-6)
+    assert at_once == [8] * 3 + [2] * 12
+    assert_same_tensors(tmp_path / "whole", tmp_path / "parts", 1e-6)
 
 
 def test_evaluation_is_the_mean_loss_over_every_held_out_token(

@@ -77,7 +77,7 @@ async def until_gone(directory: Path, limit_s: float) -> None:
         await asyncio.sleep(0.05)
 
 
-def same_tensors(one: str, other: Path, tolerance: float) -> None:
+def assert_same_tensors(one: str, other: Path, tolerance: float) -> None:
     first, second = load_file(one), load_file(other)
     assert list(first) == list(second)
     for name, tensor in first.items():
@@ -93,7 +93,7 @@ async def test_two_ranks_take_the_steps_of_one_process(
     order = make_order(local=local)
     shared = await pair.perform(order, lambda _: None)
     single = alone.perform(make_order(local=local, update_path=str(tmp_path / "single")))
-    same_tensors(order.update_path, tmp_path / "single", 1e-6)
+    assert_same_tensors(order.update_path, tmp_path / "single", 1e-6)
     assert shared.metrics["loss"] == pytest.approx(single.metrics["loss"], rel=1e-5)
     assert (shared.examples, shared.tokens) == (single.examples, single.tokens) == (8, 8 * 31)
 
@@ -209,7 +209,7 @@ async def test_a_killed_rank_is_restarted_and_the_order_gives_the_undisturbed_re
     assert (went_on_at.done > 0) is (checkpoint_every is not None)
     assert result.examples == 200 * 8
     alone.perform(make_order(local=local, update_path=str(tmp_path / "undisturbed")))
-    same_tensors(order.update_path, tmp_path / "undisturbed", 1e-5)
+    assert_same_tensors(order.update_path, tmp_path / "undisturbed", 1e-5)
     assert processes_of(directory) == []
 
 
@@ -326,7 +326,7 @@ async def test_a_further_host_lends_its_ranks_to_every_group_until_interrupted(
         order = make_order(local=local)
         await group.perform(order, lambda _: None)
         assert [len(processes_of(tmp_path / name)) for name in ("group", "further")] == [2, 2]
-        same_tensors(order.update_path, tmp_path / "single", 1e-6)
+        assert_same_tensors(order.update_path, tmp_path / "single", 1e-6)
         await group.stop()
     further.send_signal(signal.SIGINT)
     assert await further.wait() == 0
@@ -376,7 +376,8 @@ async def test_every_gpu_trains_as_one_process_on_the_cpu(
     order = make_order(local=local)
     shared = await group.perform(order, lambda _: None)
     single = alone.perform(make_order(local=local, update_path=str(tmp_path / "single")))
-    same_tensors(order.update_path, tmp_path / "single", 1e-3)  # AdamW magnifies small gradients' rounding
+    # AdamW magnifies small gradients' rounding
+    assert_same_tensors(order.update_path, tmp_path / "single", 1e-3)
     assert shared.metrics["loss"] == pytest.approx(single.metrics["loss"], rel=1e-4)
     half = await group.perform(make_order("train", 2, local=local | {"precision": "auto"}), lambda _: None)
     assert half.metrics["loss"] == pytest.approx(single.metrics["loss"], rel=0.1)

@@ -97,9 +97,13 @@ def test_a_bad_file_is_refused_with_the_tensor_and_the_reason(exchange, name):
         session.check()
 
 
-def test_all_chains_pass_undamaged(exchange):
-    for chain in ("int8", "int4", "fp16", [TOPK], ["int8", "zstd"], [TOPK, "int4", "zstd"]):
-        sent(exchange, chain, lambda tensors, metadata: None).check()
+@pytest.mark.parametrize(
+    "chain", ["int8", "int4", "fp16", [TOPK], ["int8", "zstd"], [TOPK, "int4", "zstd"]], ids=str
+)
+def test_every_chain_passes_undamaged(exchange, chain):
+    session = sent(exchange, chain, lambda tensors, metadata: None)
+    session.check()
+    assert session.changes()["w"].max() == pytest.approx(1, rel=1e-3)
 
 
 def reframed(frame, plane=0):
@@ -171,8 +175,14 @@ def test_a_finite_change_may_not_carry_a_finite_weight_to_infinity(exchange):
 
 def test_a_large_change_that_stays_in_range_is_accepted(exchange):
     base = {"w": torch.tensor([64000.0, 1.0], dtype=torch.float16)}
-    session = sent(exchange, "int8", put("w.scale", 0, 3.0), base)
+
+    def damage(tensors, metadata):
+        tensors["w.scale"][:] = 3.0
+        tensors["w.q"][:] = 127
+
+    session = sent(exchange, "int8", damage, base)
     session.check()
+    assert session.decode()["w"].tolist() == [64384.0, 382.0]  # half precision goes by 32s there: 64,381
 
 
 def test_a_codec_whose_parts_would_take_another_tensors_name_is_refused(exchange):
@@ -184,12 +194,15 @@ def test_a_codec_whose_parts_would_take_another_tensors_name_is_refused(exchange
 
 def test_a_foreign_clients_json_may_be_written_its_own_way(exchange):
     spaced = json.dumps([{"block": 256, "name": "int8"}], indent=3)
-    sent(exchange, "int8", tell("fedloom.codec", spaced)).check()
+    session = sent(exchange, "int8", tell("fedloom.codec", spaced))
+    session.check()
+    np.testing.assert_allclose(session.decode()["w"], BASE["w"] + 1, rtol=1e-6)
 
 
 def test_an_update_that_is_sent_as_it_is_needs_no_metadata(exchange):
     session = sent(exchange, "fp32", lambda tensors, metadata: metadata.clear())
     session.check()
+    np.testing.assert_array_equal(session.decode()["w"], BASE["w"] + 1)
 
 
 def test_a_header_that_grew_is_padded_with_spaces(exchange):

@@ -141,19 +141,27 @@ def test_json_is_a_line_for_each_event(console, fake):
     [(pb.RUN_STATE_FINISHED, 0), (pb.RUN_STATE_FAILED, 1), (pb.RUN_STATE_STOPPED, 3)],
 )
 def test_the_exit_status_tells_how_the_run_ended(console, fake, state, status):
-    fake.connections = [[RUNNING, run_event(state)]]
-    console("run", "watch", "a1", status=status)
+    fake.connections = [[RUNNING, run_event(state, "so it is")]]
+    result = console("run", "watch", "a1", status=status)
+    assert result.exit_code == status
+    assert result.stdout.splitlines()[-1].endswith(": so it is")
 
 
 @pytest.mark.parametrize(("state", "status"), [(pb.RUN_STATE_WAITING, 4), (pb.RUN_STATE_PAUSED, 5)])
 def test_a_watch_that_is_told_so_ends_when_the_run_is_held_up(console, fake, state, status):
-    fake.connections, fake.hang = [[RUNNING, run_event(state)]], True
-    console("run", "watch", "a1", "--exit-when-waiting", status=status)
+    fake.connections, fake.hang = [[RUNNING, run_event(state, "too few sites")]], True
+    result = console("run", "watch", "a1", "--exit-when-waiting", status=status)
+    assert result.exit_code == status
+    assert result.stdout.splitlines()[-1].endswith(": too few sites")
 
 
 def test_a_waiting_run_is_watched_on(console, fake):
     fake.connections = [[RUNNING, run_event(pb.RUN_STATE_WAITING), FINISHED]]
-    console("run", "watch", "a1", status=0)
+    assert console("run", "watch", "a1").stdout.splitlines() == [
+        "run a1b2c3 is running",
+        "run a1b2c3 is waiting",
+        "run a1b2c3 is finished: all 2 rounds are done",
+    ]
 
 
 def test_json_does_not_repeat_what_a_reconnect_tells_again(console, fake):
