@@ -19,7 +19,8 @@ from fedloom_client.credential import keep_credential
 from fedloom_client.deliveries import Deliveries
 from fedloom_client.downloads import Downloads
 from fedloom_client.groups import Group, WarmGroups
-from fedloom_client.hardware import Device, data_set_bytes, find_devices, main_memory_bytes
+from fedloom_client.hardware import Device, find_devices, main_memory_bytes
+from fedloom_client.holdings import Holdings
 from fedloom_client.launches import clear_after_kill
 from fedloom_client.mailbox import Mailbox
 from fedloom_client.outbox import Outbox
@@ -53,6 +54,7 @@ class Daemon:
         self._state = StateDir(config.state_dir)
         self._status = Status(self._state.status)
         self._devices: tuple[Device, ...] = ()
+        self._holdings = Holdings(config.data)
         self._mailbox = Mailbox()
         at_once = config.concurrent_assignments
         residuals = Residuals(self._state)
@@ -169,6 +171,7 @@ class Daemon:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(session.run())
                 tasks.create_task(self._assignments.run())
+                tasks.create_task(self._holdings.keep_told(session.renew))
                 if self._credential is not None:
                     tasks.create_task(keep_credential(self._credential, session.renew))
         finally:
@@ -179,12 +182,10 @@ class Daemon:
     async def _introduce(self) -> pb.SiteMessage:
         if not self._devices:
             self._devices = await asyncio.to_thread(find_devices, self._config.workers.device)
-        sources = self._config.data.items()
-        sizes = {name: await asyncio.to_thread(data_set_bytes, source) for name, source in sources}
         return wire.hello(
             devices=self._devices,
             memory_bytes=main_memory_bytes(),
-            data_sets=sizes,
+            data_sets=await self._holdings.tell(),
             labels=self._config.labels,
             held_digests=self._cache.held_digests(),
             open_assignments=self._assignments.open_ids(),

@@ -64,6 +64,8 @@ def lacks(site: Candidate, wanted: Wanted) -> Iterator[str]:
     require, described = wanted.require, site.description
     if wanted.data not in described.data_sets:
         yield f"data {wanted.data!r}"
+    elif not described.data_sets[wanted.data]:
+        yield f"files of data {wanted.data!r}"
     elif described.data_sets[wanted.data] < (require.data_bytes or 0):
         yield f"data_bytes >= {require.data_bytes}"
     if described.memory_bytes < (require.memory_gb or 0) * GB:

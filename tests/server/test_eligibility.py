@@ -40,6 +40,7 @@ CASES = [
     pytest.param(site(), {"data_bytes": 1_000_001}, ["data_bytes >= 1000001"], id="too-little-data"),
     pytest.param(site(), {"data_bytes": 1_000_000}, [], id="just-enough-data"),
     pytest.param(site(data={"notes": 5}), {"data_bytes": 9}, ["data 'plays'"], id="other-data"),
+    pytest.param(site(data={"plays": 0}), {"data_bytes": 9}, ["files of data 'plays'"], id="no-file-yet"),
     pytest.param(site(ward="icu"), {"label": "icu"}, [], id="a-value"),
     pytest.param(site(icu="yes"), {"label": "icu"}, [], id="a-name"),
     pytest.param(site(ward="er"), {"label": "icu"}, ["label icu"], id="neither"),
