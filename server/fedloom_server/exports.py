@@ -29,16 +29,7 @@ def export(store: Store, run_id: str, round_number: int | None) -> Export:
     """
     run = store.run(run_id)
     rounds = rounds_up_to(store, run, round_number)
-    digest = rounds[-1].model_digest if rounds else run.model_digest
-    if not store.files.has(digest):
-        models = {
-            record.number: record.model_digest for record in store.rounds(run.id) if record.model_digest
-        }
-        kept = ", ".join(str(number) for number, name in models.items() if store.files.has(name))
-        raise NotFound(
-            f"run {run.id} no longer keeps the model of round {rounds[-1].number if rounds else 0}; it keeps "
-            f"those of {kept or 'none'} (keep_models in coordinator.yaml says which)"
-        )
+    digest = kept_model(store, run, rounds)
     size = rounds[-1].model_bytes if rounds else run.model_bytes
     model = {"name": MODEL_FILE, "digest": digest, "size_bytes": size}
     return Export(run, [model, *run.assets], model_card(_facts(run, rounds, store.assignments(run.id))))
@@ -58,6 +49,23 @@ def rounds_up_to(store: Store, run: Run, round_number: int | None) -> list[Round
         numbers = ", ".join(str(record.number) for record in rounds) or "none yet"
         raise NotFound(f"run {run.id} has no model of round {round_number}; it has {numbers}")
     return until
+
+
+def kept_model(store: Store, run: Run, rounds: Sequence[Round]) -> str:
+    """Digest of the model after the last of a run's rounds; without rounds, of the initial one.
+
+    Raises:
+        NotFound: it is no longer kept.
+    """
+    number, digest = (rounds[-1].number, rounds[-1].model_digest) if rounds else (0, run.model_digest)
+    if store.files.has(digest):
+        return digest
+    models = {record.number: record.model_digest for record in store.rounds(run.id) if record.model_digest}
+    kept = ", ".join(str(number) for number, name in models.items() if store.files.has(name))
+    raise NotFound(
+        f"run {run.id} no longer keeps the model of round {number}; it keeps those of {kept or 'none'} "
+        "(keep_models in coordinator.yaml says which)"
+    )
 
 
 def _facts(run: Run, rounds: Sequence[Round], assignments: Sequence[Assignment]) -> CardFacts:

@@ -11,7 +11,7 @@ from typing import Any
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import RunSpec, parse_run_spec
 from fedloom_server.codecs import require_codable
-from fedloom_server.exports import rounds_up_to
+from fedloom_server.exports import kept_model, rounds_up_to
 from fedloom_server.models import MODEL_FILE, prepare_model
 from fedloom_server.records import Run, RunState
 from fedloom_server.selection import find_policy
@@ -88,13 +88,14 @@ class Submissions:
             )
         find_policy(spec.cohort.policy)
         rounds = rounds_up_to(self._store, origin, round_number)
-        digest, number = (rounds[-1].model_digest, rounds[-1].number) if rounds else (origin.model_digest, 0)
+        digest = kept_model(self._store, origin, rounds)
         model = await self._store.files.bring(digest)
         require_codable(spec.transport, model)
         run = Run(
             id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
             submitted_at_s=time.time(), assets=origin.assets, model_digest=digest,
-            model_bytes=model.stat().st_size, priority=priority, cloned_from=origin.id, cloned_round=number,
+            model_bytes=model.stat().st_size, priority=priority, cloned_from=origin.id,
+            cloned_round=rounds[-1].number if rounds else 0,
         )  # fmt: skip
         self._queue(run)
         return run

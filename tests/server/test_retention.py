@@ -71,6 +71,10 @@ async def test_the_best_and_the_newest_models_are_kept_and_export_says_which(con
         assert export(store, run.id, 2).files[0]["digest"] == store.rounds(run.id)[2].model_digest
         with pytest.raises(NotFound, match=r"no longer keeps the model of round 3; .* those of 0, 2, 4, 5 "):
             export(store, run.id, 3)
+        clone_from = running.runs.submissions.clone_from_model
+        assert (await clone_from(run.id, spec(rounds=1).model_dump_json(), 2)).cloned_round == 2
+        with pytest.raises(NotFound, match=r"no longer keeps the model of round 3; .* those of 0, 2, 4, 5 "):
+            await clone_from(run.id, spec(rounds=1).model_dump_json(), 3)
 
 
 async def test_an_initial_model_that_nobody_measured_is_removed_in_its_turn(config, bench_of, spec):
