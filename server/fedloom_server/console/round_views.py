@@ -50,7 +50,7 @@ def rounds_table(rounds: Sequence[Round], now_s: float) -> Table:
             round_name(item),
             round_state(item),
             _sites_done(item),
-            count_text(sum(work.examples for work in _main_work(item) if work.state == "done")),
+            count_text(sum(work.examples for work in _main_work(item) if _counts(work))),
             *metrics,
             bytes_text(sum(work.bytes_down for work in item.sites)),
             bytes_text(sum(work.bytes_up for work in item.sites)),
@@ -140,7 +140,8 @@ def troubles_table(rounds: Iterable[Round]) -> Table | None:
         for work in item.sites:
             if work.state not in ("done", "open"):
                 name, kind = Text(plain(work.site)), enum_word(Work.DESCRIPTOR, work.work)
-                table.add_row(round_name(item), name, kind, site_state(work), Text(plain(work.reason)))
+                tried = _name(item.number, work.attempt)
+                table.add_row(tried, name, kind, site_state(work), Text(plain(work.reason)))
         if item.reason:
             table.add_row(round_name(item), "", "", round_state(item), Text(plain(item.reason)))
     return table if table.row_count else None
@@ -158,7 +159,11 @@ def round_title(item: Round) -> str:
 
 def round_name(item: Round) -> str:
     """The round's number, with the try if it is not the first."""
-    return f"{item.number}" if item.attempt < 2 else f"{item.number} (try {item.attempt})"
+    return _name(item.number, item.attempt)
+
+
+def _name(number: int, attempt: int) -> str:
+    return f"{number}" if attempt < 2 else f"{number} (try {attempt})"
 
 
 def round_state(item: Round) -> Text:
@@ -213,9 +218,13 @@ def _main_work(item: Round) -> list[SiteRound]:
 
 def _sites_done(item: Round) -> Text:
     works = _main_work(item)
-    done = sum(work.state == "done" for work in works)
+    done = sum(map(_counts, works))
     lost = sum(work.state not in ("done", "open") for work in works)
     return Text(f"{done}/{len(works)}", style="yellow" if lost else "")
+
+
+def _counts(work: SiteRound) -> bool:
+    return work.state == "done" and not work.is_late  # a late update counts in the round that takes it
 
 
 def _metric_names(rounds: Iterable[Round]) -> list[str]:

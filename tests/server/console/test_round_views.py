@@ -1,0 +1,38 @@
+"""What `fedloom run show` tells of rounds with more than one try, and with late updates."""
+
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
+from fedloom.v1 import runs_pb2 as pb
+from fedloom.v1.session_pb2 import WORK_TRAIN
+from fedloom_server.console.round_views import rounds_table, troubles_table
+
+
+def shown(table: Table | None) -> list[str]:
+    assert table is not None
+    output = StringIO()
+    Console(file=output, width=100).print(table)
+    return output.getvalue().splitlines()
+
+
+def test_each_cause_stands_with_the_try_that_it_ended() -> None:
+    causes = [
+        pb.SiteRound(site="kiel", work=WORK_TRAIN, state="failed", reason=reason, attempt=attempt)
+        for attempt, reason in ((1, "no memory"), (2, "no disk"))
+    ]
+    finished = pb.Round(number=7, attempt=3, state=pb.ROUND_STATE_FINISHED, sites=causes)
+    first, second = (line for line in shown(troubles_table([finished])) if "kiel" in line)
+    assert first.split() == ["7", "kiel", "train", "failed", "no", "memory"]
+    assert second.split() == ["7", "(try", "2)", "kiel", "train", "failed", "no", "disk"]
+
+
+def test_a_late_update_is_not_among_those_of_the_round_that_went_on_without_it() -> None:
+    works = [
+        pb.SiteRound(site=site, work=WORK_TRAIN, state="done", examples=80, attempt=1, is_late=is_late)
+        for site, is_late in (("bremen", False), ("kiel", True))
+    ]
+    finished = pb.Round(number=7, attempt=1, state=pb.ROUND_STATE_FINISHED, sites=works, target=1)
+    row = next(line.split() for line in shown(rounds_table([finished], 0)) if "finished" in line)
+    assert row[:4] == ["7", "finished", "1/2", "80"]
