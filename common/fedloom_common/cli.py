@@ -23,7 +23,7 @@ SUMMARIES = {
     "doctor": "Find what a site or a coordinator lacks, and say what to do.",
     "provision": "Make the certificates and configs of a federation.",
     "run": "Submit, watch, stop and export runs.",
-    "sites": "See which sites are connected.",
+    "sites": "See which sites there are, and decide about them.",
 }
 
 
