@@ -12,13 +12,14 @@ from fedloom_common.doctor.credentials import SOON_DAYS, credential
 from fedloom_common.doctor.findings import Check, Finding, examine, ok, problem, warning
 from fedloom_common.doctor.host import open_files, state_folder
 from fedloom_common.doctor.reach import way
-from fedloom_common.errors import BadSpec, FederationError, WrongState
+from fedloom_common.errors import BadSpec, FederationError, StorageUnavailable, WrongState
 from fedloom_common.identity import Peer, Role, TlsFiles, is_loopback
 from fedloom_common.revocation import read_revocations
 from fedloom_common.settings import Fitting, load_fitting
 from fedloom_server.cli import ENV_PREFIX
 from fedloom_server.config import CoordinatorConfig, CoordinatorTls
 from fedloom_server.database import open_database, shown
+from fedloom_server.objects import Objects
 from fedloom_server.ownership import owned_folder
 from fedloom_server.schema import require_latest
 
@@ -41,6 +42,8 @@ def checks(fitting: Fitting) -> dict[str, Check]:
         made["state"] = partial(_state, state, values.get("disk_floor_bytes", 0))
     if state is not None and "database" in values:
         made["database"] = partial(_database, values["database"], state)
+    if values.get("model_storage"):
+        made["model storage"] = partial(_model_storage, values["model_storage"])
     if state is not None and "listen" in values:
         made["service"] = partial(_service, values["listen"], state, values.get("tls"))
     if values.get("http"):
@@ -98,6 +101,22 @@ def _database(url: SecretStr | None, folder: Path) -> Iterator[Finding]:
         )
     finally:
         database.close()
+
+
+def _model_storage(url: str) -> Iterator[Finding]:
+    try:
+        objects = Objects(url)
+        yield ok(f"it answers, and holds {len(objects.all())} files")
+        objects.try_out()
+        yield ok("a file can be written, read and removed")
+    except BadSpec as error:
+        yield problem(str(error), "correct model_storage in the config")
+    except StorageUnavailable as error:
+        yield problem(
+            f"{error}: {error.__cause__ or 'it does not say why'}",
+            "see that this host reaches it, that the bucket is there, and that this user's credentials may "
+            "list, read, write and remove",
+        )
 
 
 def _service(listen: str, folder: Path, tls: TlsFiles | None) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ Calls wait for the network: they are made in threads, never on the event loop.
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,22 @@ class Objects:
                 self._storage.rm_file(self._key(name))
             except FileNotFoundError:
                 return
+
+    def try_out(self) -> None:
+        """Write a file of a few bytes where models go, read it back and remove it.
+
+        Raises:
+            StorageUnavailable: one of these fails; its cause is what the storage said.
+        """
+        name, content = f"trial-{secrets.token_hex(8)}", secrets.token_bytes(16)
+        with _failures("write"):
+            self._storage.makedirs(self._root, exist_ok=True)
+            self._storage.pipe_file(self._key(name), content)
+        with _failures("read"):
+            if self._storage.cat_file(self._key(name)) != content:
+                raise OSError(f"{name} is not what was written")
+        with _failures("remove"):
+            self._storage.rm_file(self._key(name))
 
     def _holds(self, name: str, size: int) -> bool:
         try:

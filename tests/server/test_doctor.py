@@ -5,6 +5,7 @@ import socket
 import ssl
 import time
 
+import fsspec
 import pytest
 import yaml
 
@@ -215,6 +216,43 @@ async def test_a_taken_port_and_a_database_that_is_away_are_problems(kit, config
     assert "cannot be listened on" in problems["service"]
     assert "127.0.0.1:1" in problems["database"]
     assert "secret" not in problems["database"]
+
+
+async def storage_of(kit, url):
+    return [item for item in await examined(kit, "--model_storage", url) if item.part == "model storage"]
+
+
+async def test_a_model_storage_that_serves_is_tried_and_left_as_it_was(kit, tmp_path):
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    (bucket / "model").write_bytes(b"model")
+
+    found = await storage_of(kit, f"file://{bucket}")
+
+    assert [(item.verdict, item.told) for item in found] == [
+        ("ok", "it answers, and holds 1 files"),
+        ("ok", "a file can be written, read and removed"),
+    ]
+    assert [path.name for path in bucket.iterdir()] == ["model"]
+
+
+async def test_a_model_storage_that_cannot_be_used_is_told_with_its_own_words(kit, tmp_path, monkeypatch):
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "somebody"), ("AWS_SECRET_ACCESS_KEY", "secret"), ("AWS_MAX_ATTEMPTS", "1"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:1"), ("AWS_EC2_METADATA_DISABLED", "true"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # it keeps the endpoint of another test
+    (tmp_path / "file").touch()
+    away = await storage_of(kit, "s3://bucket/models")
+    no_folder = await storage_of(kit, f"file://{tmp_path}/file/models")
+    unknown = await storage_of(kit, "s4://bucket")
+
+    assert [item.verdict for item in (away[-1], no_folder[-1], unknown[-1])] == ["problem"] * 3
+    assert 'cannot list now: try again later: Could not connect to the endpoint URL: "http' in away[-1].told
+    assert "credentials" in away[-1].advice
+    assert "Not a directory" in no_folder[-1].told
+    assert "wanted a URL that fsspec knows" in unknown[-1].told
 
 
 async def test_a_damaged_database_is_told_and_a_coordinator_does_not_start_with_it(kit, config):

@@ -150,6 +150,7 @@ def s3_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_EC2_METADATA_DISABLED", "true"),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # it keeps the endpoint of another test
     bucket = f"models-{secrets.token_hex(4)}"
     fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
     yield f"s3://{bucket}/federation"
@@ -163,3 +164,8 @@ async def test_models_go_to_s3_and_come_back(tmp_path, s3_url):
     assert (await Files(tmp_path / "two", Objects(s3_url)).bring(stored.digest)).read_bytes() == content
     files.remove([stored.digest])
     await asyncio.to_thread(wait_until, lambda: names_in(s3_url) == [])
+
+
+async def test_s3_is_tried_out_and_left_empty(s3_url):
+    Objects(s3_url).try_out()
+    assert names_in(s3_url) == []
