@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from fedloom_common.errors import TooFewSites
 from fedloom_server.codecs import most_update_bytes
-from fedloom_server.cohorts import draw_cohort, wanted
+from fedloom_server.cohorts import draw_cohort, sites_needed, wanted
 from fedloom_server.downlink import delta_to
 from fedloom_server.federation import Federation
 from fedloom_server.pending import Terms
@@ -97,12 +97,12 @@ def terms_of_evaluation(run: Run, record: Round, federation: Federation) -> Term
 
 
 def require_sites(run: Run, sites: Sites, besides: int = 0) -> None:
-    """Check that enough sites fit for a round, with so many ``besides`` those that are free.
+    """Check that enough sites fit for a run to go on, with so many ``besides`` those that are free.
 
     Raises:
         TooFewSites: says how many there are, and what the others lack.
     """
-    needed, what = run.spec.cohort.min_sites, wanted(run.spec)
+    needed, what = sites_needed(run), wanted(run.spec)
     if len(sites.fitting(what)) + besides < needed:
         raise TooFewSites(f"waits for sites: {sites.shortfall(what, needed)}")
 

@@ -7,7 +7,7 @@ the more versions were made since the update began. ``versions`` holds what is d
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -29,6 +29,7 @@ async def run_buffered(run: Run, federation: Federation) -> str:
     """Buffered asynchronous aggregation: versions until a stop condition holds; returns which.
 
     Raises:
+        TooFewSites: nobody works for it any more, and nobody is there who could.
         BadTensor: the updates make no finite model.
     Source: Nguyen et al. 2022, arXiv:2106.06639, algorithm 1, weighted by examples.
     """
@@ -91,6 +92,8 @@ class _Flow:
         if versions.closed is None:
             await self._open_buffer()
         self._withdraw_stale(still_open)
+        if versions.measured:
+            self._measuring = versions.evaluations(()) or None  # all may have answered already
         self.make_versions()
 
     def stop_reason(self) -> str | None:
@@ -109,14 +112,19 @@ class _Flow:
             if assignment.state is AssignmentState.OPEN and assignment.site not in busy:
                 self._begin(assignment)
                 busy.add(assignment.site)
-        if versions.open is None or self._making is not None:
+        if self._making is not None:
             return  # a model that is being made is worth the seconds: training from the one before is stale
+        if versions.open is not None:
+            self._have_trained(sites, busy)
+        self._idle.tell(is_busy=bool(self._work))
+
+    def _have_trained(self, sites: Sequence[str], busy: Collection[str]) -> None:
+        versions, assignments = self._versions, self._work.values()
         training = [a.site for a in assignments if a.work is Work.TRAIN]
         connected = sum(self._federation.sites.link(site) is not None for site in training)
         free = (self._mode.concurrency or len(sites)) - connected
         for site in self._idle.pick(sites, busy, free, versions):
             self._begin(versions.new_training(site))
-        self._idle.tell(is_busy=bool(self._work))
 
     async def until_something_happens(self) -> None:
         """Wait until work has ended, a site has come or gone, a version is made or a rest is over."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Collection
 
-from fedloom_common.runspec import RunSpec
+from fedloom_common.runspec import Async, RunSpec
 from fedloom_server.eligibility import Wanted
 from fedloom_server.records import Round, Run
 from fedloom_server.selection import Draw, cohort_size, known_weights, select
@@ -14,6 +14,12 @@ from fedloom_server.store import Store
 def wanted(spec: RunSpec) -> Wanted:
     """What a run wants of a site."""
     return Wanted(data=spec.data, require=spec.cohort.require)
+
+
+def sites_needed(run: Run) -> int:
+    """How many sites must fit for a run to go on; without rounds the first to return makes a beginning."""
+    begun = isinstance(run.spec.mode, Async) and run.rounds_done > 0
+    return 1 if begun else run.spec.cohort.min_sites
 
 
 async def draw_cohort(

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from fedloom_server.batches import require_sites
 from fedloom_server.cohorts import wanted
-from fedloom_server.eligibility import shortfall
 from fedloom_server.federation import Federation
 from fedloom_server.records import Assignment, AssignmentState, Run
 from fedloom_server.roster import Link
@@ -88,8 +88,12 @@ class IdleSites:
         return max(0.0, min(ends) - _now_s()) if ends else None
 
     def tell(self, *, is_busy: bool) -> None:
-        """Say what the run waits for, if nobody works for it."""
-        run, reason = self._run, "" if is_busy else self._lacking()
+        """Say why nobody works for the run, if sites rest.
+
+        Raises:
+            TooFewSites: nobody works for it, and nobody who fits is here.
+        """
+        run, reason = self._run, "" if is_busy else self._why_all_rest()
         if run.reason == reason:
             return
         run.reason = reason
@@ -98,12 +102,12 @@ class IdleSites:
         if reason:
             logger.info("waiting for sites", extra={"run": run.id, "reason": reason})
 
-    def _lacking(self) -> str:
+    def _why_all_rest(self) -> str:
         resting = [rest.why for site, rest in self._rests.items() if self._rests_now(site)]
         if resting:
             return f"waits a while after failures: {'; '.join(resting[:CAUSES_TOLD])}"
-        lacking = shortfall(self._sites.connected(), self._wanted, needed=self._spec.cohort.min_sites)
-        return f"waits for sites with data {self._spec.data!r}: {lacking}"
+        require_sites(self._run, self._sites)
+        return ""
 
     def _rests_now(self, site: str) -> bool:
         """Whether a site that is here is to be left alone."""

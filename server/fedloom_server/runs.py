@@ -17,7 +17,7 @@ from fedloom_common.errors import (
 from fedloom_common.runspec import Sync
 from fedloom_server.batches import require_sites
 from fedloom_server.buffered import run_buffered
-from fedloom_server.cohorts import wanted
+from fedloom_server.cohorts import sites_needed, wanted
 from fedloom_server.failures import failure_of_run
 from fedloom_server.federation import Federation
 from fedloom_server.records import AssignmentState, Base, Run, RunState
@@ -245,7 +245,7 @@ class Runs:
 
     def _new_wait(self, run: Run, failures: int) -> Wait:
         sessions = self._federation.sites.sessions(wanted(run.spec))
-        return Wait(min_sites=run.spec.cohort.min_sites, sessions=sessions, failures=failures, now_s=_now_s())
+        return Wait(min_sites=sites_needed(run), sessions=sessions, failures=failures, now_s=_now_s())
 
     def _end_waits(self) -> None:
         """Queue the waiting runs that may go on, and say of the others how many sites are there."""

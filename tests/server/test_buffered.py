@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from fedloom.v1 import session_pb2 as pb
 from fedloom_server.app import coordinator
 from fedloom_server.config import KeepModels
-from fedloom_server.records import AssignmentState, Work
+from fedloom_server.records import AssignmentState, Round, Work
 from fedloom_server.store import Store
 
 STEPS = {"a": 1.0, "b": 4.0, "slow": 8.0}
@@ -144,11 +144,56 @@ async def test_a_run_that_nobody_can_work_for_says_why_and_goes_on_by_itself(ben
     run = await bench.enqueue(async_spec(buffer=1, rounds=1))
     await bench.until(lambda: "bad failed: ValueError" in bench.running.store.run(run.id).reason)
     await bench.detach("bad")
-    await bench.until(lambda: "waits for sites with data" in bench.running.store.run(run.id).reason)
+    await bench.waits(run, "waits for sites: 0 of 1 fit, 0 connected")
     bad.fault = fault.NONE
     bench.attach(bad)
     run = await bench.ended(run)
     assert (run.state, run.reason) == ("finished", "the only round is done")
+
+
+async def test_a_run_whose_sites_have_all_gone_leaves_its_place_and_goes_on_with_the_first_to_return(
+    config, bench_of, async_spec, initial, fault
+):
+    """By hand: a makes each of the two versions alone; the other run takes the only place meanwhile."""
+    async with coordinator(config.model_copy(update={"concurrent_runs": 1})) as running:
+        bench = bench_of(running)
+        a = gated(bench, "a")
+        bench.site("b", fault=fault.FAILS)
+        run = await bench.enqueue(async_spec(buffer=1, rounds=2, cohort={"min_sites": 2, "stall_s": 1}))
+        other = await bench.enqueue(async_spec(name="other", buffer=1, rounds=1))
+        await let_end(bench, run, a)
+        await bench.until(lambda: version(bench, run) == 1)
+        for name in "ab":
+            await bench.detach(name)
+        await bench.waits(run, "waits for sites: 0 of 1 fit, 0 connected")
+        assert (await bench.in_state(other, "waiting")).reason == running.store.run(run.id).reason
+        free(a)
+        bench.attach(a)
+        for ended in (await bench.ended(run), await bench.ended(other)):
+            assert ended.state == "finished"
+        assert bias_of(bench, run, initial) == pytest.approx(2.0, rel=1e-6)
+
+
+async def test_a_measurement_that_everybody_answered_before_a_kill_needs_no_site_after_it(
+    config, bench_of, async_spec, tmp_path, monkeypatch
+):
+    disk, keep = tmp_path / "disk", Store.save
+
+    def save(self, *records):
+        if not disk.exists() and any(isinstance(r, Round) and r.state == "finished" for r in records):
+            copy_of(config.state_dir, disk)
+        keep(self, *records)
+
+    monkeypatch.setattr(Store, "save", save)
+    measured = {"initial": False, "every_rounds": 1}
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        bench.site("a")
+        run = await bench.ended(await bench.enqueue(async_spec(buffer=1, rounds=1, evaluation=measured)))
+        await bench.detach("a")
+    async with coordinator(config.model_copy(update={"state_dir": disk})) as running:
+        assert (await bench_of(running).ended(run)).state == "finished"
+        assert "loss" in running.store.rounds(run.id)[-1].metrics
 
 
 async def test_a_site_that_goes_away_is_replaced_and_its_update_counts_if_it_comes_back(
