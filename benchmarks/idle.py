@@ -20,7 +20,6 @@ from measure import GB, MB
 from processes import Processes, free_port, wait_for_port
 from rich.console import Console
 
-from fedloom.v1.runs_pb2 import ListSitesRequest
 from fedloom_common.authority import Authority
 from fedloom_common.identity import Role
 from fedloom_server.console.connection import Operator
@@ -122,8 +121,7 @@ async def _until_attached(kit: Path, sites: int, processes: Processes) -> None:
 async def _attached(kit: Path) -> int:
     operator = Operator(config=kit / "operators/bench/operator.yaml")
     async with operator.connect() as coordinator:
-        answer = await coordinator.call(coordinator.runs.ListSites, ListSitesRequest())
-    return sum(site.connected for site in answer.sites)
+        return sum(site.connected for site in await coordinator.all_sites())
 
 
 def _cpu_s(process: psutil.Process) -> float:

@@ -31,7 +31,7 @@ from faults.ledger import (
 from faults.nullsite import Tensors
 from faults.proxy import Proxy
 
-from fedloom.v1.runs_pb2 import RUN_STATE_FINISHED, GetResponse, ListRequest
+from fedloom.v1.runs_pb2 import RUN_STATE_FINISHED, GetResponse
 from fedloom.v1.session_pb2 import WORK_TRAIN
 from fedloom_common.errors import Unreachable
 
@@ -161,8 +161,7 @@ class Runs:
     async def _waited_for(self) -> bool:
         """Check the runs that have ended; whether others have not."""
         async with self._federation.operator() as coordinator:
-            listed = await coordinator.call(coordinator.runs.List, ListRequest())
-            new = [run for run in listed.runs if run.id not in self.answers]
+            new = [run for run in await coordinator.all_runs() if run.id not in self.answers]
             for run in new:
                 if run.state in ENDS:
                     await self._check(await coordinator.run_with_rounds(run.id))

@@ -25,8 +25,6 @@ from fedloom.v1.runs_pb2 import (
     RUN_STATE_FINISHED,
     RUN_STATE_STOPPED,
     GetResponse,
-    ListRequest,
-    ListSitesRequest,
     ResumeRequest,
     SubmitRequest,
 )
@@ -220,8 +218,7 @@ class Federation:
         """How many sites are connected; 0 while the coordinator does not answer."""
         with contextlib.suppress(AttemptFailed):
             async with self.operator() as coordinator:
-                answer = await coordinator.call(coordinator.runs.ListSites, ListSitesRequest())
-                return sum(site.connected for site in answer.sites)
+                return sum(site.connected for site in await coordinator.all_sites())
         return 0
 
     def model(self, digest: str) -> dict[str, NDArray[np.float32]]:
@@ -240,7 +237,7 @@ class Federation:
             while True:
                 with contextlib.suppress(AttemptFailed):
                     async with self.operator() as coordinator:
-                        await coordinator.call(coordinator.runs.List, ListRequest())
+                        await coordinator.all_runs()
                         return
                 await asyncio.sleep(POLL_S)
 

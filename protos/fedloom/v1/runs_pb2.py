@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fedloom.v1 import session_pb2 as fedloom_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x66\x65\x64loom/v1/runs.proto\x12\nfedloom.v1\x1a\x18\x66\x65\x64loom/v1/session.proto\"\xc8\x02\n\x03Run\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.fedloom.v1.RunState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0brounds_done\x18\x05 \x01(\r\x12\x14\n\x0crounds_total\x18\x06 \x01(\r\x12\x16\n\x0esubmitted_at_s\x18\x07 \x01(\x01\x12\x14\n\x0cstarted_at_s\x18\x08 \x01(\x01\x12\x12\n\nended_at_s\x18\t \x01(\x01\x12\x1f\n\x05model\x18\n \x01(\x0b\x32\x10.fedloom.v1.Blob\x12\x11\n\tspec_json\x18\x0b \x01(\t\x12\x10\n\x08priority\x18\x0c \x01(\x05\x12\x13\n\x0b\x63loned_from\x18\r \x01(\t\x12\x19\n\x0c\x63loned_round\x18\x0e \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_cloned_round\"\xc1\x02\n\x05Round\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.fedloom.v1.RoundState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x1f\n\x05model\x18\x05 \x01(\x0b\x32\x10.fedloom.v1.Blob\x12/\n\x07metrics\x18\x06 \x03(\x0b\x32\x1e.fedloom.v1.Round.MetricsEntry\x12$\n\x05sites\x18\x07 \x03(\x0b\x32\x15.fedloom.v1.SiteRound\x12\x14\n\x0cstarted_at_s\x18\x08 \x01(\x01\x12\x12\n\nended_at_s\x18\t \x01(\x01\x12\x0e\n\x06target\x18\n \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xd4\x03\n\tSiteRound\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x1e\n\x04work\x18\x02 \x01(\x0e\x32\x10.fedloom.v1.Work\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x33\n\x07metrics\x18\x07 \x03(\x0b\x32\".fedloom.v1.SiteRound.MetricsEntry\x12\x12\n\nbytes_down\x18\x08 \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\t \x01(\x04\x12>\n\rphase_seconds\x18\n \x03(\x0b\x32\'.fedloom.v1.SiteRound.PhaseSecondsEntry\x12\x0f\n\x07\x61ttempt\x18\x0b \x01(\r\x12\x0f\n\x07is_late\x18\x0c \x01(\x08\x12\x11\n\tstaleness\x18\x0f \x01(\r\x12\x0c\n\x04turn\x18\x10 \x01(\r\x12\x15\n\rassignment_id\x18\x11 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x33\n\x11PhaseSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"/\n\rSubmitRequest\x12\x0c\n\x04spec\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x05\"{\n\x0c\x43loneRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\t\x12\x17\n\nfrom_round\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0b\x66rom_latest\x18\x04 \x01(\x08\x12\x10\n\x08priority\x18\x05 \x01(\x05\x42\r\n\x0b_from_round\".\n\x0cPauseRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\x13ListFailuresRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"@\n\x14ListFailuresResponse\x12(\n\x08\x66\x61ilures\x18\x01 \x03(\x0b\x32\x16.fedloom.v1.RunFailure\"\x95\x01\n\nRunFailure\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04site\x18\x04 \x01(\t\x12\x1e\n\x04work\x18\x05 \x01(\x0e\x32\x10.fedloom.v1.Work\x12\r\n\x05\x63\x61use\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x0b\n\x03log\x18\x08 \x01(\t\"\r\n\x0bListRequest\"-\n\x0cListResponse\x12\x1d\n\x04runs\x18\x01 \x03(\x0b\x32\x0f.fedloom.v1.Run\"0\n\nGetRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nfrom_round\x18\x02 \x01(\r\"v\n\x0bGetResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.fedloom.v1.Run\x12!\n\x06rounds\x18\x02 \x03(\x0b\x32\x11.fedloom.v1.Round\x12\x17\n\nnext_round\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_next_round\"\x1e\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x8b\x01\n\nWatchEvent\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x0f.fedloom.v1.RunH\x00\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x11.fedloom.v1.RoundH\x00\x12\x31\n\rsite_progress\x18\x03 \x01(\x0b\x32\x18.fedloom.v1.SiteProgressH\x00\x42\x06\n\x04kind\"s\n\x0cSiteProgress\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x1e\n\x04work\x18\x03 \x01(\x0e\x32\x10.fedloom.v1.Work\x12&\n\x08progress\x18\x04 \x01(\x0b\x32\x14.fedloom.v1.Progress\"-\n\x0bStopRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1f\n\rResumeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"=\n\rExportRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\x05round\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_round\"c\n\x0e\x45xportResponse\x12\x1f\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x10.fedloom.v1.Blob\x12\x12\n\nmodel_card\x18\x02 \x01(\t\x12\x1c\n\x03run\x18\x03 \x01(\x0b\x32\x0f.fedloom.v1.Run\"\x12\n\x10ListSitesRequest\"4\n\x11ListSitesResponse\x12\x1f\n\x05sites\x18\x01 \x03(\x0b\x32\x10.fedloom.v1.Site\"\xc1\x03\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x17\n\x0flast_heard_at_s\x18\x03 \x01(\x01\x12 \n\x05hello\x18\x04 \x01(\x0b\x32\x11.fedloom.v1.Hello\x12$\n\x05state\x18\x05 \x01(\x0e\x32\x15.fedloom.v1.SiteState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x18\n\x10\x66irst_heard_at_s\x18\x07 \x01(\x01\x12,\n\x06labels\x18\x08 \x03(\x0b\x32\x1c.fedloom.v1.Site.LabelsEntry\x12=\n\x0foperator_labels\x18\t \x03(\x0b\x32$.fedloom.v1.Site.OperatorLabelsEntry\x12\x18\n\x10open_assignments\x18\n \x03(\t\x12 \n\x18\x63\x65rtificate_expires_at_s\x18\r \x01(\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x35\n\x13OperatorLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xc4\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10RUN_STATE_QUEUED\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x16\n\x12RUN_STATE_FINISHED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x12\x15\n\x11RUN_STATE_STOPPED\x10\x05\x12\x15\n\x11RUN_STATE_WAITING\x10\x06\x12\x14\n\x10RUN_STATE_PAUSED\x10\x07*\xae\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14ROUND_STATE_TRAINING\x10\x01\x12\x1b\n\x17ROUND_STATE_AGGREGATING\x10\x02\x12\x1a\n\x16ROUND_STATE_EVALUATING\x10\x03\x12\x18\n\x14ROUND_STATE_FINISHED\x10\x04\x12\x16\n\x12ROUND_STATE_FAILED\x10\x05*o\n\tSiteState\x12\x1a\n\x16SITE_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11SITE_STATE_ACTIVE\x10\x01\x12\x17\n\x13SITE_STATE_DRAINING\x10\x02\x12\x16\n\x12SITE_STATE_BLOCKED\x10\x03\x32\xa0\x05\n\nRunService\x12\x34\n\x06Submit\x12\x19.fedloom.v1.SubmitRequest\x1a\x0f.fedloom.v1.Run\x12\x39\n\x04List\x12\x17.fedloom.v1.ListRequest\x1a\x18.fedloom.v1.ListResponse\x12\x36\n\x03Get\x12\x16.fedloom.v1.GetRequest\x1a\x17.fedloom.v1.GetResponse\x12;\n\x05Watch\x12\x18.fedloom.v1.WatchRequest\x1a\x16.fedloom.v1.WatchEvent0\x01\x12\x32\n\x05\x43lone\x12\x18.fedloom.v1.CloneRequest\x1a\x0f.fedloom.v1.Run\x12\x32\n\x05Pause\x12\x18.fedloom.v1.PauseRequest\x1a\x0f.fedloom.v1.Run\x12\x30\n\x04Stop\x12\x17.fedloom.v1.StopRequest\x1a\x0f.fedloom.v1.Run\x12\x34\n\x06Resume\x12\x19.fedloom.v1.ResumeRequest\x1a\x0f.fedloom.v1.Run\x12Q\n\x0cListFailures\x12\x1f.fedloom.v1.ListFailuresRequest\x1a .fedloom.v1.ListFailuresResponse\x12?\n\x06\x45xport\x12\x19.fedloom.v1.ExportRequest\x1a\x1a.fedloom.v1.ExportResponse\x12H\n\tListSites\x12\x1c.fedloom.v1.ListSitesRequest\x1a\x1d.fedloom.v1.ListSitesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x66\x65\x64loom/v1/runs.proto\x12\nfedloom.v1\x1a\x18\x66\x65\x64loom/v1/session.proto\"\xc8\x02\n\x03Run\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.fedloom.v1.RunState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0brounds_done\x18\x05 \x01(\r\x12\x14\n\x0crounds_total\x18\x06 \x01(\r\x12\x16\n\x0esubmitted_at_s\x18\x07 \x01(\x01\x12\x14\n\x0cstarted_at_s\x18\x08 \x01(\x01\x12\x12\n\nended_at_s\x18\t \x01(\x01\x12\x1f\n\x05model\x18\n \x01(\x0b\x32\x10.fedloom.v1.Blob\x12\x11\n\tspec_json\x18\x0b \x01(\t\x12\x10\n\x08priority\x18\x0c \x01(\x05\x12\x13\n\x0b\x63loned_from\x18\r \x01(\t\x12\x19\n\x0c\x63loned_round\x18\x0e \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_cloned_round\"\xc1\x02\n\x05Round\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.fedloom.v1.RoundState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x1f\n\x05model\x18\x05 \x01(\x0b\x32\x10.fedloom.v1.Blob\x12/\n\x07metrics\x18\x06 \x03(\x0b\x32\x1e.fedloom.v1.Round.MetricsEntry\x12$\n\x05sites\x18\x07 \x03(\x0b\x32\x15.fedloom.v1.SiteRound\x12\x14\n\x0cstarted_at_s\x18\x08 \x01(\x01\x12\x12\n\nended_at_s\x18\t \x01(\x01\x12\x0e\n\x06target\x18\n \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xd4\x03\n\tSiteRound\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x1e\n\x04work\x18\x02 \x01(\x0e\x32\x10.fedloom.v1.Work\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x33\n\x07metrics\x18\x07 \x03(\x0b\x32\".fedloom.v1.SiteRound.MetricsEntry\x12\x12\n\nbytes_down\x18\x08 \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\t \x01(\x04\x12>\n\rphase_seconds\x18\n \x03(\x0b\x32\'.fedloom.v1.SiteRound.PhaseSecondsEntry\x12\x0f\n\x07\x61ttempt\x18\x0b \x01(\r\x12\x0f\n\x07is_late\x18\x0c \x01(\x08\x12\x11\n\tstaleness\x18\x0f \x01(\r\x12\x0c\n\x04turn\x18\x10 \x01(\r\x12\x15\n\rassignment_id\x18\x11 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x33\n\x11PhaseSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"/\n\rSubmitRequest\x12\x0c\n\x04spec\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x05\"{\n\x0c\x43loneRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\t\x12\x17\n\nfrom_round\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0b\x66rom_latest\x18\x04 \x01(\x08\x12\x10\n\x08priority\x18\x05 \x01(\x05\x42\r\n\x0b_from_round\".\n\x0cPauseRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\x13ListFailuresRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"@\n\x14ListFailuresResponse\x12(\n\x08\x66\x61ilures\x18\x01 \x03(\x0b\x32\x16.fedloom.v1.RunFailure\"\x95\x01\n\nRunFailure\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04site\x18\x04 \x01(\t\x12\x1e\n\x04work\x18\x05 \x01(\x0e\x32\x10.fedloom.v1.Work\x12\r\n\x05\x63\x61use\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x0b\n\x03log\x18\x08 \x01(\t\"\x1c\n\x0bListRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\"A\n\x0cListResponse\x12\x1d\n\x04runs\x18\x01 \x03(\x0b\x32\x0f.fedloom.v1.Run\x12\x12\n\nnext_after\x18\x02 \x01(\t\"0\n\nGetRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nfrom_round\x18\x02 \x01(\r\"v\n\x0bGetResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.fedloom.v1.Run\x12!\n\x06rounds\x18\x02 \x03(\x0b\x32\x11.fedloom.v1.Round\x12\x17\n\nnext_round\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_next_round\"\x1e\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x8b\x01\n\nWatchEvent\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x0f.fedloom.v1.RunH\x00\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x11.fedloom.v1.RoundH\x00\x12\x31\n\rsite_progress\x18\x03 \x01(\x0b\x32\x18.fedloom.v1.SiteProgressH\x00\x42\x06\n\x04kind\"s\n\x0cSiteProgress\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x1e\n\x04work\x18\x03 \x01(\x0e\x32\x10.fedloom.v1.Work\x12&\n\x08progress\x18\x04 \x01(\x0b\x32\x14.fedloom.v1.Progress\"-\n\x0bStopRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1f\n\rResumeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"=\n\rExportRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\x05round\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_round\"c\n\x0e\x45xportResponse\x12\x1f\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x10.fedloom.v1.Blob\x12\x12\n\nmodel_card\x18\x02 \x01(\t\x12\x1c\n\x03run\x18\x03 \x01(\x0b\x32\x0f.fedloom.v1.Run\"!\n\x10ListSitesRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\"H\n\x11ListSitesResponse\x12\x1f\n\x05sites\x18\x01 \x03(\x0b\x32\x10.fedloom.v1.Site\x12\x12\n\nnext_after\x18\x02 \x01(\t\"\xc1\x03\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x17\n\x0flast_heard_at_s\x18\x03 \x01(\x01\x12 \n\x05hello\x18\x04 \x01(\x0b\x32\x11.fedloom.v1.Hello\x12$\n\x05state\x18\x05 \x01(\x0e\x32\x15.fedloom.v1.SiteState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x18\n\x10\x66irst_heard_at_s\x18\x07 \x01(\x01\x12,\n\x06labels\x18\x08 \x03(\x0b\x32\x1c.fedloom.v1.Site.LabelsEntry\x12=\n\x0foperator_labels\x18\t \x03(\x0b\x32$.fedloom.v1.Site.OperatorLabelsEntry\x12\x18\n\x10open_assignments\x18\n \x03(\t\x12 \n\x18\x63\x65rtificate_expires_at_s\x18\r \x01(\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x35\n\x13OperatorLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xc4\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10RUN_STATE_QUEUED\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x16\n\x12RUN_STATE_FINISHED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x12\x15\n\x11RUN_STATE_STOPPED\x10\x05\x12\x15\n\x11RUN_STATE_WAITING\x10\x06\x12\x14\n\x10RUN_STATE_PAUSED\x10\x07*\xae\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14ROUND_STATE_TRAINING\x10\x01\x12\x1b\n\x17ROUND_STATE_AGGREGATING\x10\x02\x12\x1a\n\x16ROUND_STATE_EVALUATING\x10\x03\x12\x18\n\x14ROUND_STATE_FINISHED\x10\x04\x12\x16\n\x12ROUND_STATE_FAILED\x10\x05*o\n\tSiteState\x12\x1a\n\x16SITE_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11SITE_STATE_ACTIVE\x10\x01\x12\x17\n\x13SITE_STATE_DRAINING\x10\x02\x12\x16\n\x12SITE_STATE_BLOCKED\x10\x03\x32\xa0\x05\n\nRunService\x12\x34\n\x06Submit\x12\x19.fedloom.v1.SubmitRequest\x1a\x0f.fedloom.v1.Run\x12\x39\n\x04List\x12\x17.fedloom.v1.ListRequest\x1a\x18.fedloom.v1.ListResponse\x12\x36\n\x03Get\x12\x16.fedloom.v1.GetRequest\x1a\x17.fedloom.v1.GetResponse\x12;\n\x05Watch\x12\x18.fedloom.v1.WatchRequest\x1a\x16.fedloom.v1.WatchEvent0\x01\x12\x32\n\x05\x43lone\x12\x18.fedloom.v1.CloneRequest\x1a\x0f.fedloom.v1.Run\x12\x32\n\x05Pause\x12\x18.fedloom.v1.PauseRequest\x1a\x0f.fedloom.v1.Run\x12\x30\n\x04Stop\x12\x17.fedloom.v1.StopRequest\x1a\x0f.fedloom.v1.Run\x12\x34\n\x06Resume\x12\x19.fedloom.v1.ResumeRequest\x1a\x0f.fedloom.v1.Run\x12Q\n\x0cListFailures\x12\x1f.fedloom.v1.ListFailuresRequest\x1a .fedloom.v1.ListFailuresResponse\x12?\n\x06\x45xport\x12\x19.fedloom.v1.ExportRequest\x1a\x1a.fedloom.v1.ExportResponse\x12H\n\tListSites\x12\x1c.fedloom.v1.ListSitesRequest\x1a\x1d.fedloom.v1.ListSitesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,12 +42,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SITE_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_SITE_OPERATORLABELSENTRY']._loaded_options = None
   _globals['_SITE_OPERATORLABELSENTRY']._serialized_options = b'8\001'
-  _globals['_RUNSTATE']._serialized_start=2977
-  _globals['_RUNSTATE']._serialized_end=3173
-  _globals['_ROUNDSTATE']._serialized_start=3176
-  _globals['_ROUNDSTATE']._serialized_end=3350
-  _globals['_SITESTATE']._serialized_start=3352
-  _globals['_SITESTATE']._serialized_end=3463
+  _globals['_RUNSTATE']._serialized_start=3047
+  _globals['_RUNSTATE']._serialized_end=3243
+  _globals['_ROUNDSTATE']._serialized_start=3246
+  _globals['_ROUNDSTATE']._serialized_end=3420
+  _globals['_SITESTATE']._serialized_start=3422
+  _globals['_SITESTATE']._serialized_end=3533
   _globals['_RUN']._serialized_start=64
   _globals['_RUN']._serialized_end=392
   _globals['_ROUND']._serialized_start=395
@@ -73,37 +73,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNFAILURE']._serialized_start=1532
   _globals['_RUNFAILURE']._serialized_end=1681
   _globals['_LISTREQUEST']._serialized_start=1683
-  _globals['_LISTREQUEST']._serialized_end=1696
-  _globals['_LISTRESPONSE']._serialized_start=1698
-  _globals['_LISTRESPONSE']._serialized_end=1743
-  _globals['_GETREQUEST']._serialized_start=1745
-  _globals['_GETREQUEST']._serialized_end=1793
-  _globals['_GETRESPONSE']._serialized_start=1795
-  _globals['_GETRESPONSE']._serialized_end=1913
-  _globals['_WATCHREQUEST']._serialized_start=1915
-  _globals['_WATCHREQUEST']._serialized_end=1945
-  _globals['_WATCHEVENT']._serialized_start=1948
-  _globals['_WATCHEVENT']._serialized_end=2087
-  _globals['_SITEPROGRESS']._serialized_start=2089
-  _globals['_SITEPROGRESS']._serialized_end=2204
-  _globals['_STOPREQUEST']._serialized_start=2206
-  _globals['_STOPREQUEST']._serialized_end=2251
-  _globals['_RESUMEREQUEST']._serialized_start=2253
-  _globals['_RESUMEREQUEST']._serialized_end=2284
-  _globals['_EXPORTREQUEST']._serialized_start=2286
-  _globals['_EXPORTREQUEST']._serialized_end=2347
-  _globals['_EXPORTRESPONSE']._serialized_start=2349
-  _globals['_EXPORTRESPONSE']._serialized_end=2448
-  _globals['_LISTSITESREQUEST']._serialized_start=2450
-  _globals['_LISTSITESREQUEST']._serialized_end=2468
-  _globals['_LISTSITESRESPONSE']._serialized_start=2470
-  _globals['_LISTSITESRESPONSE']._serialized_end=2522
-  _globals['_SITE']._serialized_start=2525
-  _globals['_SITE']._serialized_end=2974
-  _globals['_SITE_LABELSENTRY']._serialized_start=2874
-  _globals['_SITE_LABELSENTRY']._serialized_end=2919
-  _globals['_SITE_OPERATORLABELSENTRY']._serialized_start=2921
-  _globals['_SITE_OPERATORLABELSENTRY']._serialized_end=2974
-  _globals['_RUNSERVICE']._serialized_start=3466
-  _globals['_RUNSERVICE']._serialized_end=4138
+  _globals['_LISTREQUEST']._serialized_end=1711
+  _globals['_LISTRESPONSE']._serialized_start=1713
+  _globals['_LISTRESPONSE']._serialized_end=1778
+  _globals['_GETREQUEST']._serialized_start=1780
+  _globals['_GETREQUEST']._serialized_end=1828
+  _globals['_GETRESPONSE']._serialized_start=1830
+  _globals['_GETRESPONSE']._serialized_end=1948
+  _globals['_WATCHREQUEST']._serialized_start=1950
+  _globals['_WATCHREQUEST']._serialized_end=1980
+  _globals['_WATCHEVENT']._serialized_start=1983
+  _globals['_WATCHEVENT']._serialized_end=2122
+  _globals['_SITEPROGRESS']._serialized_start=2124
+  _globals['_SITEPROGRESS']._serialized_end=2239
+  _globals['_STOPREQUEST']._serialized_start=2241
+  _globals['_STOPREQUEST']._serialized_end=2286
+  _globals['_RESUMEREQUEST']._serialized_start=2288
+  _globals['_RESUMEREQUEST']._serialized_end=2319
+  _globals['_EXPORTREQUEST']._serialized_start=2321
+  _globals['_EXPORTREQUEST']._serialized_end=2382
+  _globals['_EXPORTRESPONSE']._serialized_start=2384
+  _globals['_EXPORTRESPONSE']._serialized_end=2483
+  _globals['_LISTSITESREQUEST']._serialized_start=2485
+  _globals['_LISTSITESREQUEST']._serialized_end=2518
+  _globals['_LISTSITESRESPONSE']._serialized_start=2520
+  _globals['_LISTSITESRESPONSE']._serialized_end=2592
+  _globals['_SITE']._serialized_start=2595
+  _globals['_SITE']._serialized_end=3044
+  _globals['_SITE_LABELSENTRY']._serialized_start=2944
+  _globals['_SITE_LABELSENTRY']._serialized_end=2989
+  _globals['_SITE_OPERATORLABELSENTRY']._serialized_start=2991
+  _globals['_SITE_OPERATORLABELSENTRY']._serialized_end=3044
+  _globals['_RUNSERVICE']._serialized_start=3536
+  _globals['_RUNSERVICE']._serialized_end=4208
 # @@protoc_insertion_point(module_scope)

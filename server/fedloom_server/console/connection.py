@@ -15,7 +15,7 @@ import typer
 
 from fedloom.v1.audit_pb2_grpc import AuditServiceStub
 from fedloom.v1.metrics_pb2_grpc import MetricServiceStub
-from fedloom.v1.runs_pb2 import GetRequest, GetResponse
+from fedloom.v1.runs_pb2 import GetRequest, GetResponse, ListRequest, ListSitesRequest, Run, Site
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom.v1.sites_pb2_grpc import SiteServiceStub
 from fedloom_common.channels import open_channel
@@ -92,6 +92,33 @@ class Coordinator:
             whole.rounds.extend(more.rounds)
         whole.ClearField("next_round")
         return whole
+
+    async def all_runs(self) -> list[Run]:
+        """Every run, newest first, over as many calls as they need.
+
+        Raises:
+            FederationError: what the coordinator said, or Unreachable.
+        """
+        pages = self._pages(self.runs.List, ListRequest())
+        return [run async for page in pages for run in page.runs]
+
+    async def all_sites(self) -> list[Site]:
+        """Every site by name, over as many calls as they need.
+
+        Raises:
+            FederationError: what the coordinator said, or Unreachable.
+        """
+        pages = self._pages(self.runs.ListSites, ListSitesRequest())
+        return [site async for page in pages for site in page.sites]
+
+    async def _pages(self, method: Callable[..., Any], request: Any) -> AsyncIterator[Any]:
+        """The answers of a method whose requests say after what to go on."""
+        while True:
+            page = await self.call(method, request)
+            yield page
+            if not page.next_after:
+                return
+            request.after = page.next_after
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from fedloom.v1.runs_pb2 import ListFailuresRequest, ListRequest, Round, Run, SubmitRequest
+from fedloom.v1.runs_pb2 import ListFailuresRequest, Round, Run, SubmitRequest
 from fedloom_common.errors import NotFound
 from fedloom_common.runspec import parse_run_spec, run_spec_schema
 from fedloom_server.console import runcontrol  # noqa: F401 (its commands join the group)
@@ -82,13 +82,13 @@ async def submit(
 async def list_runs(operator: Operator, as_json: AsJson = False) -> None:
     """List the runs, newest first, and what those that do not run wait for."""
     async with operator.connect() as coordinator:
-        answer = await coordinator.call(coordinator.runs.List, ListRequest())
+        listed = await coordinator.all_runs()
     if as_json:
-        typer.echo(json_text([as_data(run) for run in answer.runs]))
+        typer.echo(json_text([as_data(run) for run in listed]))
     else:
         console_for_output().print(
-            runs_table(answer.runs, time.time())
-            if answer.runs
+            runs_table(listed, time.time())
+            if listed
             else "No run yet; start one with `fedloom run submit SPEC.yaml`."
         )
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.v1.runs_pb2 import ListSitesRequest, Site
+from fedloom.v1.runs_pb2 import Site
 from fedloom.v1.sites_pb2 import (
     BlockSiteRequest,
     DrainSiteRequest,
@@ -36,13 +36,11 @@ def _sites() -> None:
 async def list_sites(operator: Operator, as_json: AsJson = False) -> None:
     """List the sites that the coordinator knows, with their devices and data sets."""
     async with operator.connect() as coordinator:
-        answer = await coordinator.call(coordinator.runs.ListSites, ListSitesRequest())
+        listed = await coordinator.all_sites()
     if as_json:
-        typer.echo(json_text([as_data(site) for site in answer.sites]))
+        typer.echo(json_text([as_data(site) for site in listed]))
         return
-    console_for_output().print(
-        sites_table(answer.sites, time.time()) if answer.sites else "No site has attached yet."
-    )
+    console_for_output().print(sites_table(listed, time.time()) if listed else "No site has attached yet.")
 
 
 @operator_command(app, "show")

@@ -1,9 +1,11 @@
 """The gRPC edge of operators' calls."""
 
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Iterator
+from itertools import dropwhile
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from fedloom.v1 import runs_pb2 as pb
 from fedloom.v1.runs_pb2_grpc import RunServiceServicer
@@ -23,10 +25,11 @@ from fedloom_server.sites import Sites
 from fedloom_server.store import Store
 from fedloom_server.watching import Watching
 
-ROUNDS_BYTES = 1 << 20  # of one answer; a round with many sites takes it beyond, and a message has 8 MiB
+PAGE_BYTES = 1 << 20  # of one answer; a round with many sites takes it beyond, and a message has 8 MiB
 FAILURES_BYTES = 2 << 20
 
 Context = grpc.aio.ServicerContext[Any, Any]
+M = TypeVar("M", bound=Message)
 
 
 class RunEdge(RunServiceServicer):
@@ -44,22 +47,22 @@ class RunEdge(RunServiceServicer):
         return run_message(run, MODEL_FILE)
 
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:  # noqa: N802
-        """Runs, newest first."""
-        return pb.ListResponse(runs=[run_message(run, MODEL_FILE) for run in reversed(self._store.runs())])
+        """Runs, newest first, in pages."""
+        runs = self._store.runs()[::-1]
+        if request.after:
+            last = self._store.run(request.after)
+            runs = list(dropwhile(lambda run: run.id != last.id, runs))[1:]
+        kept = list(_fitting((run_message(run, MODEL_FILE) for run in runs), PAGE_BYTES))
+        return pb.ListResponse(runs=kept, next_after=kept[-1].id if len(kept) < len(runs) else "")
 
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:  # noqa: N802
         """One run with its rounds."""
         run = self._store.run(request.run_id)
         answer = pb.GetResponse(run=run_message(run, MODEL_FILE))
-        size_bytes = 0
-        for message in self._rounds(run):
-            if message.number < request.from_round:
-                continue
-            if size_bytes > ROUNDS_BYTES:
-                answer.next_round = message.number
-                break
-            answer.rounds.append(message)
-            size_bytes += message.ByteSize()
+        rounds = [message for message in self._rounds(run) if message.number >= request.from_round]
+        answer.rounds.extend(_fitting(rounds, PAGE_BYTES))
+        if len(answer.rounds) < len(rounds):
+            answer.next_round = rounds[len(answer.rounds)].number
         return answer
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchEvent]:  # noqa: N802
@@ -105,13 +108,9 @@ class RunEdge(RunServiceServicer):
         self, request: pb.ListFailuresRequest, context: Context
     ) -> pb.ListFailuresResponse:
         """What went wrong in a run, as much of the newest as fits a message."""
-        kept: list[pb.RunFailure] = []
-        size_bytes = 0
-        for failure in reversed(self._store.failures(self._store.run(request.run_id).id)):
-            if size_bytes > FAILURES_BYTES or (request.limit and len(kept) >= request.limit):
-                break
-            kept.append(failure_message(failure))
-            size_bytes += kept[-1].ByteSize()
+        newest = self._store.failures(self._store.run(request.run_id).id)[::-1]
+        wanted = newest[: request.limit or None]
+        kept = list(_fitting(map(failure_message, wanted), FAILURES_BYTES))
         return pb.ListFailuresResponse(failures=reversed(kept))
 
     async def Export(self, request: pb.ExportRequest, context: Context) -> pb.ExportResponse:  # noqa: N802
@@ -122,13 +121,14 @@ class RunEdge(RunServiceServicer):
         return pb.ExportResponse(files=files, model_card=found.card, run=run_message(found.run, MODEL_FILE))
 
     async def ListSites(self, request: pb.ListSitesRequest, context: Context) -> pb.ListSitesResponse:  # noqa: N802
-        """Sites by name."""
+        """Sites by name, in pages."""
         open_work = self._store.open_assignments()
         by_site: dict[str, list[str]] = {}
         for assignment in open_work:
             by_site.setdefault(assignment.site, []).append(assignment.id)
-        sites = [site_message(site, by_site.get(site.name, ())) for site in self._sites.all()]
-        return pb.ListSitesResponse(sites=sites)
+        sites = [site for site in self._sites.all() if site.name > request.after]
+        kept = list(_fitting((site_message(it, by_site.get(it.name, ())) for it in sites), PAGE_BYTES))
+        return pb.ListSitesResponse(sites=kept, next_after=kept[-1].name if len(kept) < len(sites) else "")
 
     def _rounds(self, run: Run) -> list[pb.Round]:
         assignments = self._store.assignments(run.id)
@@ -136,3 +136,13 @@ class RunEdge(RunServiceServicer):
             round_message(record, [a for a in assignments if a.round == record.number], MODEL_FILE)
             for record in self._store.rounds(run.id)
         ]
+
+
+def _fitting(messages: Iterable[M], most_bytes: int) -> Iterator[M]:
+    """The first messages, up to the one that passes so many bytes."""
+    size_bytes = 0
+    for message in messages:
+        yield message
+        size_bytes += message.ByteSize()
+        if size_bytes > most_bytes:
+            return
