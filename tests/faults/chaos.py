@@ -148,10 +148,10 @@ class Runs:
     async def go_on(self) -> None:
         while True:
             with contextlib.suppress(Unreachable, FileNotFoundError):  # the coordinator was killed meanwhile
-                if not await self._waited_for() and not self._is_over:
+                if not await self._waited_for():
+                    if self._is_over:
+                        return
                     await self._federation.submit(**SPEC)
-                elif self._is_over:
-                    return
             await asyncio.sleep(POLL_S)
 
     def end(self) -> None:
