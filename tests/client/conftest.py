@@ -272,9 +272,18 @@ class World:
             "attempt": 1,
             "model": self.model,
             "assets": [self.config_file],
-            "spec_json": json.dumps(SPEC),
+            "spec_json": self.spec_json(),
         }
         return pb.Assignment(**facts | changes)
+
+    def spec_json(self, **changes: Any) -> str:
+        return json.dumps(SPEC | changes)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for what the coordinator does not hear of."""
+        async with asyncio.timeout(WAIT_S):
+            while not holds():  # noqa: ASYNC110 (any condition at all)
+                await asyncio.sleep(0.02)
 
     async def stop(self, task: asyncio.Task[None]) -> None:
         task.cancel()
