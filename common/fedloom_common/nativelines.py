@@ -10,8 +10,9 @@ import os
 import re
 import sys
 import threading
-import time
 from dataclasses import dataclass, field
+
+from fedloom_common.bursts import Bursts, untold_fact
 
 REPEAT_S = 60.0  # whoever knocks all day fills no disk: one line a cause in this time, and the count
 
@@ -28,20 +29,13 @@ class Handshakes:
     """TLS handshakes that failed at this process's ports, as far as native code tells."""
 
     failed: int = 0
-    _told: dict[str, tuple[float, int]] = field(default_factory=dict)
+    _told: Bursts = field(default_factory=lambda: Bursts(1 / REPEAT_S, 1))
 
     def note(self, reason: str) -> None:
         """Count one, and log it unless its cause was logged a moment ago."""
         self.failed += 1
-        told_at_s, unsaid = self._told.get(reason, (-REPEAT_S, 0))
-        if time.monotonic() - told_at_s < REPEAT_S:
-            self._told[reason] = (told_at_s, unsaid + 1)
-            return
-        if len(self._told) > 100:
-            self._told.clear()
-        self._told[reason] = (time.monotonic(), 0)
-        extra = {"reason": reason} | ({"more_of_them": unsaid} if unsaid else {})
-        logger.warning("TLS handshake failed", extra=extra)
+        if (untold := self._told.untold(reason)) is not None:
+            logger.warning("TLS handshake failed", extra={"reason": reason} | untold_fact(untold))
 
 
 handshakes = Handshakes()

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fedloom_common.bursts import Bursts, untold_fact
 from fedloom_common.certificates import read_credential
 from fedloom_common.errors import BadSpec, FederationError
 from fedloom_common.identity import TlsFiles
@@ -30,7 +31,9 @@ CONNECTIONS = 64  # no probe or scraper needs more; the process's file descripto
 LIFE_S = 60.0  # of a connection, whatever it does: one that says nothing has no limit of uvicorn's own
 STOP_S = 1
 RENEWAL_S = 60.0
+REPEAT_S = 60.0  # lines of uvicorn's that anybody can cause: one of a kind in this time
 
+UVICORN_LOG = logging.getLogger("uvicorn.error")
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +60,8 @@ async def http_port(address: str, tls: TlsFiles | None, vitals: Vitals) -> Async
     server = _Server(_config(vitals, tls))
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
     background = [asyncio.create_task(vitals.lag.watch(), name="lag")]
+    seldom = _Seldom()
+    UVICORN_LOG.addFilter(seldom)
     try:
         await server.until_up(serving)
         if tls is not None:
@@ -69,6 +74,7 @@ async def http_port(address: str, tls: TlsFiles | None, vitals: Vitals) -> Async
             task.cancel()
         await asyncio.wait([serving, *background])
         listener.close()
+        UVICORN_LOG.removeFilter(seldom)
 
 
 def pages(vitals: Vitals) -> Starlette:
@@ -115,6 +121,22 @@ class _Server(uvicorn.Server):
         if serving.done():
             serving.result()
             raise FederationError("the HTTP server ended as soon as it began")
+
+
+class _Seldom(logging.Filter):
+    """Passes one warning of a kind now and then: nobody fills a disk with what is no HTTP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told = Bursts(1 / REPEAT_S, 1)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno > logging.WARNING:
+            return True
+        untold = self._told.untold(record.msg)
+        if untold is not None:
+            vars(record).update(untold_fact(untold))
+        return untold is not None
 
 
 class _Brief(H11Protocol):

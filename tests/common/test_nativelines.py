@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from fedloom_common.nativelines import Handshakes, handshakes, log_native_line
+from fedloom_common.bursts import Bursts
+from fedloom_common.nativelines import REPEAT_S, Handshakes, handshakes, log_native_line
 
 NO_CERTIFICATE = (
     "I1123 03:14:56.551159   77 ssl_transport_security.cc:2563] Handshake failed with error SSL_ERROR_SSL: "
@@ -26,10 +27,9 @@ def test_a_failed_handshake_is_a_warning_with_its_cause_and_is_counted(caplog):
     assert record.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE: Invalid certificate verification context"
 
 
-def test_a_peer_that_knocks_all_day_is_counted_and_logged_once_a_minute(caplog, monkeypatch):
+def test_a_peer_that_knocks_all_day_is_counted_and_logged_once_a_minute(caplog):
     now_s = 1000.0
-    monkeypatch.setattr("time.monotonic", lambda: now_s)
-    known = Handshakes()
+    known = Handshakes(_told=Bursts(1 / REPEAT_S, 1, lambda: now_s))
 
     for _ in range(500):
         known.note("WRONG_VERSION")
@@ -37,7 +37,7 @@ def test_a_peer_that_knocks_all_day_is_counted_and_logged_once_a_minute(caplog, 
     known.note("WRONG_VERSION")
 
     assert known.failed == 501
-    assert [getattr(record, "more_of_them", 0) for record in caplog.records] == [0, 499]
+    assert [getattr(record, "untold_before", None) for record in caplog.records] == [None, "499"]
 
 
 @pytest.mark.parametrize(

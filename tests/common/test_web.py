@@ -171,3 +171,26 @@ async def test_a_probe_is_answered_however_many_connections_say_nothing(monkeypa
         assert (await get(f"http://127.0.0.1:{port}/healthz"))[0] == 200
         for _, writer in silent:
             writer.close()
+
+
+async def test_a_flood_of_what_is_no_http_is_answered_and_told_now_and_then(caplog, monkeypatch):
+    monkeypatch.setattr(web, "REPEAT_S", 1.0)
+    async with http_port("127.0.0.1:0", None, vitals()) as port:
+
+        async def knock() -> bytes:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"\x16\x03\x01\r\n\r\n")
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+        began_s = time.monotonic()
+        answers = [await knock() for _ in range(50)]
+        most = 1 + (time.monotonic() - began_s) / web.REPEAT_S
+        await asyncio.sleep(web.REPEAT_S)
+        await knock()
+
+    assert all(answer.startswith(b"HTTP/1.1 400 ") for answer in answers)
+    told = [record for record in caplog.records if record.message == "Invalid HTTP request received."]
+    assert 2 <= len(told) <= 1 + most
+    assert sum(int(getattr(record, "untold_before", 0)) for record in told) + len(told) == 51

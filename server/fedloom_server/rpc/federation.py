@@ -13,6 +13,7 @@ import grpc
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.session_pb2_grpc import FederationServiceServicer
+from fedloom_common.bursts import Bursts, untold_fact
 from fedloom_common.errors import FederationError, Unreachable
 from fedloom_common.identity import Peer
 from fedloom_server.audit import AuditLog
@@ -20,7 +21,7 @@ from fedloom_server.records import Work, site_of
 from fedloom_server.reports import Reports
 from fedloom_server.results import Result
 from fedloom_server.roster import Site
-from fedloom_server.rpc.caps import LINES_AT_ONCE, LINES_PER_S, Bursts, untold_fact
+from fedloom_server.rpc.caps import LINES_AT_ONCE, LINES_PER_S
 from fedloom_server.rpc.endings import current_call
 from fedloom_server.rpc.gate import Gate
 from fedloom_server.rpc.hellos import description_of, labels_of, read_hello, short

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from fedloom_common.bursts import Bursts, untold_fact
 from fedloom_common.errors import FederationError, NotPermitted, ProtocolError, TooManyCalls
 from fedloom_common.identity import Peer, Role
 from fedloom_common.pace import Pace
@@ -24,7 +25,7 @@ from fedloom_common.rpc import TIME_KEY, status_of
 from fedloom_server.audit import AuditLog
 from fedloom_server.rpc.access import NOBODY, TABLE, Access, Context, Rule
 from fedloom_server.rpc.calls import Calls
-from fedloom_server.rpc.caps import LINES_AT_ONCE, LINES_PER_S, Bursts, Caps, untold_fact
+from fedloom_server.rpc.caps import LINES_AT_ONCE, LINES_PER_S, Caps
 from fedloom_server.rpc.endings import Endings
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
