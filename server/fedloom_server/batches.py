@@ -1,6 +1,7 @@
 """The assignments of a round: who is asked to work in it, and whose late updates it takes."""
 
 import math
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -43,6 +44,7 @@ async def evaluations(run: Run, record: Round, federation: Federation) -> list[A
     sites = [site for site in federation.sites.fitting(wanted(run.spec)) if site not in busy]
     if record.number == 0 or not (sites or busy):
         require_sites(run, federation.sites)  # nobody may be there yet, or any more
+    record.asked_at_s = time.time()
     return assigned(run, record, Work.EVALUATE, sites, federation)
 
 
@@ -82,7 +84,8 @@ def terms_of_training(run: Run, record: Round, federation: Federation) -> Terms:
     """What holds for all who train from a round's base model."""
     cohort, store = run.spec.cohort, federation.store
     return Terms(
-        needed=cohort.needed, target=record.target, deadline_s=cohort.deadline_s, stall_s=cohort.stall_s,
+        needed=cohort.needed, target=record.target, stall_s=cohort.stall_s,
+        deadline_s=cohort.deadline_s, elapsed_s=_elapsed_s(record),
         carries_late=cohort.late == "carry", delta=delta_to(store, run, record.base_digest),
         most_update_bytes=most_update_bytes(run.spec.transport.up, store.files.path(record.base_digest)),
     )  # fmt: skip
@@ -91,7 +94,8 @@ def terms_of_training(run: Run, record: Round, federation: Federation) -> Terms:
 def terms_of_evaluation(run: Run, record: Round, federation: Federation) -> Terms:
     """What holds for all who measure a round's model."""
     return Terms(
-        needed=0, deadline_s=run.spec.evaluation.deadline_s, stall_s=run.spec.cohort.stall_s,
+        needed=0, stall_s=run.spec.cohort.stall_s,
+        deadline_s=run.spec.evaluation.deadline_s, elapsed_s=_elapsed_s(record),
         delta=delta_to(federation.store, run, record.model_digest),
     )  # fmt: skip
 
@@ -146,6 +150,7 @@ async def _choose(run: Run, record: Round, federation: Federation) -> None:
         )
         record.cohort = list(drawn)
     record.target = target + len(busy) if cohort.over_select else 0
+    record.asked_at_s = time.time()
 
 
 async def _wait_for_return(run: Run, number: int, federation: Federation) -> None:
@@ -153,6 +158,11 @@ async def _wait_for_return(run: Run, number: int, federation: Federation) -> Non
     if federation.sites.may_return:
         stored = federation.store.assignments(run.id, number)
         await federation.sites.returned({a.site for a in stored if a.state is AssignmentState.DONE})
+
+
+def _elapsed_s(record: Round) -> float:
+    """Seconds since the round's sites were asked; none if the clock was set back, or it is not known."""
+    return max(0.0, time.time() - record.asked_at_s) if record.asked_at_s else 0.0
 
 
 def _busy(late: Sequence[Assignment]) -> set[str]:

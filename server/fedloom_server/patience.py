@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from fedloom_server.pending import Pending, Terms, sites_done, sites_possible
 from fedloom_server.records import Assignment, AssignmentState
+from fedloom_server.sites import RETURN_S
 
 End = Callable[[Pending, AssignmentState, str], None]
 
@@ -26,7 +27,7 @@ class Patience:
         """``end`` ends an assignment; ``is_held_up`` says that its silence is no fault of its site."""
         self._batch, self._opened, self._terms = batch, opened, terms
         self._end, self._is_held_up, self._is_connected = end, is_held_up, is_connected
-        self._deadline_at_s = _now_s() + (terms.deadline_s or math.inf)
+        self._deadline_at_s = _now_s() + _left_s(terms)
 
     async def until_over(self) -> None:
         """Return when every assignment has ended, enough are done, or time is up."""
@@ -94,6 +95,13 @@ class Patience:
     def _lose(self, entry: Pending, reason: str) -> None:
         is_connected = self._is_connected(entry.assignment.site)
         self._end(entry, AssignmentState.LOST, entry.why_lost(reason, is_connected=is_connected))
+
+
+def _left_s(terms: Terms) -> float:
+    """Seconds until the deadline; after a restart sites have time to come back with what they finished."""
+    if terms.deadline_s is None:
+        return math.inf
+    return max(terms.deadline_s - terms.elapsed_s, min(terms.deadline_s, RETURN_S))
 
 
 def _now_s() -> float:

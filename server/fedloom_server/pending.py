@@ -26,6 +26,8 @@ class Terms:
     """Sites with whose results the batch is done, whoever is still at work; 0 for all."""
     deadline_s: float | None
     """Seconds after which what is open is lost, or late."""
+    elapsed_s: float = 0.0
+    """How many of them had passed when the coordinator was started again."""
     stall_s: float
     """Seconds without progress after which an assignment is lost."""
     carries_late: bool = False

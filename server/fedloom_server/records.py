@@ -146,6 +146,8 @@ class Round(Base):
     first_attempt: Mapped[int] = mapped_column(default=1)
     """Where counting began when the run last went on after it had ended or waited."""
     cohort: Mapped[list[str]] = mapped_column(default_factory=list)
+    asked_at_s: Mapped[float] = mapped_column(default=0.0)
+    """When its sites were given the work under way, in seconds since 1970; its deadline counts from then."""
     target: Mapped[int] = mapped_column(default=0)
     """Updates with which the round goes on, whoever is still at work; 0 if it goes on when all have ended."""
     reason: Mapped[str] = mapped_column(default="")

@@ -136,10 +136,7 @@ async def _evaluate(run: Run, record: Round, federation: Federation) -> None:
 
 def _round_begun(run: Run, federation: Federation) -> Round | None:
     """The round that has yet to end; its cohort is empty between two attempts."""
-    for record in federation.store.rounds(run.id):
-        if record.state not in (RoundState.FINISHED, RoundState.FAILED):
-            return record
-    return None
+    return next(iter(federation.store.unfinished_rounds(run.id)), None)
 
 
 def _new_round(run: Run, number: int, state: RoundState) -> Round:

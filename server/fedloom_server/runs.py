@@ -105,7 +105,10 @@ class Runs:
         if begins_again:
             self._store.begin_again(run)
         else:
-            self._store.save(run)
+            unfinished = self._store.unfinished_rounds(run.id)
+            for record in unfinished:
+                record.asked_at_s = time.time()  # its sites begin again, and with them the deadline
+            self._store.save(run, *unfinished)
         self._waits.pop(run.id, None)
         self._tell(run)
         self._changed.set()

@@ -1,6 +1,7 @@
 """The coordinator's durable state: records in a database, and the files beside it."""
 
 import secrets
+import time
 from pathlib import Path
 from typing import TypeVar
 
@@ -103,6 +104,12 @@ class Store:
         """A run's rounds, first to last."""
         return self._all(select(Round).where(Round.run_id == run_id).order_by(Round.number))
 
+    def unfinished_rounds(self, run_id: str) -> list[Round]:
+        """A run's rounds that have yet to end, first to last."""
+        ends = (RoundState.FINISHED, RoundState.FAILED)
+        query = select(Round).where(Round.run_id == run_id, Round.state.not_in(ends))
+        return self._all(query.order_by(Round.number))
+
     def finished_rounds(self, run_id: str) -> list[Round]:
         """A run's rounds whose model is durable and evaluated, first to last."""
         return [record for record in self.rounds(run_id) if record.state is RoundState.FINISHED]
@@ -200,7 +207,7 @@ class Store:
         changed: list[Base] = [run]
         for record in self.rounds(run.id):
             if record.state is not RoundState.FINISHED:
-                record.ended_at_s = 0.0
+                record.ended_at_s, record.asked_at_s = 0.0, time.time()
                 changed.append(record)
             if record.state in (RoundState.TRAINING, RoundState.FAILED):
                 record.state, record.cohort = RoundState.TRAINING, []

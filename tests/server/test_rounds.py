@@ -9,6 +9,7 @@ from fedloom_common.errors import Unreachable, WrongState
 from fedloom_common.transfer import upload
 from fedloom_server.app import coordinator
 from fedloom_server.config import KeepModels
+from fedloom_server.store import Store
 
 
 async def test_the_new_model_is_the_weighted_mean_of_the_updates(bench, spec, initial):
@@ -363,3 +364,37 @@ async def test_the_cause_of_a_failed_round_is_told_before_its_consequences(bench
     run = await bench.waits(run, "reported")
     assert "(z failed: ValueError: no such file; a-0 cancelled: " in run.reason
     assert "and 6 more" in run.reason
+
+
+@pytest.mark.parametrize("work", ["train", "evaluate"])
+async def test_a_deadline_passes_while_the_coordinator_is_down(
+    config, bench_of, spec, fault, monkeypatch, work
+):
+    """By hand: the deadline of 60 s is over when the coordinator is back, so 1 s is left of it."""
+    monkeypatch.setattr("fedloom_server.patience.RETURN_S", 1.0)
+    cohort = {"min_sites": 2, "quorum": 1, "stall_s": 60, "deadline_s": 60 if work == "train" else 600}
+    evaluation = {"initial": False, "deadline_s": 60 if work == "evaluate" else 600}
+    bad = fault.SILENT if work == "train" else fault.NEVER_EVALUATES
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        a, slow = bench.site("a"), bench.site("slow", fault=bad)
+        run = await bench.enqueue(spec(cohort=cohort, evaluation=evaluation))
+
+        def states():
+            return {r.site: r.state for r in running.store.assignments(run.id) if r.work == work}
+
+        await bench.until(lambda: states() == {"a": "done", "slow": "open"})
+        for name in ("a", "slow"):
+            await bench.detach(name)
+    store = Store(config.state_dir)
+    (record,) = store.rounds(run.id)
+    record.asked_at_s -= 60
+    store.save(record)
+    store.close()
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        for site in (a, slow):
+            bench.attach(site)
+        name = f"{run.id}.1.1.{work}.slow"
+        await bench.until(lambda: running.store.assignment(name).state == "lost")
+        assert running.store.assignment(name).reason.startswith("not finished by the deadline of 60 s")
