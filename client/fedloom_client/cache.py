@@ -11,22 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from fedloom_client.assets import are_intact, check_assets
 from fedloom_client.messages import Blob, Delta
 from fedloom_client.statedir import StateDir
 from fedloom_common.codecs.spec import AS_IS, AnyStage
 from fedloom_common.digests import digest_of_file, digest_of_name, plain_name
-from fedloom_common.errors import FederationError, ProtocolError, StorageFull
+from fedloom_common.errors import FederationError, StorageFull
 from fedloom_common.files import storage_errors
 from fedloom_common.partial import discard, overwrite
 
-ASSET_SUFFIXES = (
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-)  # what configs and tokenizers are made of: nothing that runs
-ASSETS_LIMIT = 64
-ASSETS_LIMIT_BYTES = 256 << 20  # the largest tokenizers have a tenth of it
 ASSET_FOLDERS_KEPT = 3  # besides those in use
 DISK_RESERVE_BYTES = 16 << 20  # logs and status files still fit after a download
 
@@ -163,7 +156,7 @@ class Cache:
         """Whether the assets are here; those of an earlier daemon are checked once."""
         if not folder.exists() or folder.name in self._intact:
             return folder.exists()
-        if await asyncio.to_thread(_is_intact, blobs, folder):
+        if await asyncio.to_thread(are_intact, blobs, folder):
             self._intact.add(folder.name)
             return True
         logger.warning("cached assets are spoilt and are fetched again", extra={"folder": folder.name})
@@ -211,28 +204,6 @@ class Cache:
         return sorted(self._models.glob("*.safetensors"), key=_age)
 
 
-def check_assets(blobs: Sequence[Blob]) -> None:
-    """Check that assets are what they should be, before any of them is fetched.
-
-    Raises:
-        ProtocolError: says which file, and what is allowed.
-    """
-    names = [blob.name for blob in blobs]
-    for name in names:
-        if name.startswith(".") or "/" in name or "\\" in name or "\0" in name or len(name) > 128:
-            raise ProtocolError(f"asset name {name!r} is not a plain file name")
-        if not name.endswith(ASSET_SUFFIXES):
-            raise ProtocolError(f"asset {name!r} is not allowed; wanted one of *{', *'.join(ASSET_SUFFIXES)}")
-    if len(set(names)) < len(names) or len(names) > ASSETS_LIMIT or "config.json" not in names:
-        raise ProtocolError(
-            f"a model needs up to {ASSETS_LIMIT} assets with different names, config.json among them; "
-            f"came {len(names)}: {', '.join(names[:ASSETS_LIMIT])}"
-        )
-    total_bytes = sum(blob.size_bytes for blob in blobs)
-    if total_bytes > ASSETS_LIMIT_BYTES:
-        raise ProtocolError(f"the assets have {total_bytes} bytes, the limit is {ASSETS_LIMIT_BYTES}")
-
-
 def require_space(folder: Path, wanted_bytes: int, what: str) -> None:
     """Check that something fits on a folder's disk before work goes into it.
 
@@ -245,24 +216,6 @@ def require_space(folder: Path, wanted_bytes: int, what: str) -> None:
             f"no space left in {folder}: {wanted_bytes} bytes are wanted for {what} and {DISK_RESERVE_BYTES} "
             f"to spare, {free_bytes} are free; free some, or move state_dir"
         )
-
-
-def model_type(assets: Path) -> str:
-    """The family of the model that config.json describes.
-
-    Raises:
-        ProtocolError: the file is not a model's config.
-    """
-    try:
-        kind = json.loads((assets / "config.json").read_text())["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ProtocolError(f"the model's config.json names no model_type: {error}") from error
-    return str(kind)
-
-
-def _is_intact(blobs: Sequence[Blob], folder: Path) -> bool:
-    paths = [(folder / blob.name, blob.digest) for blob in blobs]
-    return all(path.exists() and digest_of_file(path) == digest for path, digest in paths)
 
 
 async def _to_its_end(function: Callable[..., None], *arguments: object, **named: object) -> None:

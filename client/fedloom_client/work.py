@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fedloom_client.cache import Cache, OnProgress, model_type, require_space, size_bytes
+from fedloom_client.assets import model_type
+from fedloom_client.cache import Cache, OnProgress, require_space, size_bytes
 from fedloom_client.config import SiteConfig
 from fedloom_client.consent import Consent
 from fedloom_client.groups import WarmGroups

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from fedloom_client.cache import Cache, model_type
+from fedloom_client.assets import model_type
+from fedloom_client.cache import Cache
 from fedloom_client.messages import Blob
 from fedloom_client.statedir import StateDir, safe_name
 from fedloom_common.errors import ProtocolError, Unreachable
