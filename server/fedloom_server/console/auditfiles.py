@@ -39,13 +39,15 @@ def database_entries(database: str) -> Iterator[Entry]:
     from sqlalchemy import create_engine, select  # here, so that the other commands start quickly
     from sqlalchemy.exc import SQLAlchemyError
 
+    from fedloom_server.database import parse_url
     from fedloom_server.records import AuditRow
 
     if "://" not in database and not Path(database).is_file():
         raise BadSpec(f"there is no database {database}; wanted is the file coordinator.db, or a URL")
     url = database if "://" in database else f"sqlite:///file:{Path(database).absolute()}?mode=ro&uri=true"
     try:
-        engine = create_engine(url)
+        # As a coordinator reads it: for SQLAlchemy alone its driver may be another, which is not there.
+        engine = create_engine(parse_url(url) if url.startswith("postgres") else url)
         with engine.connect() as connection:
             columns = [getattr(AuditRow, name) for name in _FIELDS]
             for row in connection.execute(select(*columns).order_by(AuditRow.seq)):

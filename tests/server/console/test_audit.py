@@ -8,6 +8,7 @@ from sqlalchemy import create_engine, text
 
 from fedloom.v1.audit_pb2 import AuditEntry
 from fedloom_common.errors import BadSpec
+from fedloom_server.database import open_database
 from fedloom_server.store import Store
 
 
@@ -69,6 +70,18 @@ def test_an_export_is_verified_offline(console) -> None:
     Path("log.jsonl").write_text("\n".join([*lines[:4], *lines[5:]]) + "\n")
     told = console("audit", "verify", "--file", "log.jsonl", status=1).stdout
     assert "entry 5 is missing or out of order: entry 6 came" in told
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_a_postgresql_database_is_verified_by_the_url_that_the_config_has(
+    console, postgres, tmp_path: Path, scheme: str
+) -> None:
+    url = postgres.new_database().replace("postgresql", scheme, 1)
+    store = Store(tmp_path / "state", open_database(url, tmp_path))
+    for number in range(3):
+        store.audit_log.audit("operator ann", "run.stop", f"run{number}")
+    store.close()
+    assert "3 entries, unbroken" in console("audit", "verify", "--database", url).stdout
 
 
 def test_a_database_is_verified_offline_and_only_read(console, folder: Path) -> None:
