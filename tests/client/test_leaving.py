@@ -12,7 +12,8 @@ from fedloom_client.statedir import LEAVE_SIGNAL, StateDir
 from fedloom_common.errors import WrongState
 
 
-async def test_work_under_way_is_finished_and_delivered_before_the_daemon_ends(world):
+async def test_work_under_way_is_finished_and_delivered_before_the_daemon_ends(world, monkeypatch):
+    monkeypatch.setattr("fedloom_client.daemon.LEFT_S", 0.05)
     world.group.gate.clear()
     daemon = world.daemon()
     await world.attached()
@@ -24,7 +25,12 @@ async def test_work_under_way_is_finished_and_delivered_before_the_daemon_ends(w
     world.coordinator.assign(world.assignment("other", run_id="run-2"))
     refusal = await world.coordinator.until_heard("refusal")
     assert not daemon.done()
+    world.coordinator.grants = False
     world.group.gate.set()
+    await world.coordinator.until_heard("outcome")
+    await asyncio.sleep(0.3)
+    assert not daemon.done()
+    world.coordinator.grant("r1-train")
     await asyncio.wait_for(daemon, 20)
 
     assert (refusal.assignment_id, "drains" in refusal.reason) == ("other", True)
