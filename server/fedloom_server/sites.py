@@ -119,7 +119,9 @@ class Sites:
 
     def _is_missed(self, name: str) -> bool:
         site = self._roster.get(name)
-        return site is not None and site.link is None and not site.standstill
+        if site is None:
+            return True  # the kill came before it was written down
+        return site.link is None and not site.standstill
 
     def changed(self) -> None:
         """Tell whoever waits for sites: one came or went, or may do other than before."""

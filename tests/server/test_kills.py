@@ -13,7 +13,10 @@ from safetensors.numpy import load_file
 
 from fedloom_server.app import coordinator
 from fedloom_server.config import KeepModels
+from fedloom_server.eligibility import Description
 from fedloom_server.records import Round
+from fedloom_server.roster import Roster
+from fedloom_server.sites import Sites
 from fedloom_server.store import Store
 
 STEPS, EXAMPLES = {"a": 1.0, "b": 4.0, "slow": -2.5}, {"a": 10, "b": 30, "slow": 60}
@@ -91,6 +94,17 @@ async def test_a_kill_before_a_measurement_leaves_no_model_unmeasured(
         assert "loss" in running.store.rounds(run.id)[-1].metrics
         rows = [a for a in running.store.assignments(run.id) if a.work == "evaluate" and a.state == "done"]
         assert len(rows) >= at_least
+
+
+async def test_a_site_that_was_not_written_down_before_a_kill_is_waited_for_after_it(tmp_path):
+    store = Store(tmp_path)
+    sites = Sites(Roster(store))
+    waiting = asyncio.create_task(sites.returned({"a"}))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    with sites.attached("a", Description(), link=object()):
+        await asyncio.wait_for(waiting, 10)
+    store.close()
 
 
 async def _go_on(config, bench_of, runs, wanted):
