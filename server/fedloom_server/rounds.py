@@ -20,7 +20,7 @@ from fedloom_server.folding import Folding
 from fedloom_server.pending import sites_done
 from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run
 from fedloom_server.retention import drop_old_models
-from fedloom_server.stopping import RoundResult, stop_reason
+from fedloom_server.stopping import stop_reason
 from fedloom_server.watching import RoundChange
 
 ATTEMPT_PAUSE_S = 2.0  # sites that all failed at once are given a moment before they are asked again
@@ -158,8 +158,7 @@ def _advance(run: Run, record: Round, state: RoundState, federation: Federation,
 
 
 def _stop_reason(run: Run, federation: Federation) -> str | None:
-    rounds = federation.store.finished_rounds(run.id)
-    history = [RoundResult(number=record.number, metrics=record.metrics) for record in rounds]
+    history = federation.store.history(run.id)
     return stop_reason(run.spec, history, time.time() - run.started_at_s - run.paused_s)
 
 

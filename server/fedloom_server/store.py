@@ -28,6 +28,7 @@ from fedloom_server.records import (
 )
 from fedloom_server.schema import upgrade
 from fedloom_server.spool import Spool
+from fedloom_server.stopping import RoundResult
 from fedloom_server.writing import write
 
 MOST_ATTEMPTS = 1 << 20  # of a round, when rounds and attempts are put in one order
@@ -110,9 +111,12 @@ class Store:
         query = select(Round).where(Round.run_id == run_id, Round.state.not_in(ends))
         return self._all(query.order_by(Round.number))
 
-    def finished_rounds(self, run_id: str) -> list[Round]:
-        """A run's rounds whose model is durable and evaluated, first to last."""
-        return [record for record in self.rounds(run_id) if record.state is RoundState.FINISHED]
+    def history(self, run_id: str) -> list[RoundResult]:
+        """What came of a run's finished rounds, first to last; read after each, so without cohorts."""
+        query = select(Round.number, Round.metrics).order_by(Round.number)
+        query = query.where(Round.run_id == run_id, Round.state == RoundState.FINISHED)
+        rows = self.database.do(lambda session: session.execute(query).all())
+        return [RoundResult(number=number, metrics=metrics) for number, metrics in rows]
 
     def assignments(self, run_id: str, round_number: int | None = None) -> list[Assignment]:
         """Assignments of a run, or of one of its rounds, every attempt of them."""

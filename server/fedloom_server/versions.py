@@ -19,7 +19,7 @@ from fedloom_server.folding import Folding
 from fedloom_server.meters import Meters
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
 from fedloom_server.retention import drop_old_models
-from fedloom_server.stopping import RoundResult, is_measured, stop_reason
+from fedloom_server.stopping import is_measured, stop_reason
 from fedloom_server.store import Store
 from fedloom_server.watching import RoundChange, Watching
 
@@ -78,8 +78,7 @@ class Versions:
 
     def stop_reason(self) -> str | None:
         """Why the run ends now, if it does: a version may be measured only after younger ones are made."""
-        finished = self._store.finished_rounds(self._run.id)
-        history = [RoundResult(number=record.number, metrics=record.metrics) for record in finished]
+        history = self._store.history(self._run.id)
         measured = [place for place, result in enumerate(history) if is_measured(result)]
         elapsed_s = time.time() - self._run.started_at_s - self._run.paused_s
         for end in sorted({measured[-1] + 1 if measured else 0, len(history)}):
