@@ -1,8 +1,11 @@
 """``fedloom doctor`` for both sides, against a real coordinator with certificates."""
 
 import asyncio
+import json
 import socket
 import ssl
+import subprocess
+import sys
 import time
 
 import fsspec
@@ -253,6 +256,20 @@ async def test_a_model_storage_that_cannot_be_used_is_told_with_its_own_words(ki
     assert "credentials" in away[-1].advice
     assert "Not a directory" in no_folder[-1].told
     assert "wanted a URL that fsspec knows" in unknown[-1].told
+
+
+def test_what_a_check_logs_does_not_stand_in_the_report(kit, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = ["coordinator", "--config", str(kit / "coordinator/coordinator.yaml"), "--json"]
+    program = "from fedloom_common.doctor.cli import app; app()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--model_storage", f"file://{tmp_path}/file/models"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert "problem" in [
+        item["verdict"] for item in json.loads(done.stdout) if item["part"] == "model storage"
+    ]
+    assert done.stderr == ""
 
 
 async def test_a_damaged_database_is_told_and_a_coordinator_does_not_start_with_it(kit, config):

@@ -1,5 +1,6 @@
 """``fedloom doctor site`` and ``fedloom doctor coordinator``; each side's checks are an entry point."""
 
+import logging
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -57,6 +58,7 @@ def _report(name: str, config: Path | None, flags: list[str], json: bool) -> Non
     if not entries:
         raise FederationError(f"fedloom's part for a {name} is not installed here; install fedloom again")
     examination: Examination = next(iter(entries)).load()
+    logging.getLogger().addHandler(logging.NullHandler())  # what a check logs, it finds too
     findings = examination(config, flags)
     if json:
         text, counted = as_json(findings)
