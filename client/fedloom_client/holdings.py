@@ -24,9 +24,9 @@ class Holdings:
 
     async def tell(self) -> dict[str, int]:
         """Sizes in bytes by name, as they are now."""
-        self._told = await self._measure()
+        told_before, self._told = self._told, await self._measure()
         for name, size in self._told.items():
-            if not size:
+            if not size and told_before.get(name) != 0:
                 files = ", ".join(self._sources[name].files)
                 logger.warning("a data set has no files", extra={"data": name, "files": files})
         return self._told
