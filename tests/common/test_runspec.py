@@ -176,6 +176,15 @@ def test_every_mistake_is_told_at_once():
     assert "sed:" in str(caught.value)
 
 
+def test_a_spec_of_another_release_is_told_with_what_to_do_in_the_first_line():
+    of_tomorrow = json.loads(parse_run_spec(ASYNC).model_dump_json()) | {"teleport": True}
+    with pytest.raises(BadSpec) as caught:
+        read_run_spec(json.dumps(of_tomorrow))
+    first, cause = str(caught.value).splitlines()
+    assert "install matching releases of fedloom" in first
+    assert cause == "  teleport: no such key (came: True)"
+
+
 def test_an_optimizer_without_a_name_is_adamw():
     spec = parse_run_spec(GOOD.replace("steps: 10", "steps: 10, optimizer: {lr: 0.25}"))
     assert (spec.local.optimizer.name, spec.local.optimizer.lr) == ("adamw", 0.25)

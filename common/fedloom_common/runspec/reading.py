@@ -47,7 +47,10 @@ def read_run_spec(json_text: str) -> RunSpec:
     try:
         return RunSpec.model_validate_json(json_text)
     except ValidationError as error:
-        raise BadSpec("the coordinator's run spec has mistakes:\n" + describe(error)) from error
+        raise BadSpec(
+            "this site cannot read the coordinator's run spec: install matching releases of fedloom at both; "
+            "it has\n" + describe(error)
+        ) from error
 
 
 def describe(error: ValidationError) -> str:
