@@ -31,9 +31,13 @@ class StateDir:
         self.status = root / "status.json"
         self._lock = root / "lock"
 
+    def run_folder(self, run_id: str) -> Path:
+        """What a site keeps of a run from round to round."""
+        return self.runs / safe_name(run_id)
+
     def residual_folder(self, run_id: str) -> Path:
         """What a run's updates have left out; it goes with the run's other files."""
-        return self.runs / safe_name(run_id) / "residual"
+        return self.run_folder(run_id) / "residual"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from fedloom_client.signs import signs_of_life
 from fedloom_client.training.orders import SPARE_UPDATE, Order, WorkerProgress, WorkerResult
 from fedloom_common.codecs.spec import AS_IS
 from fedloom_common.errors import FederationError
-from fedloom_common.runspec import AdamW, Local, RunSpec, read_run_spec
+from fedloom_common.runspec import AdamW, Local, RunSpec, Scaffold, read_run_spec
 
 DEADLINE_GRACE_S = 10.0  # the coordinator's Cancel comes first; this ends work whose coordinator is gone
 
@@ -118,6 +118,8 @@ class Performer:
         path = self._outbox.place_for(assignment.id)
         wanted_bytes = assignment.model.size_bytes - size_bytes(path.with_name(SPARE_UPDATE))
         wanted_bytes += _checkpoint_bytes(spec.local, assignment.model.size_bytes)
+        if isinstance(spec.local.algorithm, Scaffold):
+            wanted_bytes += assignment.model.size_bytes  # half of it is c; the site's own take two files
         if spec.transport.up == AS_IS:
             require_space(path.parent, wanted_bytes, "the update")
             return path
@@ -149,6 +151,8 @@ class Performer:
             update_path="" if trained is None else str(trained),
         )
         report(Progress(assignment_id=assignment.id, phase="start"))
+        if trained is not None and isinstance(spec.local.algorithm, Scaffold):
+            await self._outbox.until_settled(assignment.run_id)  # its control variates are this one's start
         return await self._groups.perform(order, spec.data, _report_work(assignment, report))
 
     async def _keep(

@@ -13,9 +13,10 @@ from pathlib import Path
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import FederationError, StorageUnavailable
 from fedloom_common.partial import discard
-from fedloom_common.runspec import Sync
+from fedloom_common.runspec import Scaffold, Sync
 from fedloom_common.threads import until_done
 from fedloom_server.aggregation import BaseModel, Update, aggregator_for, staleness_factor
+from fedloom_server.aggregation.controls import settle_controls
 from fedloom_server.downlink import Published, publish
 from fedloom_server.records import Assignment, AssignmentState, Round, Run
 from fedloom_server.store import Store
@@ -82,6 +83,8 @@ class Folding:
         base = self._store.files.path(self._record.base_digest)
         out = self._store.spool.mean_path(self._run.id, self._record.number)
         self._rule.aggregate(base, updates, out, earlier=self._earlier())
+        if isinstance(self._run.spec.local.algorithm, Scaffold):
+            settle_controls(out, base, len(done) / max(self._record.population, len(done)))
         return publish(self._store, self._run, self._record, out)
 
     async def _work(self) -> None:

@@ -150,6 +150,8 @@ class Round(Base):
     """When its sites were given the work under way, in seconds since 1970; its deadline counts from then."""
     target: Mapped[int] = mapped_column(default=0)
     """Updates with which the round goes on, whoever is still at work; 0 if it goes on when all have ended."""
+    population: Mapped[int] = mapped_column(default=0)
+    """Sites of which the cohort was drawn, N, those still at work on an earlier round included."""
     reason: Mapped[str] = mapped_column(default="")
     model_digest: Mapped[str] = mapped_column(default="")
     """The model after the round."""

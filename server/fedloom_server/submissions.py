@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedloom_common.controls import add_controls, drop_controls, has_controls
 from fedloom_common.errors import BadSpec
-from fedloom_common.runspec import RunSpec, parse_run_spec
+from fedloom_common.runspec import RunSpec, Scaffold, parse_run_spec
+from fedloom_common.threads import until_done
 from fedloom_server.codecs import require_codable
 from fedloom_server.exports import kept_model, rounds_up_to
 from fedloom_server.models import MODEL_FILE, prepare_model
@@ -49,6 +51,8 @@ class Submissions:
             BadSpec: the run's codecs cannot encode the model, or there is no such selection policy.
         """
         find_policy(spec.cohort.policy)
+        if isinstance(spec.local.algorithm, Scaffold):
+            await asyncio.to_thread(add_controls, folder / MODEL_FILE, folder / MODEL_FILE)
         require_codable(spec.transport, folder / MODEL_FILE)
         files = await asyncio.to_thread(self._take_in, folder)
         model = next(file for file in files if file["name"] == MODEL_FILE)
@@ -90,6 +94,7 @@ class Submissions:
         rounds = rounds_up_to(self._store, origin, round_number)
         digest = kept_model(self._store, origin, rounds)
         model = await self._store.files.bring(digest)
+        digest, model = await until_done(self._fitted, spec, digest, model)
         require_codable(spec.transport, model)
         run = Run(
             id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
@@ -99,6 +104,20 @@ class Submissions:
         )  # fmt: skip
         self._queue(run)
         return run
+
+    def _fitted(self, spec: RunSpec, digest: str, model: Path) -> tuple[str, Path]:
+        """A kept model as a run can begin with it: with the control variates that its algorithm needs."""
+        wanted = isinstance(spec.local.algorithm, Scaffold)
+        if has_controls(model) == wanted:
+            return digest, model
+        folder = self._store.spool.new_workshop()
+        try:
+            fitted = folder / MODEL_FILE
+            (add_controls if wanted else drop_controls)(model, fitted)
+            stored = self._store.files.put(fitted)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return stored.digest, self._store.files.path(stored.digest)
 
     def _queue(self, run: Run) -> None:
         self._store.save(run)

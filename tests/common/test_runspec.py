@@ -62,6 +62,24 @@ MISTAKES = {
         "local.optimizer: .*lion",
     ),
     "odd-algorithm": (GOOD.replace("steps: 10", "steps: 10, algorithm: fedfoo"), "local.algorithm: .*fedfoo"),
+    "scaffold-with-adamw": (
+        GOOD.replace("steps: 10", "steps: 10, algorithm: scaffold"),
+        r"local: algorithm scaffold needs optimizer: \{name: sgd\} without momentum",
+    ),
+    "scaffold-with-momentum": (
+        GOOD.replace("steps: 10", "steps: 10, algorithm: scaffold, optimizer: {name: sgd, momentum: 0.9}"),
+        r"local: algorithm scaffold needs optimizer: \{name: sgd\} without momentum",
+    ),
+    "scaffold-without-rounds": (
+        GOOD.replace("steps: 10", "steps: 10, algorithm: scaffold, optimizer: {name: sgd}")
+        + "mode: {kind: async, buffer: 2}",
+        "local.algorithm scaffold and mode.kind: async contradict each other",
+    ),
+    "scaffold-with-late-updates": (
+        GOOD.replace("steps: 10", "steps: 10, algorithm: scaffold, optimizer: {name: sgd}")
+        + "cohort: {late: carry}",
+        "local.algorithm scaffold and cohort.late: carry contradict each other",
+    ),
     "no-pull": (
         GOOD.replace("steps: 10", "steps: 10, algorithm: {name: fedprox, mu: 0}"),
         "local.algorithm.fedprox.mu: .*greater than 0",

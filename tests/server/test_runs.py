@@ -217,6 +217,40 @@ async def test_a_clone_goes_on_from_a_model_of_another_run(bench, spec, initial)
     np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 3, rtol=1e-6)
 
 
+SCAFFOLD = {"steps": 7, "optimizer": {"name": "sgd"}, "algorithm": "scaffold"}
+
+
+async def test_a_clone_to_scaffold_begins_with_control_variates_of_zero_and_one_from_it_without(
+    bench, spec, initial
+):
+    bench.site("a", step=1.0)
+    submissions = bench.running.runs.submissions
+    plain = await bench.ended(await bench.enqueue(spec()))
+    there = await submissions.clone_from_model(plain.id, spec(local=SCAFFOLD).model_dump_json(), None)
+    began = bench.model(there)
+    assert began["control/layer.bias"].tolist() == [0] * 4
+    np.testing.assert_array_equal(began["layer.bias"], initial["layer.bias"] + 1)
+    await bench.ended(there)
+    back = await submissions.clone_from_model(there.id, spec().model_dump_json(), None)
+    assert set(bench.model(back)) == set(initial)
+    np.testing.assert_allclose(bench.model(back)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
+
+
+async def test_control_variates_move_by_the_cohorts_share_of_the_sites_and_the_model_by_the_mean(
+    bench, spec, initial
+):
+    """Half of four sites, each adding its step to every tensor that came: the server's c moves by half."""
+    for number in range(4):
+        bench.site(f"site-{number}", step=3.0)
+    await bench.until(lambda: len(bench.running.sites.connected()) == 4)
+    cohort = {"min_sites": 1, "fraction": 0.5}
+    run = await bench.ended(await bench.enqueue(spec(rounds=2, local=SCAFFOLD, cohort=cohort)))
+    model = bench.model(run)
+    np.testing.assert_allclose(model["layer.bias"], initial["layer.bias"] + 6, rtol=1e-6)
+    np.testing.assert_allclose(model["control/layer.weight"], np.full((3, 4), 3.0), rtol=1e-6)
+    assert [record.population for record in bench.running.store.rounds(run.id)] == [0, 4, 4]
+
+
 async def test_a_clone_from_a_model_is_refused_another_model_or_round(bench, spec):
     bench.site("a")
     run = await bench.ended(await bench.enqueue(spec()))

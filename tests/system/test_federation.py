@@ -86,6 +86,26 @@ def test_one_round_of_one_sgd_step_equals_one_centralised_step(federation, tmp_p
     assert any((after[name] - tensor).abs().max() > 1e-3 for name, tensor in before.items())
 
 
+@pytest.mark.slow
+def test_scaffolds_control_variates_are_the_mean_gradient_and_no_export_has_them(federation, tmp_path):
+    """One step from the initial model: the model moves by the learning rate times what c becomes."""
+    local = spec_of("")["local"] | {"algorithm": "scaffold"}
+    run = federation.submit(spec_of("scaffold", rounds=2, local=local))
+    federation("run", "watch", run)
+    exported = []
+    for round_ in ("0", "1", "2"):
+        federation("run", "export", run, "--round", round_, "--to", str(tmp_path / round_))
+        exported.append(load_file(tmp_path / round_ / "model.safetensors"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "2")
+    digest = federation.show(run)["rounds"][1]["model"]["digest"]
+    (stored,) = (federation.kit / "coordinator").rglob(f"*{digest.removeprefix('blake3:')}*")
+    held = load_file(stored)
+    assert set(held) == {*exported[1], *(f"control/{name}" for name in exported[1])}
+    for name, tensor in exported[1].items():
+        expected = (exported[0][name] - tensor) / 0.5
+        torch.testing.assert_close(held[f"control/{name}"], expected, rtol=0, atol=1e-6)
+
+
 def test_the_loss_that_sites_report_is_that_of_the_exported_model(federation, tmp_path):
     run = federation.submit(
         spec_of("adam", rounds=2, local={"steps": 4, "batch_examples": 4, "optimizer": {"lr": 0.003}})

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fedloom_client.training.algorithms import RoundAlgorithm
 from fedloom_client.training.checkpoints import Checkpoint
 from fedloom_client.training.data import Blocks
 from fedloom_client.training.group import Group
@@ -17,6 +16,7 @@ from fedloom_client.training.optimizers import rate_factor
 from fedloom_client.training.orders import WorkerProgress
 from fedloom_client.training.plan import ExampleStream, RoundPlan
 from fedloom_client.training.pulse import Pulse, TrainProgress
+from fedloom_client.training.roundalgorithm import RoundAlgorithm
 from fedloom_client.training.tasks import Task
 from fedloom_common.runspec import Local
 

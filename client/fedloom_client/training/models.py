@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom_client.training.data import refuse_remote_code
 from fedloom_client.training.orders import SPARE_UPDATE
+from fedloom_common.controls import without_controls
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.tensors import (
     Manifest,
@@ -35,13 +36,23 @@ class LocalModel:
             BadTensor: the file's tensors are not this model's.
         """
         self.manifest = Manifest.read(global_model)
+        own = without_controls(self.manifest)
         with torch.device("meta"):  # a config that asks for more than the file holds must not cost memory
-            _file_tensors(_build(assets, torch.float32), self.manifest)
-        module = _build(assets, _main_dtype(self.manifest))
-        _match_dtypes(module, self.manifest)
+            _file_tensors(_build(assets, torch.float32), own)
+        module = _build(assets, _main_dtype(own))
+        _match_dtypes(module, own)
         self.module = module.to(device)
-        self.tensors = _file_tensors(self.module, self.manifest)
+        self.tensors = _file_tensors(self.module, own)
         """The values by their names in the global model's file."""
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What training changes, by its names in the file."""
+        return {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        }
 
     def load(self, global_model: Path) -> None:
         """Take over the values of a global model, in place.
@@ -55,7 +66,7 @@ class LocalModel:
         manifest = Manifest.read(global_model)
         self.manifest.require_same_tensors(manifest)
         with global_model.open("rb", buffering=0) as file, torch.no_grad():
-            for info in manifest.tensors:
+            for info in without_controls(manifest).tensors:
                 _fill(self.tensors[info.name], file.fileno(), info)
 
     def fill(self, name: str, values: torch.Tensor) -> None:
@@ -70,9 +81,10 @@ class LocalModel:
         with torch.no_grad():
             tensor.copy_(values)
 
-    def write(self, path: Path) -> None:
-        """Write the values as an update: the global model's tensors, in its order."""
-        write_tensors(path, self.tensors, durable=False, over=path.with_name(SPARE_UPDATE))
+    def write(self, path: Path, besides: Mapping[str, torch.Tensor]) -> None:
+        """Write the values, and those that travel ``besides``, as an update."""
+        tensors = {**self.tensors, **besides}
+        write_tensors(path, tensors, durable=False, over=path.with_name(SPARE_UPDATE))
 
 
 def _build(assets: Path, dtype: torch.dtype) -> nn.Module:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fedloom_client.training.plan import RoundPlan
 from fedloom_common.errors import BadTensor, TrainingFailed
-from fedloom_common.runspec import SGD, AdamW, Schedule
+from fedloom_common.runspec import SGD, AdamW, Local, Schedule
 from fedloom_common.tensors import read_tensors, write_tensors
 
 
@@ -35,6 +36,12 @@ def rate_factor(schedule: Schedule, step: int, total_steps: int) -> float:
         return 1.0
     done = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
     return schedule.final_ratio + (1 - schedule.final_ratio) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def rate_sum(local: Local, plan: RoundPlan) -> float:
+    """The learning rates of a round's steps, added up."""
+    steps = range(plan.first_rate_step, plan.first_rate_step + plan.steps)
+    return local.optimizer.lr * sum(rate_factor(local.schedule, step, plan.total_steps) for step in steps)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,14 +13,16 @@ import torch
 from fedloom_client.training import loop
 from fedloom_client.training.algorithms import begin_round
 from fedloom_client.training.checkpoints import Checkpoint
+from fedloom_client.training.controls import SiteControls
 from fedloom_client.training.data import Blocks, PackedData
 from fedloom_client.training.group import Group
 from fedloom_client.training.loop import Rank
 from fedloom_client.training.models import LocalModel
-from fedloom_client.training.optimizers import KeptState, new_optimizer
+from fedloom_client.training.optimizers import KeptState, new_optimizer, rate_sum
 from fedloom_client.training.orders import Job, Order, WorkerProgress, WorkerResult
 from fedloom_client.training.parallel import autocast_type, compute_activations_again, distributed
-from fedloom_client.training.plan import ExampleStream, plan_round
+from fedloom_client.training.plan import ExampleStream, RoundPlan, plan_round
+from fedloom_client.training.roundalgorithm import Left, RoundStart
 from fedloom_client.training.tasks import CausalLM
 from fedloom_common.errors import TrainingFailed
 from fedloom_common.runspec import RunSpec
@@ -59,6 +61,7 @@ class Trainer:
         self._stream: ExampleStream | None = None
         self._directory = Path(job.directory)
         self._kept = KeptState(self._directory)
+        self._controls = SiteControls(self._directory)
         self._optimizer: torch.optim.Optimizer | None = None
         self._optimizer_round = 0
         self._warm_for = warm_key(job)
@@ -90,17 +93,19 @@ class Trainer:
                 len(blocks), seed=self._spec.seed, rank=group.rank, world=group.world
             )
         optimizer = self._take_optimizer(order.round)
+        algorithm = begin_round(local.algorithm, self._start_of(order, plan))
         checkpoint = Checkpoint(self._directory, order.id, local.checkpoint_every, group, self._seeder(order))
         course = loop.Course(
             plan=plan,
             stream=self._stream,
             optimizer=optimizer,
-            algorithm=begin_round(local.algorithm, self._model.module),
+            algorithm=algorithm,
             checkpoint=checkpoint,
             earlier=checkpoint.begin(self._model, optimizer),
         )
         loss = loop.train(self._rank, local, blocks, course)
-        group.first_does(lambda: self._save(order, optimizer))
+        left = algorithm.end()
+        group.first_does(lambda: self._save(order, optimizer, left))
         checkpoint.remove()
         if local.keep_optimizer_state:
             self._optimizer, self._optimizer_round = optimizer, order.round
@@ -147,9 +152,20 @@ class Trainer:
 
         return seed
 
-    def _save(self, order: Order, optimizer: torch.optim.Optimizer) -> str:
+    def _start_of(self, order: Order, plan: RoundPlan) -> RoundStart:
+        return RoundStart(
+            trained=self._model.trained,
+            global_model=Path(order.model_path),
+            round=order.round,
+            rate_sum=rate_sum(self._spec.local, plan),
+            controls=self._controls,
+        )
+
+    def _save(self, order: Order, optimizer: torch.optim.Optimizer, left: Left) -> str:
         try:
-            self._model.write(Path(order.update_path))
+            self._model.write(Path(order.update_path), left.in_update)
+            if left.at_site:
+                self._controls.prepare(left.at_site, update=order.id, round_=order.round)
             if self._spec.local.keep_optimizer_state:
                 self._kept.save(optimizer, self._model.module, order.round)
         except OSError as error:

@@ -16,7 +16,7 @@ The coordinator and every site read the same spec; what belongs to one machine
 """
 
 from fedloom_common.runspec.aggregation import Aggregation
-from fedloom_common.runspec.algorithms import FedProx, Plain
+from fedloom_common.runspec.algorithms import FedProx, Plain, Scaffold
 from fedloom_common.runspec.cohort import Cohort, Staleness
 from fedloom_common.runspec.evaluation import Evaluation, Patience, Stop, Target
 from fedloom_common.runspec.local import SGD, AdamW, Local, Schedule
@@ -40,6 +40,7 @@ __all__ = [
     "Patience",
     "Plain",
     "RunSpec",
+    "Scaffold",
     "Schedule",
     "Staleness",
     "Stop",

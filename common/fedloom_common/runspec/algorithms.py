@@ -24,11 +24,21 @@ class FedProx(Strict):
     """μ: the larger, the nearer; the paper tunes it from {0.001, 0.01, 0.1, 1}."""
 
 
+class Scaffold(Strict):
+    """Gradients corrected by control variates for what a site's data differs from the others':  g − cₖ + c.
+
+    The global model's file and every update hold the control variates too, so both are twice as large.
+    Source: Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1, option II.
+    """
+
+    name: Literal["scaffold"]
+
+
 def _algorithm_of_name(data: Any) -> Any:
     return {"name": data} if isinstance(data, str) else data
 
 
 Algorithm = Annotated[
-    Annotated[Plain | FedProx, Field(discriminator="name")], BeforeValidator(_algorithm_of_name)
+    Annotated[Plain | FedProx | Scaffold, Field(discriminator="name")], BeforeValidator(_algorithm_of_name)
 ]
 """A mapping with a name, or the name alone: ``algorithm: fedprox``."""

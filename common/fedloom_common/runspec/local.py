@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedloom_common.runspec.algorithms import Algorithm, Plain
+from fedloom_common.runspec.algorithms import Algorithm, Plain, Scaffold
 from fedloom_common.strict import Strict
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -83,6 +83,17 @@ class Local(Strict):
         if isinstance(data, dict) and isinstance(data.get("optimizer"), dict):
             return data | {"optimizer": {"name": "adamw"} | data["optimizer"]}
         return data
+
+    @model_validator(mode="after")
+    def _scaffold_takes_sgd(self) -> Self:
+        plain = isinstance(self.optimizer, SGD) and self.optimizer.momentum == 0
+        if isinstance(self.algorithm, Scaffold) and not plain:
+            raise ValueError(
+                "algorithm scaffold needs optimizer: {name: sgd} without momentum: it takes how far a site "
+                "came, over the learning rates, for the mean of its gradients, which that is of no other; "
+                "set it, or choose fedprox or plain"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_amount(self) -> Self:

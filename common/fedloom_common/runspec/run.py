@@ -5,6 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from fedloom_common.runspec.aggregation import Aggregation
+from fedloom_common.runspec.algorithms import Scaffold
 from fedloom_common.runspec.cohort import Cohort
 from fedloom_common.runspec.evaluation import Evaluation, Stop
 from fedloom_common.runspec.local import Local
@@ -72,6 +73,17 @@ class RunSpec(Strict):
                 f"cohort.policy all asks every site, and mode.concurrency is {self.mode.concurrency}: "
                 "drop one of both"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _scaffold_works_in_rounds(self) -> Self:
+        if isinstance(self.local.algorithm, Scaffold):
+            for key, came in (("mode.kind", self.mode.kind), ("cohort.late", self.cohort.late)):
+                if came in ("async", "carry"):
+                    raise ValueError(
+                        f"local.algorithm scaffold and {key}: {came} contradict each other: its control "
+                        "variates are those of one round's cohort; drop one of them"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedloom.v1.runs_pb2 import ExportRequest, ExportResponse
 from fedloom.v1.session_pb2 import Blob
+from fedloom_common.controls import drop_controls, has_controls
 from fedloom_common.digests import DIGEST, digest_of_file, is_digest, plain_name
 from fedloom_common.errors import ProtocolError, StorageFull, WrongState
 from fedloom_common.files import storage_errors, write_text
@@ -177,7 +178,11 @@ def _put_in_place(answer: ExportResponse, directory: Path, run_id: str, earlier:
     arriving = directory / ARRIVING
     names = {file.name for file in answer.files} | {CARD}
     for file in answer.files:
-        _place(arriving, file).replace(directory / file.name)
+        arrived = _place(arriving, file)
+        if arrived.suffix == ".safetensors" and has_controls(arrived):
+            drop_controls(arrived, directory / file.name)
+        else:
+            arrived.replace(directory / file.name)
     write_text(directory / CARD, answer.model_card)
     for name in earlier - names:
         (directory / name).unlink(missing_ok=True)

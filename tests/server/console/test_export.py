@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save
 
 from fedloom.v1.runs_pb2 import ExportRequest
 from fedloom.v1.session_pb2 import Blob
@@ -10,7 +12,8 @@ from fedloom_common.errors import BadChunk, NotFound, ProtocolError, StorageFull
 from fedloom_server.console import export as export_module
 from fedloom_server.console.export import check_names
 
-WEIGHTS = bytes(range(256)) * 40  # 10,240 bytes: eleven chunks of the fake coordinator
+WEIGHTS = save({"w": np.arange(10_168).astype(np.uint8)})  # 10,240 bytes: eleven chunks of the fake
+OTHER_WEIGHTS = save({"w": np.arange(10_168)[::-1].astype(np.uint8)})
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +51,16 @@ def test_the_files_and_the_card_arrive_under_their_names(console, model, tmp_pat
     assert names_in(tmp_path / "model") == sorted([*EXPORTED, ".fedloom-export.json"])
 
 
+def test_control_variates_stay_behind(console, fake, tmp_path):
+    tensors = {"w": np.ones(3, np.float32), "control/w": np.full(3, 7, np.float32)}
+    weights = save(tensors, {"format": "pt"})
+    fake.put("model.safetensors", weights)
+    for _ in range(2):  # a second export begins anew
+        console("run", "export", "a1", "--to", "model")
+        assert list(load_file(tmp_path / "model" / "model.safetensors")) == ["w"]
+        assert names_in(tmp_path / "model") == [".fedloom-export.json", "README.md", "model.safetensors"]
+
+
 def test_a_round_can_be_chosen(console, model):
     console("run", "export", "a1", "--to", "model", "--round", "0")
     assert model.asked_for(ExportRequest) == [ExportRequest(run_id="a1", round=0)]
@@ -79,10 +92,10 @@ def test_an_earlier_export_of_the_same_run_is_replaced(console, model, tmp_path)
     console("run", "export", "a1", "--to", "model")
     (tmp_path / "model" / "notes.txt").write_text("mine")
     model.files.clear()
-    model.put("model.safetensors", WEIGHTS[::-1])
+    model.put("model.safetensors", OTHER_WEIGHTS)
     console("run", "export", "a1", "--to", "model")
     assert files_in(tmp_path / "model") == {
-        "model.safetensors": WEIGHTS[::-1],
+        "model.safetensors": OTHER_WEIGHTS,
         "README.md": b"# plays\n",
         "notes.txt": b"mine",
     }
@@ -91,7 +104,7 @@ def test_an_earlier_export_of_the_same_run_is_replaced(console, model, tmp_path)
 def test_a_failed_export_leaves_the_earlier_one_as_it_was(console, model, tmp_path):
     console("run", "export", "a1", "--to", "model")
     model.files.clear()
-    model.put("model.safetensors", WEIGHTS[::-1])
+    model.put("model.safetensors", OTHER_WEIGHTS)
     model.content[model.files[0].digest] = WEIGHTS
     with pytest.raises(BadChunk):
         console("run", "export", "a1", "--to", "model")
