@@ -72,15 +72,16 @@ class Assignments:
     ) -> None:
         """Do as ``carry_out``, for a caller who stages and releases updates."""
         still = [assignment for assignment in batch if assignment.state is AssignmentState.OPEN]
-        opened = [self._begin(run, assignment, still, terms, on_end) for assignment in still]
-        patience = Patience(
-            batch, opened, terms, end=self.end, is_held_up=self._is_held_up, is_connected=self._is_connected
-        )
         try:
+            opened = [self._begin(run, assignment, still, terms, on_end) for assignment in still]
+            patience = Patience(
+                batch, opened, terms,
+                end=self.end, is_held_up=self._is_held_up, is_connected=self._is_connected,
+            )  # fmt: skip
             await patience.until_over()
         except BaseException:
-            for entry in opened:
-                self._forget(entry)
+            for assignment in still:
+                self._forget(assignment.id)
             raise
         for entry in opened:
             entry.leave_behind()
@@ -88,7 +89,7 @@ class Assignments:
     def drop(self, run_id: str) -> None:
         """Wait for nothing of a run any more; what is open in the store stays so."""
         for entry in [entry for entry in self.open.values() if entry.run.id == run_id]:
-            self._forget(entry)
+            self._forget(entry.assignment.id)
 
     def call_off(self, run_id: str, reason: str) -> None:
         """Have sites stop what they do for a run, which will be asked for again.
@@ -165,7 +166,7 @@ class Assignments:
             self.uploads.turns.stage(assignment.id)
         else:  # now, as a stream that still writes it must not have it open when others overwrite it
             discard(self._store.spool.update_path(assignment))
-        self._forget(entry)
+        self._forget(entry.assignment.id)
         self._meters.assignment_ended(assignment)
         self._revive_queued(assignment.site)
         if not entry.ended.done():
@@ -236,9 +237,9 @@ class Assignments:
         if link := self._sites.link(assignment.site):
             link.cancel(assignment.id, reason)
 
-    def _forget(self, entry: Pending) -> None:
-        self.open.pop(entry.assignment.id, None)
-        self.uploads.turns.leave(entry.assignment.id)
+    def _forget(self, assignment_id: str) -> None:
+        self.open.pop(assignment_id, None)
+        self.uploads.turns.leave(assignment_id)
 
 
 def _now_s() -> float:

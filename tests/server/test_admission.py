@@ -1,6 +1,8 @@
 """What operators decide about sites, by the contract, against a real coordinator."""
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 
 import grpc
@@ -11,7 +13,7 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom.v1.sites_pb2_grpc import SiteServiceStub
 from fedloom_common.channels import open_channel
-from fedloom_common.errors import NotPermitted, StorageFull
+from fedloom_common.errors import NotPermitted, StorageFull, StorageUnavailable
 from fedloom_common.identity import Peer, Role
 from fedloom_common.transfer import TransferStub, download
 from fedloom_server import roster
@@ -124,6 +126,40 @@ async def test_a_run_taken_up_after_a_restart_does_not_wait_for_a_site_blocked_m
         bench.site("good")
         assert (await bench.ended(run)).state == "finished"
         assert bench.outcomes(run)["bad"] == ("cancelled", "site bad is blocked: blocked by an operator")
+
+
+async def test_a_round_taken_up_while_the_database_goes_away_is_taken_up_again_whole(
+    config, bench_of, spec, fault, monkeypatch
+):
+    cohort = {"policy": "all", "min_sites": 2, "quorum": 1, "stall_s": 100}
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        bench.site("good", fault=fault.SILENT)
+        bad = bench.site("worse", fault=fault.SILENT)
+        run = await bench.enqueue(spec(cohort=cohort, evaluation={"initial": False}))
+        await bench.until(lambda: bad.assigned.is_set())
+    with contextlib.closing(sqlite3.connect(config.state_dir / "coordinator.db")) as database, database:
+        database.execute("UPDATE sites SET state = 'BLOCKED' WHERE name = 'worse'")
+    failures = 0
+
+    def save(store, *records):
+        nonlocal failures
+        if failures == 0 and any(getattr(record, "state", "") == "cancelled" for record in records):
+            failures += 1
+            raise StorageUnavailable("away")
+        return saved(store, *records)
+
+    saved = Store.save
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        monkeypatch.setattr(Store, "save", save)
+        bench.site("good")
+        assert (await bench.ended(run)).state == "finished"
+        assert {name: state for name, (state, _) in bench.outcomes(run).items()} == {
+            "good": "done",
+            "worse": "cancelled",
+        }
+    assert failures == 1
 
 
 async def test_what_is_known_and_decided_of_sites_survives_a_restart(config, bench_of):
