@@ -1,6 +1,6 @@
 """What one site's own file says: where the coordinator is, what data there is, what is permitted."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -25,8 +25,8 @@ class DataSource(Strict):
     directory that the datasets library saved."""
     files: tuple[ConfigGlob, ...] = Field(min_length=1)
     """Paths or globs, relative to the config file's folder."""
-    text_field: str = "text"
-    """Field of a record that holds its text."""
+    fields: dict[str, str] = Field(default={})
+    """What records call the fields that tasks read, where that is something else: ``{text: body}``."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share kept out of training, to measure models on: the tail of each text file, or records at random."""
 
@@ -66,8 +66,8 @@ class Privacy(Strict):
 class Policy(Strict):
     """What this site permits; an assignment beyond it is refused with the rule that refuses it."""
 
-    tasks: tuple[TaskKind, ...] = ("causal_lm",)
-    """Kinds of task."""
+    tasks: tuple[TaskKind, ...] = get_args(TaskKind)
+    """Kinds of task; all that fedloom brings if not given."""
     data_sets: tuple[Name, ...] | None = None
     """Data sets that runs may use; all of ``data`` if not given."""
     model_types: tuple[str, ...] | None = None

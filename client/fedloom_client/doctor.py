@@ -1,6 +1,7 @@
 """What ``fedloom doctor site`` looks at: everything that a site needs before it can train."""
 
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from fedloom_client.config import DataSource, SiteConfig, Workers
 from fedloom_client.hardware import data_set_bytes, find_devices, main_memory_bytes
 from fedloom_client.statedir import StateDir
 from fedloom_client.status import ill_health
-from fedloom_client.training.documents import Documents, Piece
 from fedloom_client.training.orders import Source
+from fedloom_client.training.records import MAIN_FIELDS, Records
 from fedloom_common.doctor.credentials import credential
 from fedloom_common.doctor.findings import Check, Finding, examine, ok, problem, warning
 from fedloom_common.doctor.host import open_files, size, state_folder
@@ -123,28 +124,48 @@ def _torch(gpus: int) -> Iterator[Finding]:
 def _data(source: DataSource) -> Iterator[Finding]:
     """Whether files are there and can be read, and leave something to train and to measure on."""
     try:
-        documents = Documents(Source(**source.model_dump()))
+        records = Records(Source(**source.model_dump()))
         yield ok(f"its files have {size(data_set_bytes(source))}")
-        pieces = list(itertools.islice(documents, RECORDS))
+        characters, held_out, names = _looked_at(records)
     except TrainingFailed as error:
         yield problem(str(error), "training would fail in the same way")
         return
     except PermissionError as error:
         yield problem(str(error), "let the daemon's user read it")
         return
-    yield from _content(source, pieces)
+    yield from _content(source, characters, held_out)
+    if characters and names.isdisjoint(MAIN_FIELDS):
+        yield warning(
+            f"its records have {', '.join(sorted(names))}, and none of {', '.join(MAIN_FIELDS)}",
+            "say in the data set's fields which of them holds what, such as fields: {text: body}",
+        )
 
 
-def _content(source: DataSource, pieces: list[Piece]) -> Iterator[Finding]:
-    characters = sum(len(piece.text) for piece in pieces)
+def _looked_at(records: Records) -> tuple[int, float, set[str]]:
+    """Characters in the first texts and records, how many of them are held out, and the fields there are."""
+    if records.source.format == "text":
+        characters = sum(len(text) for text in itertools.islice(records.texts(), RECORDS))
+        return characters, characters * records.source.held_out, {"text"}
+    characters = held_out = 0
+    names: set[str] = set()
+    for row in itertools.islice(records.rows(()), RECORDS):
+        names |= set(row.values)
+        own = {records.source.fields.get(name, name) for name in row.values}
+        size_characters = sum(len(_text(row.values[name])) for name in own)
+        characters += size_characters
+        held_out += size_characters * row.held_out
+    return characters, held_out, names
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _content(source: DataSource, characters: int, held_out: float) -> Iterator[Finding]:
     if not characters:
-        yield problem("there is no text in it", "see the data set's files and text_field")
+        yield problem("there is no text in it", "see the data set's files")
         return
     yield ok(f"it can be read: {characters} characters in what was looked at")
-    if source.format == "text":
-        held_out = characters * source.held_out
-    else:
-        held_out = sum(len(piece.text) for piece in pieces if piece.held_out)
     if held_out < 1 or held_out >= characters:
         yield problem(
             f"held_out of {source.held_out:g} takes {held_out:.0f} of the first {characters} characters",

@@ -188,11 +188,11 @@ def _require_fit(spec: RunSpec, model: PreTrainedModel, tokenizer: Tokenizer) ->
     """Check that the model has room for the tokenizer's ids and the task's context."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and spec.task.context_tokens > positions:
+    if positions is not None and spec.task.longest > positions:
         key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
         raise BadSpec(
-            f"task.context_tokens is {spec.task.context_tokens}, but the model has {positions} positions "
-            f"({key}); lower the one or raise the other"
+            f"the task reads {spec.task.longest} tokens at once, but the model has {positions} positions "
+            f"({key}); lower task.context_tokens, or raise that"
         )
     embeddings = next(model.get_input_embeddings().parameters()).shape[0]
     if _tokens(tokenizer) > embeddings:

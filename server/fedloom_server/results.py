@@ -29,7 +29,7 @@ def objection(
     """What is wrong with a result; None if nothing is. ``data_bytes`` is the size of the site's data set."""
     if not 0 < result.examples <= LARGEST_COUNT:
         return f"it claims {result.examples} examples, wanted a positive number"
-    most_tokens = min(result.examples * spec.task.context_tokens, LARGEST_COUNT)
+    most_tokens = min(result.examples * spec.task.most_targets, LARGEST_COUNT)
     if not 0 <= result.tokens <= most_tokens:
         return f"it claims {result.tokens} tokens, {result.examples} examples have at most {most_tokens}"
     wrong = [name for name, value in result.metrics.items() if not math.isfinite(value)]

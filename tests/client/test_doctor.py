@@ -45,7 +45,6 @@ def test_data_that_can_be_read_is_well_and_none_of_it_is_shown(site):
     [
         pytest.param({"files": ["*.csv"]}, "no file matches", id="nothing-matches"),
         pytest.param({"files": ["bad.txt"]}, "is not UTF-8 text", id="not-text"),
-        pytest.param({"files": ["bad.jsonl"], "format": "jsonl"}, "have no field text", id="no-such-field"),
         pytest.param({"files": ["empty.txt"]}, "no text", id="empty"),
         pytest.param(
             {"files": ["one.jsonl"], "format": "jsonl", "held_out": 0.01}, "held_out of 0.01 takes 0",
@@ -62,6 +61,28 @@ def test_data_that_training_would_fail_on_is_a_problem(site, tmp_path, source, t
     found = site("data set plays", data={"plays": source})
 
     assert [text for verdict, text in found if verdict == "problem" and told in text], found
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, [("warning", "its records have body, and none of text, source, messages, prompt")]),
+        ({"text": "body"}, []),
+        ({"text": "title"}, [("problem", "have no field title: they have body")]),
+    ],
+)
+def test_records_without_a_field_that_tasks_read_are_told_of(site, tmp_path, fields, told):
+    (tmp_path / "some.jsonl").write_text('{"body": "some text, which is long enough"}\n' * 400)
+
+    found = site(
+        "data set plays", data={"plays": {"files": ["some.jsonl"], "format": "jsonl", "fields": fields}}
+    )
+
+    bad = [(verdict, text) for verdict, text in found if verdict != "ok"]
+    assert len(bad) == len(told)
+    assert all(
+        verdict == wanted and part in text for (verdict, text), (wanted, part) in zip(bad, told, strict=True)
+    )
 
 
 def test_several_mistakes_in_a_config_are_each_told_and_data_is_looked_at_all_the_same(site):

@@ -210,7 +210,7 @@ def test_a_directory_that_does_not_exist_is_named_with_what_to_do(tmp_path, key)
 def test_a_context_longer_than_the_models_positions_is_refused(tmp_path, gpt2):
     for model in ({"config": GPT2}, {"path": str(gpt2)}):
         with pytest.raises(
-            BadSpec, match=r"context_tokens is 65, but the model has 64 positions \(n_positions\)"
+            BadSpec, match=r"the task reads 65 tokens at once, but the model has 64 positions \(n_positions\)"
         ):
             write_model(spec_of(model, context_tokens=65), tmp_path / "m")
 

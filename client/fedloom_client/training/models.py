@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from fedloom_client.training.data import refuse_remote_code
 from fedloom_client.training.orders import SPARE_UPDATE
+from fedloom_client.training.tasks import refuse_remote_code
 from fedloom_common.controls import without_controls
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.tensors import (
@@ -28,8 +29,14 @@ class LocalModel:
     Memory: the model; loading adds one tensor, and only where it must be moved to a device.
     """
 
-    def __init__(self, assets: Path, global_model: Path, device: torch.device) -> None:
-        """Build the model; its values are arbitrary until ``load``.
+    def __init__(
+        self,
+        assets: Path,
+        global_model: Path,
+        device: torch.device,
+        model_class: str = "AutoModelForCausalLM",
+    ) -> None:
+        """Build the model with a class of transformers; its values are arbitrary until ``load``.
 
         Raises:
             TrainingFailed: the config asks for code, or for a model that transformers does not have.
@@ -38,8 +45,8 @@ class LocalModel:
         self.manifest = Manifest.read(global_model)
         own = without_controls(self.manifest)
         with torch.device("meta"):  # a config that asks for more than the file holds must not cost memory
-            _file_tensors(_build(assets, torch.float32), own)
-        module = _build(assets, _main_dtype(own))
+            _file_tensors(_build(assets, torch.float32, model_class), own)
+        module = _build(assets, _main_dtype(own), model_class)
         _match_dtypes(module, own)
         self.module = module.to(device)
         self.tensors = _file_tensors(self.module, own)
@@ -87,15 +94,16 @@ class LocalModel:
         write_tensors(path, tensors, durable=False, over=path.with_name(SPARE_UPDATE))
 
 
-def _build(assets: Path, dtype: torch.dtype) -> nn.Module:
+def _build(assets: Path, dtype: torch.dtype, model_class: str) -> nn.Module:
     refuse_remote_code(assets)
     try:
         config = AutoConfig.from_pretrained(str(assets), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise TrainingFailed(f"the model's config.json does not load: {error}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise TrainingFailed(f"transformers has no causal language model of model_type {config.model_type}")
-    module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    auto = getattr(transformers, model_class, None)
+    if auto is None or type(config) not in auto._model_mapping:
+        raise TrainingFailed(f"transformers has no {model_class} of model_type {config.model_type}")
+    module: nn.Module = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     return module
 
 

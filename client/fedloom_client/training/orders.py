@@ -47,7 +47,7 @@ class Source:
 
     format: Literal["text", "jsonl", "parquet", "dataset"]
     files: tuple[str, ...]
-    text_field: str
+    fields: dict[str, str]
     held_out: float
 
 
@@ -98,6 +98,11 @@ class WorkerResult:
     tokens: int
     """Tokens that the loss was taken on."""
     metrics: dict[str, float]
+    weights: dict[str, int] = field(default_factory=dict)
+    """How many things a metric is the mean of: ``tokens`` for the loss and ``examples`` for others if not
+    given."""
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    """Counts that add up over sites, for metrics that are no means."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase: start, prepare, train, evaluate."""
     update_path: str | None = None

@@ -77,14 +77,14 @@ class TrainProgress:
     """Reports of a training about once a second: the loss since the last one, and the throughput."""
 
     def __init__(
-        self, report: Callable[[WorkerProgress], None], steps: int, step_tokens: int, *, done: int = 0
+        self, report: Callable[[WorkerProgress], None], steps: int, *, done: int = 0, targets: int = 0
     ) -> None:
-        self._report, self._steps, self._step_tokens = report, steps, step_tokens
-        self._reported, self._time = done, time.monotonic()
+        self._report, self._steps = report, steps
+        self._reported, self._targets, self._time = done, targets, time.monotonic()
         report(WorkerProgress(phase="train", done=done, total=steps))
 
-    def after(self, losses: list[float]) -> None:
-        """Tell of the losses of all steps so far, if it is time or the last step is done."""
+    def after(self, losses: list[float], targets: int) -> None:
+        """Tell of the losses and targets of all steps so far, if it is time or the last step is done."""
         done, now = len(losses), time.monotonic()
         if now - self._time < PROGRESS_S and done < self._steps:
             return
@@ -95,7 +95,7 @@ class TrainProgress:
                 done=done,
                 total=self._steps,
                 loss=sum(new) / len(new),
-                tokens_per_s=len(new) * self._step_tokens / (now - self._time),
+                tokens_per_s=(targets - self._targets) / (now - self._time),
             )
         )
-        self._reported, self._time = done, now
+        self._reported, self._targets, self._time = done, targets, now

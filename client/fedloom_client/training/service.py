@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedloom_client.training.control import Control
-from fedloom_client.training.data import PackedData, pack, refuse_remote_code
-from fedloom_client.training.documents import Documents
+from fedloom_client.training.data import PackedData, pack
 from fedloom_client.training.group import Group
 from fedloom_client.training.orders import Cancelled, Job, WorkerProgress, WorkerResult
 from fedloom_client.training.pulse import PROGRESS_S
+from fedloom_client.training.records import Records
+from fedloom_client.training.tasks import AnyTask, new_task, refuse_remote_code
 from fedloom_client.training.trainer import Trainer
 from fedloom_common.errors import FederationError
 from fedloom_common.runspec import RunSpec
@@ -69,16 +70,16 @@ class WarmRank:
         return replace(result, phase_seconds={"prepare": prepared_s} | result.phase_seconds)
 
     def _prepare(self, job: Job) -> Trainer:
-        packed = self._group.first_does(lambda: str(self._pack(job)))
+        spec, assets = RunSpec.model_validate(job.order.spec), Path(job.order.assets_dir)
+        refuse_remote_code(assets)
+        task = new_task(spec.task, assets)
+        packed = self._group.first_does(lambda: str(self._pack(job, task)))
         data = PackedData.open(Path(packed))
         return Trainer(job, data, self._group, self._report, self._stop_wanted)
 
-    def _pack(self, job: Job) -> Path:
-        spec, assets = RunSpec.model_validate(job.order.spec), Path(job.order.assets_dir)
-        refuse_remote_code(assets)
+    def _pack(self, job: Job, task: AnyTask) -> Path:
         self._report(WorkerProgress(phase="prepare"))
-        folder, context_tokens = Path(job.packed), spec.task.context_tokens
-        return pack(Documents(job.source), assets, context_tokens, folder, self._packed_so_far())
+        return pack(Records(job.source), task, Path(job.packed), self._packed_so_far())
 
     def _packed_so_far(self) -> Callable[[int, int], None]:
         reported = time.monotonic()

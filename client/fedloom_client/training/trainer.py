@@ -7,23 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedloom_client.training import loop
 from fedloom_client.training.algorithms import begin_round
 from fedloom_client.training.checkpoints import Checkpoint
 from fedloom_client.training.controls import SiteControls
-from fedloom_client.training.data import Blocks, PackedData
+from fedloom_client.training.data import PackedData
+from fedloom_client.training.examples import spread
 from fedloom_client.training.group import Group
-from fedloom_client.training.loop import Rank
+from fedloom_client.training.measuring import evaluate
 from fedloom_client.training.models import LocalModel
 from fedloom_client.training.optimizers import KeptState, new_optimizer, rate_sum
 from fedloom_client.training.orders import Job, Order, WorkerProgress, WorkerResult
 from fedloom_client.training.parallel import autocast_type, compute_activations_again, distributed
 from fedloom_client.training.plan import ExampleStream, RoundPlan, plan_round
+from fedloom_client.training.ranks import Rank
 from fedloom_client.training.roundalgorithm import Left, RoundStart
-from fedloom_client.training.tasks import CausalLM
+from fedloom_client.training.tasks import new_task
 from fedloom_common.errors import TrainingFailed
 from fedloom_common.runspec import RunSpec
 
@@ -45,19 +46,22 @@ class Trainer:
             TrainingFailed, BadTensor: the model's files are unfit, or do not fit the data.
         """
         self._spec = RunSpec.model_validate(job.order.spec)
-        self._group, self._data = group, data
-        self._model = LocalModel(Path(job.order.assets_dir), Path(job.order.model_path), group.device)
-        self._check_tokens()
+        self._group, self._data, assets = group, data, Path(job.order.assets_dir)
+        self._model = LocalModel(
+            assets, Path(job.order.model_path), group.device, self._spec.task.model_class
+        )
         if self._spec.local.gradient_checkpointing:
             compute_activations_again(self._model.module)
         self._rank = Rank(
             group=group,
             model=distributed(self._model.module, group),
-            task=CausalLM(),
+            task=new_task(self._spec.task, assets),
+            seed=self._spec.seed,
             precision=autocast_type(self._spec.local, group.device),
             report=report,
             stop_wanted=stop_wanted,
         )
+        self._check_tokens()
         self._stream: ExampleStream | None = None
         self._directory = Path(job.directory)
         self._kept = KeptState(self._directory)
@@ -83,15 +87,13 @@ class Trainer:
         return replace(result, phase_seconds={order.work: time.monotonic() - started})
 
     def _train(self, order: Order) -> WorkerResult:
-        local, group, blocks = self._spec.local, self._group, self._data.train
+        local, group, data = self._spec.local, self._group, self._data.train
         plan = plan_round(
-            local, round=order.round, rounds=self._spec.rounds, train_examples=len(blocks), world=group.world,
+            local, round=order.round, rounds=self._spec.rounds, train_examples=len(data), world=group.world,
             schedule_round=order.schedule_round,
         )  # fmt: skip
         if self._stream is None:
-            self._stream = ExampleStream(
-                len(blocks), seed=self._spec.seed, rank=group.rank, world=group.world
-            )
+            self._stream = ExampleStream(len(data), seed=self._spec.seed, rank=group.rank, world=group.world)
         optimizer = self._take_optimizer(order.round)
         algorithm = begin_round(local.algorithm, self._start_of(order, plan))
         checkpoint = Checkpoint(self._directory, order.id, local.checkpoint_every, group, self._seeder(order))
@@ -103,34 +105,36 @@ class Trainer:
             checkpoint=checkpoint,
             earlier=checkpoint.begin(self._model, optimizer),
         )
-        loss = loop.train(self._rank, local, blocks, course)
+        trained = loop.train(self._rank, local, data, course)
         left = algorithm.end()
         group.first_does(lambda: self._save(order, optimizer, left))
         checkpoint.remove()
         if local.keep_optimizer_state:
             self._optimizer, self._optimizer_round = optimizer, order.round
-        examples = plan.steps * plan.step_examples
         return WorkerResult(
-            examples=examples,
-            tokens=examples * self._rank.task.targets(blocks.shape[1]),
-            metrics={"loss": loss},
+            examples=plan.steps * plan.step_examples,
+            tokens=trained.targets,
+            metrics={"loss": trained.loss},
             update_path=order.update_path,
         )
 
     def _evaluate(self) -> WorkerResult:
-        blocks = spread(self._data.held_out, self._spec.evaluation.max_examples)
-        if not len(blocks):
+        data = self._data.held_out
+        numbers = spread(len(data), self._spec.evaluation.max_examples)
+        if not len(numbers):
             raise TrainingFailed(
-                "the site's held-out texts are too short for one example: add texts, raise the data set's "
-                "held_out, or lower context_tokens"
+                "the site's held-out data are too small for one example: add some, raise the data set's "
+                "held_out, or lower context_tokens where texts are cut to it"
             )
         local = self._spec.local
         micro_examples = max(1, local.batch_examples // (self._group.world * local.accumulation_steps))
-        loss = loop.evaluate(self._rank, self._model.module, blocks, micro_examples)
+        measured, targets = evaluate(self._rank, self._model.module, data, numbers, micro_examples)
         return WorkerResult(
-            examples=len(blocks),
-            tokens=len(blocks) * self._rank.task.targets(blocks.shape[1]),
-            metrics=self._rank.task.metrics(loss),
+            examples=len(numbers),
+            tokens=targets,
+            metrics=measured.metrics,
+            weights=measured.weights,
+            counts=measured.counts,
         )
 
     def _take_optimizer(self, round_: int) -> torch.optim.Optimizer:
@@ -175,26 +179,20 @@ class Trainer:
     def _check_tokens(self) -> None:
         module: Any = self._model.module
         known = module.get_input_embeddings().num_embeddings
-        if self._data.largest_token >= known:
+        largest = max(self._data.largest[field] for field in self._rank.task.token_fields)
+        if largest >= known:
             raise TrainingFailed(
-                f"the tokenizer makes token {self._data.largest_token}, but the model has only {known} "
+                f"the tokenizer makes token {largest}, but the model has only {known} "
                 "tokens: give the run a model and a tokenizer that belong together"
             )
-        wanted, most = self._spec.task.context_tokens, getattr(module.config, "max_position_embeddings", None)
+        wanted, most = self._spec.task.longest, getattr(module.config, "max_position_embeddings", None)
         if most is not None and most < wanted:
-            raise TrainingFailed(f"context_tokens is {wanted}, but the model reads at most {most} tokens")
+            raise TrainingFailed(f"the task reads {wanted} tokens at once, but the model at most {most}")
 
 
 def warm_key(job: Job) -> tuple[object, ...]:
     """Everything of a job that a warm trainer depends on."""
     return job.order.run_id, job.order.spec, job.order.assets_dir, job.source, job.directory
-
-
-def spread(blocks: Blocks, most: int | None) -> Blocks:
-    """At most so many examples, evenly from all of them, so that every text has its part."""
-    if most is None or len(blocks) <= most:
-        return blocks
-    return blocks[np.arange(most) * len(blocks) // most]
 
 
 def _seed(*parts: int) -> int:

@@ -3,7 +3,8 @@
 The coordinator and every site read the same spec; what belongs to one machine
 (paths of data, devices, certificates) is in that machine's own config instead.
 
-    model.py        which model, and what it is trained to do
+    model.py        which model
+    tasks.py        what it is trained to do
     cohort.py       which sites take part in a round
     local.py        what a site does in a round
     algorithms.py   what a site's steps aim at
@@ -21,9 +22,10 @@ from fedloom_common.runspec.cohort import Cohort, Staleness
 from fedloom_common.runspec.evaluation import Evaluation, Patience, Stop, Target
 from fedloom_common.runspec.local import SGD, AdamW, Local, Schedule
 from fedloom_common.runspec.mode import Async, Sync
-from fedloom_common.runspec.model import CausalLM, ModelSpec, TaskKind
+from fedloom_common.runspec.model import ModelSpec
 from fedloom_common.runspec.reading import describe, parse_run_spec, read_run_spec, run_spec_schema
 from fedloom_common.runspec.run import RunSpec
+from fedloom_common.runspec.tasks import CausalLM, Task, TaskKind
 from fedloom_common.runspec.transport import Transport
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Stop",
     "Sync",
     "Target",
+    "Task",
     "TaskKind",
     "Transport",
     "describe",

@@ -1,15 +1,12 @@
-"""A run spec's model and task: what is trained, and to do what."""
+"""A run spec's model: what is trained."""
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from fedloom_common.strict import Strict
-
-TaskKind = Literal["causal_lm"]
-"""Every kind of task, as sites' policies name them."""
 
 
 class ModelSpec(Strict):
@@ -40,14 +37,6 @@ class ModelSpec(Strict):
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("config needs a model_type, such as gpt2 or llama")
         return self
-
-
-class CausalLM(Strict):
-    """Next-token prediction on packed text."""
-
-    kind: Literal["causal_lm"] = "causal_lm"
-    context_tokens: int = Field(default=128, ge=8, le=1 << 20)
-    """Length of one training example, in tokens; texts are joined and cut to this length."""
 
 
 def _numbers(path: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -1,6 +1,6 @@
 """The run spec, whole: its parts side by side, and how they may not contradict each other."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,8 @@ from fedloom_common.runspec.cohort import Cohort
 from fedloom_common.runspec.evaluation import Evaluation, Stop
 from fedloom_common.runspec.local import Local
 from fedloom_common.runspec.mode import Async, Sync
-from fedloom_common.runspec.model import CausalLM, ModelSpec
+from fedloom_common.runspec.model import ModelSpec
+from fedloom_common.runspec.tasks import CausalLM, Task
 from fedloom_common.runspec.transport import Transport
 from fedloom_common.strict import Name, Strict
 
@@ -35,7 +36,7 @@ class RunSpec(Strict):
     """Name for people: small letters, digits, dots, dashes and underscores."""
     model: ModelSpec
     """Which model is trained."""
-    task: CausalLM = CausalLM()
+    task: Task = CausalLM()
     """What the model is trained to do."""
     data: Name
     """Name of the data set; every site says in its own config which files that is."""
@@ -57,6 +58,13 @@ class RunSpec(Strict):
     """Conditions that end the run early."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Source of all randomness: initial weights, cohorts, data order, dropout."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_has_a_kind(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("task"), dict):
+            return data | {"task": {"kind": "causal_lm"} | data["task"]}
+        return data
 
     @model_validator(mode="after")
     def _nothing_contradicts_the_mode(self) -> Self:

@@ -35,8 +35,8 @@ tls:
 state_dir: state
 
 # EDIT: this site's data sets, by the names under which run specs ask for them.
-# format is text (one document a file), jsonl or parquet (one document a record, in the field
-# text_field), or dataset (a directory that the datasets library saved).
+# format is text (one document a file), jsonl or parquet (a record a line or row, with the fields that the
+# run's task reads, such as text), or dataset (a directory that the datasets library saved).
 {data}
 # What this site permits, and how it trains; remove the # to change a value.
 # labels:

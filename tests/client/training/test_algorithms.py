@@ -1,6 +1,5 @@
 """Site algorithms, against plain torch with the proximal term in the loss, and against numpy by hand."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,7 @@ SCAFFOLD = {"optimizer": SGD, "algorithm": "scaffold"}
 def blocks_of(directory: Path) -> np.ndarray:
     """The packed training examples of 32 tokens."""
     (folder,) = (directory / "data").iterdir()
-    facts = json.loads((folder / "facts.json").read_text())
-    tokens = np.fromfile(folder / "train.bin", facts["dtype"]).astype(np.int64)
+    tokens = np.fromfile(folder / "train/input_ids.bin", np.uint16).astype(np.int64)
     return tokens[: len(tokens) // 32 * 32].reshape(-1, 32)
 
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from fedloom_client.training.data import PackedData, pack
-from fedloom_client.training.documents import Documents
+from fedloom_client.training.examples import Examples
 from fedloom_client.training.orders import Cancelled, Source
+from fedloom_client.training.records import Records
+from fedloom_client.training.tasks import AnyTask, new_task
+from fedloom_common.runspec import CausalLM
 
 END = 256
 
@@ -20,10 +23,20 @@ def packed(folder: Path, assets: Path, files: Path, context: int = 8, **changes:
     fields: dict[str, Any] = {
         "format": "text",
         "files": (str(files),),
-        "text_field": "text",
+        "fields": {},
         "held_out": 0.25,
     }
-    return pack(Documents(Source(**(fields | changes))), assets, context, folder, lambda _done, _total: None)
+    return pack(
+        Records(Source(**(fields | changes))), causal(assets, context), folder, lambda _done, _total: None
+    )
+
+
+def causal(assets: Path, context: int) -> AnyTask:
+    return new_task(CausalLM.model_construct(context_tokens=context), assets)
+
+
+def blocks(examples: Examples) -> Any:
+    return examples.take(np.arange(len(examples)), {})["input_ids"]
 
 
 def byte_ids(assets: Path, text: str) -> list[int]:
@@ -42,10 +55,10 @@ def test_the_tail_of_each_file_is_held_out_and_documents_end_with_the_end_token(
     data = PackedData.open(packed(tmp_path / "data", assets, tmp_path / "*.txt", context=2))
     expected_train = [*byte_ids(assets, "abcdef"), END, *byte_ids(assets, "ABCDEFGHI"), END]
     expected_held_out = [*byte_ids(assets, "gh"), END, *byte_ids(assets, "JKL"), END]
-    assert data.train.flatten().tolist() == expected_train[:16]
-    assert data.held_out.flatten().tolist() == expected_held_out[:6]
-    assert data.train.dtype == np.uint16
-    assert data.largest_token == END
+    assert blocks(data.train).flatten().tolist() == expected_train[:16]
+    assert blocks(data.held_out).flatten().tolist() == expected_held_out[:6]
+    assert blocks(data.train).dtype == np.uint16
+    assert data.largest == {"input_ids": END}
 
 
 def test_records_are_held_out_whole(assets: Path, tmp_path: Path) -> None:
@@ -53,11 +66,11 @@ def test_records_are_held_out_whole(assets: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
     data = PackedData.open(packed(tmp_path / "data", assets, tmp_path / "a.jsonl", context=4, format="jsonl"))
 
-    def documents(blocks: Any) -> set[tuple[int, ...]]:
-        assert (blocks[:, 3] == END).all()
-        return {tuple(block[:3]) for block in blocks.tolist()}
+    def documents(examples: Any) -> set[tuple[int, ...]]:
+        assert (examples[:, 3] == END).all()
+        return {tuple(example[:3]) for example in examples.tolist()}
 
-    train, held_out = documents(data.train), documents(data.held_out)
+    train, held_out = documents(blocks(data.train)), documents(blocks(data.held_out))
     assert (len(train), len(held_out)) == (300, 100)
     assert train.isdisjoint(held_out)
 
@@ -80,7 +93,7 @@ def test_packing_waits_for_another_runs_group_and_hears_a_cancel_meanwhile(
 ) -> None:
     text, folder = tmp_path / "a.txt", tmp_path / "data"
     text.write_text("some text " * 20)
-    source = Source(format="text", files=(str(text),), text_field="text", held_out=0.1)
+    source = Source(format="text", files=(str(text),), fields={}, held_out=0.1)
 
     def stop(_done: int, _total: int) -> None:
         raise Cancelled
@@ -88,7 +101,7 @@ def test_packing_waits_for_another_runs_group_and_hears_a_cancel_meanwhile(
     with (tmp_path / ".data.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(Cancelled):
-            pack(Documents(source), assets, 8, folder, stop)
+            pack(Records(source), causal(assets, 8), folder, stop)
     assert packed(folder, assets, text).is_dir()
 
 
@@ -99,9 +112,9 @@ def test_packing_is_done_once_and_again_when_the_texts_or_the_tokenizer_change(
     text, folder = tmp_path / "a.txt", tmp_path / "data"
     text.write_text("some text " * 20)
     first = packed(folder, tokenizer, text)
-    made = (first / "train.bin").stat().st_mtime_ns
+    made = (first / "train/input_ids.bin").stat().st_mtime_ns
     assert packed(folder, tokenizer, text) == first
-    assert (first / "train.bin").stat().st_mtime_ns == made
+    assert (first / "train/input_ids.bin").stat().st_mtime_ns == made
     assert packed(folder, tokenizer, text, context=16) != first
     (tokenizer / "special_tokens_map.json").write_text("{}")
     again = packed(folder, tokenizer, text)
@@ -112,15 +125,13 @@ def test_packing_is_done_once_and_again_when_the_texts_or_the_tokenizer_change(
 
 def test_an_interrupted_packing_is_not_taken_for_a_finished_one(assets: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text " * 20)
-    documents = Documents(
-        Source(format="text", files=(str(tmp_path / "a.txt"),), text_field="text", held_out=0.1)
-    )
+    records = Records(Source(format="text", files=(str(tmp_path / "a.txt"),), fields={}, held_out=0.1))
 
     def stop(_done: int, _total: int) -> None:
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        pack(documents, assets, 8, tmp_path / "data", stop)
-    result = pack(documents, assets, 8, tmp_path / "data", lambda _done, _total: None)
+        pack(records, causal(assets, 8), tmp_path / "data", stop)
+    result = pack(records, causal(assets, 8), tmp_path / "data", lambda _done, _total: None)
     assert len(PackedData.open(result).train) == 181 // 8
     assert [path.name for path in (tmp_path / "data").iterdir()] == [result.name]

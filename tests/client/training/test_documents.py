@@ -8,16 +8,21 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from fedloom_client.training.documents import PIECE_CHARACTERS, Documents, held_out_records
+from fedloom_client.training.documents import PIECE_CHARACTERS, Piece, documents
 from fedloom_client.training.orders import Source
+from fedloom_client.training.records import Records, held_out_records
 from fedloom_common.errors import TrainingFailed
 
 TEXTS = [f"document {number}" for number in range(30)]
 
 
 def source(*files: Path | str, **changes: Any) -> Source:
-    defaults: dict[str, Any] = {"format": "text", "text_field": "text", "held_out": 0.1}
+    defaults: dict[str, Any] = {"format": "text", "fields": {}, "held_out": 0.1}
     return Source(files=tuple(map(str, files)), **(defaults | changes))
+
+
+def pieces_of(source: Source) -> list[Piece]:
+    return list(documents(Records(source)))
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:
@@ -28,7 +33,7 @@ def write_jsonl(path: Path, records: list[Any]) -> Path:
 def test_each_text_file_is_one_document_even_an_empty_or_oddly_named_one(tmp_path: Path) -> None:
     for name, text in {"a[1]*.txt": "first\nlines\n", "b.txt": "", "c.txt": "last"}.items():
         (tmp_path / name).write_text(text)
-    pieces = list(Documents(source(tmp_path / "*.txt")))
+    pieces = pieces_of(source(tmp_path / "*.txt"))
     assert [(piece.text, piece.ends_document) for piece in pieces] == [
         ("first\nlines\n", True),
         ("last", True),
@@ -38,13 +43,13 @@ def test_each_text_file_is_one_document_even_an_empty_or_oddly_named_one(tmp_pat
 def test_a_long_text_is_cut_after_lines_and_nothing_is_lost(tmp_path: Path) -> None:
     text = "".join(f"line {number}\n" for number in range(60_000)) + "x" * (PIECE_CHARACTERS + 5)
     (tmp_path / "long.txt").write_text(text)
-    documents = Documents(source(tmp_path / "long.txt"))
-    pieces = list(documents)
+    records = Records(source(tmp_path / "long.txt"))
+    pieces = list(documents(records))
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert pieces[0].text.endswith("\n")
     assert max(len(piece.text) for piece in pieces) <= PIECE_CHARACTERS
-    assert pieces[-1].done == documents.total
+    assert pieces[-1].done == records.total
 
 
 @pytest.mark.parametrize("format_", ["jsonl", "parquet", "dataset"])
@@ -58,7 +63,7 @@ def test_every_record_format_gives_the_same_documents(tmp_path: Path, format_: A
     else:
         file = tmp_path / "data"
         DatasetDict({"train": data}).save_to_disk(str(file))
-    pieces = list(Documents(source(file, format=format_, text_field="body")))
+    pieces = pieces_of(source(file, format=format_, fields={"text": "body"}))
     assert [piece.text for piece in pieces] == TEXTS
     assert [piece.held_out for piece in pieces] == list(islice(held_out_records(0.1), 30))
 
@@ -75,11 +80,11 @@ def test_held_out_records_are_their_share_and_spread_over_all(share: float) -> N
 def test_the_fingerprint_follows_the_files_and_the_way_they_are_read(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one")
-    first = Documents(source(file)).fingerprint()
-    assert Documents(source(file)).fingerprint() == first
-    assert Documents(source(file, held_out=0.2)).fingerprint() != first
+    first = Records(source(file)).fingerprint()
+    assert Records(source(file)).fingerprint() == first
+    assert Records(source(file, held_out=0.2)).fingerprint() != first
     file.write_text("other")
-    assert Documents(source(file)).fingerprint() != first
+    assert Records(source(file)).fingerprint() != first
 
 
 @pytest.mark.parametrize(
@@ -104,13 +109,13 @@ def test_an_unreadable_file_is_named_among_good_ones(
         good.write_text('{"text": "good"}\n')
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TrainingFailed, match=message):
-        list(Documents(source(tmp_path / ("*" + Path(name).suffix), format=format_)))
+        pieces_of(source(tmp_path / ("*" + Path(name).suffix), format=format_))
 
 
 def test_a_missing_field_names_the_fields_there_are(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])
-    with pytest.raises(TrainingFailed, match="no field text: they have body, title; set text_field"):
-        list(Documents(source(file, format="jsonl")))
+    with pytest.raises(TrainingFailed, match="no field text: they have body, title; name the one"):
+        pieces_of(source(file, format="jsonl"))
 
 
 def test_a_field_that_holds_no_text_names_the_record(tmp_path: Path) -> None:
@@ -118,22 +123,22 @@ def test_a_field_that_holds_no_text_names_the_record(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingFailed, match=r"record 2 of .*a\.jsonl holds NoneType in field text, wanted text"
     ):
-        list(Documents(source(file, format="jsonl")))
+        pieces_of(source(file, format="jsonl"))
 
 
 def test_a_glob_without_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(TrainingFailed, match=r"no file matches .*\*\.txt: correct the data set's files"):
-        Documents(source(tmp_path / "*.txt"))
+        Records(source(tmp_path / "*.txt"))
 
 
 def test_a_saved_dataset_without_a_train_split_names_its_splits(tmp_path: Path) -> None:
     DatasetDict({"test": Dataset.from_dict({"text": ["x"]})}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(TrainingFailed, match="holds the splits test and no train"):
-        list(Documents(source(tmp_path / "saved", format="dataset")))
+        pieces_of(source(tmp_path / "saved", format="dataset"))
 
 
 def test_a_folder_that_is_no_saved_dataset_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrainingFailed, match="empty is not a directory that the datasets library saved"):
-        list(Documents(source(tmp_path / "empty", format="dataset")))
+        pieces_of(source(tmp_path / "empty", format="dataset"))

@@ -12,7 +12,7 @@ from fedloom_client.training.orders import Job, Order, Source
 ORDER = Order(id="a", work="evaluate", run_id="r", round=0, model_path="", assets_dir="", spec={})
 JOB = Job(
     order=ORDER,
-    source=Source(format="text", files=(), text_field="text", held_out=0.1),
+    source=Source(format="text", files=(), fields={}, held_out=0.1),
     directory="",
     packed="",
 )

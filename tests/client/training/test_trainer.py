@@ -15,7 +15,8 @@ from torch.utils.data import DistributedSampler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom_client.training.orders import Cancelled, Order, WorkerResult
-from fedloom_client.training.tasks import CausalLM
+from fedloom_client.training.tasks import Inputs
+from fedloom_client.training.tasks.causal import CausalLM
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.tensors import write_tensors
 
@@ -24,8 +25,7 @@ MakeOrder = Callable[..., Order]
 
 def blocks_of(directory: Path, name: str) -> np.ndarray:
     (folder,) = (directory / "data").iterdir()
-    facts = json.loads((folder / "facts.json").read_text())
-    tokens = np.fromfile(folder / name, facts["dtype"]).astype(np.int64)
+    tokens = np.fromfile(folder / name / "input_ids.bin", np.uint16).astype(np.int64)
     return tokens[: len(tokens) // 32 * 32].reshape(-1, 32)
 
 
@@ -57,7 +57,7 @@ def test_training_is_the_plain_torch_loop_with_warmup_cosine_and_clipping(
     }
     result = alone.perform(make_order(local=local))
 
-    blocks = blocks_of(alone.directory, "train.bin")
+    blocks = blocks_of(alone.directory, "train")
     model = reference_model(assets, global_model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     sampler: Any = DistributedSampler(range(len(blocks)), num_replicas=1, rank=0, seed=3, drop_last=True)  # type: ignore[arg-type]
@@ -85,9 +85,9 @@ def test_accumulation_changes_nothing_but_memory(
     at_once: list[int] = []
     loss = CausalLM.loss
 
-    def noted(self: CausalLM, model: Any, examples: torch.Tensor) -> torch.Tensor:
-        at_once.append(len(examples))
-        return loss(self, model, examples)
+    def noted(self: CausalLM, model: Any, inputs: Inputs) -> torch.Tensor:
+        at_once.append(len(inputs["input_ids"]))
+        return loss(self, model, inputs)
 
     monkeypatch.setattr(CausalLM, "loss", noted)
     local = {"steps": 3, "optimizer": {"name": "sgd", "lr": 0.1}, "keep_optimizer_state": False}
@@ -101,7 +101,7 @@ def test_evaluation_is_the_mean_loss_over_every_held_out_token(
     alone: Any, make_order: MakeOrder, assets: Path, global_model: Path
 ) -> None:
     result = alone.perform(make_order("evaluate", 0))
-    blocks = torch.from_numpy(blocks_of(alone.directory, "held_out.bin"))
+    blocks = torch.from_numpy(blocks_of(alone.directory, "held_out"))
     with torch.no_grad():
         expected = reference_model(assets, global_model)(input_ids=blocks, labels=blocks).loss.item()
     assert result.metrics["loss"] == pytest.approx(expected, rel=1e-5)
@@ -204,7 +204,7 @@ def test_a_loss_that_is_not_finite_names_the_step(
 
 def test_one_epoch_is_as_many_steps_as_cover_the_examples(alone: Any, make_order: MakeOrder) -> None:
     result = alone.perform(make_order(local={"steps": None, "epochs": 1}))
-    examples = len(blocks_of(alone.directory, "train.bin"))
+    examples = len(blocks_of(alone.directory, "train"))
     assert result.examples == math.ceil(examples / 8) * 8
 
 
@@ -277,7 +277,7 @@ AUTO_MAP = {"auto_map": {"AutoConfig": "evil.Config"}}
     [
         ("config.json", AUTO_MAP, r"config\.json has an auto_map"),
         ("tokenizer_config.json", AUTO_MAP, r"tokenizer_config\.json has an auto_map"),
-        ("config.json", {"model_type": "t5"}, "no causal language model of model_type t5"),
+        ("config.json", {"model_type": "t5"}, "no AutoModelForCausalLM of model_type t5"),
         ("config.json", {"model_type": "nonesuch"}, r"config\.json does not load"),
         ("tokenizer_config.json", {"eos_token": None}, "has no end-of-text token"),
     ],
@@ -298,7 +298,7 @@ def test_unfit_assets_are_refused(
 
 
 def test_examples_longer_than_the_model_reads_are_refused(alone: Any, make_order: MakeOrder) -> None:
-    with pytest.raises(TrainingFailed, match="context_tokens is 128, but the model reads at most 64"):
+    with pytest.raises(TrainingFailed, match="the task reads 128 tokens at once, but the model at most 64"):
         alone.perform(make_order(spec={"task": {"context_tokens": 128}}))
 
 
@@ -328,7 +328,7 @@ def test_a_full_disk_is_reported_as_such(
 def test_held_out_texts_that_are_too_short_say_what_to_do(alone: Any, make_order: MakeOrder) -> None:
     alone.source = alone.source.model_copy(update={"held_out": 0.001})
     assert alone.perform(make_order()).examples == 32
-    with pytest.raises(TrainingFailed, match="too short for one example: add texts"):
+    with pytest.raises(TrainingFailed, match="too small for one example: add some"):
         alone.perform(make_order("evaluate"))
 
 

@@ -1,0 +1,176 @@
+"""The site's files as a stream of records, read through the datasets library."""
+
+import glob
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedloom_client.training.orders import Source
+from fedloom_common.errors import TrainingFailed
+
+MAIN_FIELDS = ("text", "source", "messages", "prompt")
+"""Each of fedloom's own tasks reads one of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One record."""
+
+    values: Mapping[str, Any]
+    """By the names that tasks use, and by the record's own."""
+    held_out: bool
+    number: int
+    """From 1."""
+
+
+class Records:
+    """The records of a data set, in an order that depends on the files alone.
+
+    Memory: one record, whatever the number of files.
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Find the files.
+
+        Raises:
+            TrainingFailed: nothing matches one of the globs.
+        """
+        self.source = source
+        self._paths = _matching(source)
+        self.total = sum(path.stat().st_size for path in self._paths) if source.format == "text" else 0
+        """Bytes of text files; 0 (unknown) for records."""
+        self.held_out_share = source.held_out
+
+    def fingerprint(self) -> str:
+        """Changes whenever a file or the way it is read does."""
+        facts = [
+            (str(path), stat.st_size, stat.st_mtime_ns)
+            for top in self._paths
+            for path in ([top] if top.is_file() else sorted(top.rglob("*")))
+            if (stat := path.stat())
+        ]
+        text = json.dumps([asdict(self.source), facts])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def texts(self) -> Iterator[str]:
+        """The whole content of each text file.
+
+        Raises:
+            TrainingFailed: a file is no text.
+        """
+        return (record["text"] for record in self._records())
+
+    def rows(self, fields: Sequence[str]) -> Iterator[Row]:
+        """Every record that has the fields.
+
+        Raises:
+            TrainingFailed: a file cannot be read as its format, or a record lacks a field.
+        """
+        own = self.source.fields
+        for number, (record, held_out) in enumerate(
+            zip(self._records(), held_out_records(self.source.held_out), strict=False), start=1
+        ):
+            for name in {*fields, *own}:
+                if own.get(name, name) not in record:
+                    raise TrainingFailed(self._lacks(name, record))
+            values = record | {name: record[there] for name, there in own.items()}
+            yield Row(values=values, held_out=held_out, number=number)
+
+    def describe(self) -> str:
+        """The files, for people."""
+        return ", ".join(self.source.files)
+
+    def _lacks(self, name: str, record: Mapping[str, Any]) -> str:
+        there, other = ", ".join(sorted(record)) or "none", min(record, default="body")
+        wanted = self.source.fields.get(name, name)
+        return (
+            f"records of {self.describe()} have no field {wanted}: they have {there}; name the one that "
+            f"holds the {name} in the data set's fields, such as fields: {{{name}: {other}}}"
+        )
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        if self.source.format == "dataset":
+            for path in self._paths:
+                yield from _saved_dataset(path)
+            return
+        try:
+            yield from self._stream(self._paths)
+        except (ValueError, OSError) as error:  # pyarrow's and codec errors; they do not name the file
+            path, reason = self._culprit() or (self._paths[0], str(error))
+            wanted = {"text": "UTF-8 text", "jsonl": "one JSON object a line", "parquet": "Parquet"}
+            raise TrainingFailed(
+                f"{path} is not {wanted[self.source.format]}: {reason}; mend it, or leave it out of the "
+                "data set's files"
+            ) from error
+
+    def _stream(self, paths: list[Path]) -> Iterable[dict[str, Any]]:
+        from datasets import load_dataset
+
+        # streaming reads the files where they are; otherwise datasets copies them into its own cache first
+        options = {"text": {"sample_by": "document"}}.get(self.source.format, {})
+        kind = {"text": "text", "jsonl": "json", "parquet": "parquet"}[self.source.format]
+        names = [glob.escape(str(path)) for path in paths]
+        stream: Iterable[dict[str, Any]] = load_dataset(
+            kind, data_files={"train": names}, split="train", streaming=True, **options
+        )
+        return stream
+
+    def _culprit(self) -> tuple[Path, str] | None:
+        for path in self._paths:
+            try:
+                for _ in self._stream([path]):
+                    pass
+            except (ValueError, OSError) as error:
+                return path, str(error)
+        return None
+
+
+def held_out_records(share: float) -> Iterator[bool]:
+    """For each record in turn, whether it is held out: one at random of every 1/share, the same each time."""
+    generator = np.random.default_rng(0)
+    number, stratum = 0, 0
+    chosen = int(generator.random() / share)
+    while True:
+        held = number == chosen
+        yield held
+        number += 1
+        while chosen < number:
+            stratum += 1
+            chosen = int((stratum + generator.random()) / share)
+
+
+def _matching(source: Source) -> list[Path]:
+    wanted: Callable[[Path], bool] = Path.is_dir if source.format == "dataset" else Path.is_file
+    paths: list[Path] = []
+    for pattern in source.files:
+        names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        found = [Path(name) for name in names if wanted(Path(name))]
+        if not found:
+            kind = "directory" if source.format == "dataset" else "file"
+            raise TrainingFailed(
+                f"no {kind} matches {pattern}: correct the data set's files in the site's config"
+            )
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
+def _saved_dataset(path: Path) -> Iterable[dict[str, Any]]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        data = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise TrainingFailed(f"{path} is not a directory that the datasets library saved: {error}") from error
+    if isinstance(data, DatasetDict):
+        if "train" not in data:
+            raise TrainingFailed(
+                f"{path} holds the splits {', '.join(sorted(data))} and no train: name one of their folders"
+            )
+        data = data["train"]
+    records: Iterable[dict[str, Any]] = data
+    return records

@@ -1,0 +1,102 @@
+"""The tokenizer that came with a run's model."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from fedloom_common.errors import TrainingFailed
+
+
+class Assets:
+    """The files beside a model: its tokenizer's, and config.json. Loaded when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            TrainingFailed: it does not load.
+        """
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    str(self.folder), trust_remote_code=False, local_files_only=True
+                )
+            except (OSError, ValueError) as error:
+                raise TrainingFailed(f"the model's tokenizer does not load: {error}") from error
+        return self._tokenizer
+
+    def token(self, name: str, what: str) -> int:
+        """The number of a special token, such as ``eos_token``; ``what`` tells people what it is.
+
+        Raises:
+            TrainingFailed: the tokenizer has none.
+        """
+        number = getattr(self.tokenizer, f"{name}_id")
+        if number is None:
+            raise TrainingFailed(f"the model's tokenizer has no {what} ({name})")
+        return int(number)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config."""
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        return config
+
+    def digest(self) -> str:
+        """Changes whenever a file of the tokenizer does."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.iterdir()):
+            if file.is_file() and file.name != "config.json":
+                content = file.read_bytes()
+                digest.update(f"{file.name} {len(content)} ".encode() + content)
+        return digest.hexdigest()
+
+
+def refuse_remote_code(assets: Path) -> None:
+    """Check that no file asks for Python code that came with the model.
+
+    Raises:
+        TrainingFailed: a file has an auto_map.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        file = assets / name
+        if file.is_file() and "auto_map" in json.loads(file.read_text()):
+            raise TrainingFailed(
+                f"the model's {name} has an auto_map, which asks to run code that came with the model: sites "
+                "never do; use a model type that transformers itself has"
+            )
+
+
+def bytes_of_tokens(tokenizer: Any) -> list[int]:
+    """How many bytes of text each token stands for, by its number; 0 for special tokens.
+
+    Byte-level tokenizers write one character for each byte; those of SentencePiece write a space as ▁, and
+    bytes that they have no character for as <0x00>.
+    """
+    special = set(tokenizer.all_special_ids)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    is_byte_level = backend is not None and '"ByteLevel"' in json.dumps(
+        json.loads(backend.to_str())["decoder"]
+    )
+    sizes = [0] * len(tokenizer)
+    for token, number in tokenizer.get_vocab().items():
+        if number in special:
+            continue
+        if number >= len(sizes):
+            sizes += [0] * (number + 1 - len(sizes))
+        sizes[number] = len(token) if is_byte_level else _written_bytes(token)
+    return sizes
+
+
+def _written_bytes(token: str) -> int:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return 1
+    return len(token.replace("▁", " ").encode())
