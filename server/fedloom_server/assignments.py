@@ -61,7 +61,8 @@ class Assignments:
         have ended before stay as they are. If this is cancelled the open ones stay open in the store, to be
         taken up again. ``on_end`` is called when one has ended.
         """
-        self.uploads.stage(batch)
+        if not terms.comes_first:
+            self.uploads.stage(batch)
         try:
             await self.see_through(run, batch, terms, on_end)
         finally:
@@ -163,7 +164,8 @@ class Assignments:
             assignment.state, assignment.reason, assignment.is_late = AssignmentState.OPEN, "", was_late
             raise
         if assignment.has_spooled_update:
-            self.uploads.turns.stage(assignment.id)
+            if not entry.terms.comes_first:
+                self.uploads.turns.stage(assignment.id)
         else:  # now, as a stream that still writes it must not have it open when others overwrite it
             discard(self._store.spool.update_path(assignment))
         self._forget(entry.assignment.id)

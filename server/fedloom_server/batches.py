@@ -10,6 +10,7 @@ from fedloom_server.codecs import most_update_bytes
 from fedloom_server.cohorts import draw_cohort, sites_needed, wanted
 from fedloom_server.downlink import delta_to
 from fedloom_server.federation import Federation
+from fedloom_server.folding import folds_early
 from fedloom_server.pending import Terms
 from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work, assignment_id
 from fedloom_server.selection import cohort_size
@@ -86,7 +87,8 @@ def terms_of_training(run: Run, record: Round, federation: Federation) -> Terms:
     return Terms(
         needed=cohort.needed, target=record.target, stall_s=cohort.stall_s,
         deadline_s=cohort.deadline_s, elapsed_s=_elapsed_s(record),
-        carries_late=cohort.late == "carry", delta=delta_to(store, run, record.base_digest),
+        carries_late=cohort.late == "carry", comes_first=not folds_early(run),
+        delta=delta_to(store, run, record.base_digest),
         most_update_bytes=most_update_bytes(run.spec.transport.up, store.files.path(record.base_digest)),
     )  # fmt: skip
 

@@ -12,7 +12,12 @@ from fedloom_common.runspec import RunSpec
 from fedloom_server.stopping import RoundResult
 
 _RULES = {
-    "weighted_mean": "weighted mean of the sites' models by training examples (FedAvg, arXiv:1602.05629)"
+    "weighted_mean": "weighted mean of the sites' models by training examples (FedAvg, arXiv:1602.05629)",
+    "median": "median of the sites' models, value by value (arXiv:1803.01498)",
+    "trimmed_mean": "trimmed mean of the sites' models, value by value (arXiv:1803.01498)",
+    "krum": "Krum: the site's model closest to its neighbours (arXiv:1703.02757)",
+    "multi_krum": "multi-Krum: the mean of the sites' models closest to their neighbours (arXiv:1703.02757)",
+    "geometric_median": "geometric median of the sites' models (arXiv:1912.13445)",
 }
 
 
@@ -77,7 +82,7 @@ def _what(facts: CardFacts) -> str:
         f"- Why it stopped: {_escaped(facts.reason) or 'it did not, the run goes on after this model'}",
         f"- Initial weights: {_origin(spec)}",
         f"- Data set: {_escaped(spec.data)}",
-        f"- Aggregation: {_RULES[spec.aggregation.rule]}",
+        f"- Aggregation: {_RULES[spec.aggregation.rule.name]}",
         f"- Transport: updates {_chain(spec.transport.up)}, models {_chain(spec.transport.down)}",
         f"- Seed: {spec.seed}",
     ]

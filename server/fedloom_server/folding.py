@@ -1,7 +1,8 @@
-"""A round's updates on their way into the mean: some are folded while others still arrive.
+"""A round's updates on their way into the next model: some are folded while others still arrive.
 
 A group is folded at once, since every fold reads and writes the sum of all so far. What is
-folded leaves the disk and makes room for sites that wait to upload.
+folded leaves the disk and makes room for sites that wait to upload. A rule that looks at all
+updates at once folds none: they lie on disk together, and no site waits for room.
 """
 
 import asyncio
@@ -15,7 +16,13 @@ from fedloom_common.errors import FederationError, StorageUnavailable
 from fedloom_common.partial import discard
 from fedloom_common.runspec import Scaffold, Sync
 from fedloom_common.threads import until_done
-from fedloom_server.aggregation import BaseModel, Update, aggregator_for, staleness_factor
+from fedloom_server.aggregation import (
+    BaseModel,
+    FoldingAggregator,
+    Update,
+    aggregator_for,
+    staleness_factor,
+)
 from fedloom_server.aggregation.controls import settle_controls
 from fedloom_server.downlink import Published, publish
 from fedloom_server.records import Assignment, AssignmentState, Round, Run
@@ -25,6 +32,11 @@ from fedloom_server.uploads import Uploads
 FOLD_UPDATES = 4  # folded at once: with fewer, reading and writing the sum outweighs reading the updates
 
 logger = logging.getLogger(__name__)
+
+
+def folds_early(run: Run) -> bool:
+    """Whether updates of a run's rounds are folded while others are awaited."""
+    return isinstance(aggregator_for(run.spec.aggregation), FoldingAggregator)
 
 
 class Folding:
@@ -82,12 +94,17 @@ class Folding:
         updates = [self._update(assignment) for assignment in done if not assignment.is_folded]
         base = self._store.files.path(self._record.base_digest)
         out = self._store.spool.mean_path(self._run.id, self._record.number)
-        self._rule.aggregate(base, updates, out, earlier=self._earlier())
+        if isinstance(self._rule, FoldingAggregator):
+            self._rule.aggregate(base, updates, out, earlier=self._earlier())
+        else:
+            self._rule.aggregate(base, updates, out)
         if isinstance(self._run.spec.local.algorithm, Scaffold):
             settle_controls(out, base, len(done) / max(self._record.population, len(done)))
         return publish(self._store, self._run, self._record, out)
 
     async def _work(self) -> None:
+        if not isinstance(self._rule, FoldingAggregator):
+            return
         try:
             while not self._is_over:
                 group = self._ready()
@@ -148,6 +165,7 @@ class Folding:
             raise
 
     def _make_sum(self, base: Path, updates: Sequence[Update], out: Path, earlier: Path | None) -> str:
+        assert isinstance(self._rule, FoldingAggregator), "nothing else is folded"
         self._rule.fold(base, updates, out, earlier=earlier)
         digest = digest_of_file(out)
         out.replace(self._store.spool.sum_path(self._run.id, digest))

@@ -33,7 +33,8 @@ class Terms:
     carries_late: bool = False
     """Whether a site that is not done in time goes on, for its result to be taken by a later batch."""
     comes_first: bool = False
-    """Whether what lies on disk waits for the batch's updates: they may arrive beyond ``staged_updates``."""
+    """Whether what lies on disk waits for the batch's updates: they may arrive beyond ``staged_updates``, and
+    do not count among these."""
     most_update_bytes: int = 0
     """Size of the largest file that an update of the batch's model can be."""
     delta: Delta | None = None

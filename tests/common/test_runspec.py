@@ -224,3 +224,63 @@ def test_the_schema_describes_every_field():
         (title, name) for title, name, field in fields if "description" not in field and "$ref" not in field
     ]
     assert [pair for pair in undescribed if pair[1] not in ("name", "kind")] == []
+
+
+ROBUST = {
+    "median": ("median", 3),
+    "trimmed": ("{name: trimmed_mean, byzantine: 2}", 5),
+    "trimmed-by-share": ("{name: trimmed_mean, trim: 0.15}", 7),
+    "krum": ("{name: krum, byzantine: 2}", 7),
+    "multi-krum": ("{name: multi_krum, byzantine: 1}", 5),
+    "multi-krum-of-four": ("{name: multi_krum, byzantine: 1, selected: 4}", 7),
+    "geometric": ("geometric_median", 3),
+}
+
+
+def with_rule(rule, cohort, more=""):
+    return f"{GOOD}aggregation: {{rule: {rule}}}\ncohort: {cohort}\n{more}"
+
+
+@pytest.mark.parametrize(("rule", "needed"), ROBUST.values(), ids=ROBUST)
+def test_a_robust_rule_needs_a_round_with_enough_updates(rule, needed):
+    assert parse_run_spec(with_rule(rule, f"{{min_sites: {needed}}}")).aggregation.rule.is_robust
+    for cohort in (f"{{min_sites: {needed - 1}}}", f"{{min_sites: {needed}, quorum: {needed - 1}}}"):
+        with pytest.raises(
+            BadSpec, match=f"needs {needed} updates as it is set, .* counts with {needed - 1}"
+        ):
+            parse_run_spec(with_rule(rule, cohort))
+
+
+def test_a_robust_rule_is_refused_where_a_site_may_count_more_than_once():
+    with pytest.raises(BadSpec, match=r"rule median and mode.kind: async contradict each other: a fast site"):
+        parse_run_spec(with_rule("median", "{min_sites: 5}", "mode: {kind: async, buffer: 5}"))
+    with pytest.raises(BadSpec, match=r"rule median and cohort.late: carry contradict"):
+        parse_run_spec(with_rule("median", "{min_sites: 5, late: carry}"))
+
+
+def test_a_robust_rule_is_refused_where_control_variates_are_means():
+    text = with_rule("median", "{min_sites: 5}").replace(
+        "steps: 10", "steps: 10, algorithm: scaffold, optimizer: {name: sgd}"
+    )
+    with pytest.raises(BadSpec, match=r"rule median and local.algorithm scaffold contradict"):
+        parse_run_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("rule", "complaint"),
+    [
+        ("krum", "rule.krum.byzantine: required"),
+        ("trimmed_mean", "give either byzantine .* or trim"),
+        ("{name: trimmed_mean, byzantine: 1, trim: 0.1}", "give either byzantine .* or trim"),
+        ("{name: trimmed_mean, trim: 0.5}", "less than 0.5"),
+        ("mode", "'median'"),
+    ],
+)
+def test_a_rule_that_is_not_told_enough_is_a_mistake(rule, complaint):
+    with pytest.raises(BadSpec, match=complaint):
+        parse_run_spec(with_rule(rule, "{min_sites: 50}"))
+
+
+def test_a_share_of_the_updates_is_cut_exactly():
+    rule = parse_run_spec(with_rule("{name: trimmed_mean, trim: 0.29}", "{min_sites: 100}")).aggregation.rule
+    assert rule.cut(100) == 29  # 0.29 * 100 is 28.999999999999996 in floats

@@ -87,6 +87,76 @@ async def test_a_deterministic_round_gives_the_same_bytes_in_whatever_order_upda
     assert len(digests) == 1
 
 
+ROBUST = [
+    "median",
+    {"name": "trimmed_mean", "byzantine": 2},
+    {"name": "krum", "byzantine": 2},
+    {"name": "multi_krum", "byzantine": 2},
+    "geometric_median",
+]
+
+
+@pytest.mark.parametrize("rule", ROBUST, ids=str)
+async def test_a_rule_that_takes_all_updates_at_once_has_them_all_whatever_may_be_staged(
+    config, spec, bench_of, initial, rule
+):
+    async with coordinator(config.model_copy(update={"staged_updates": 2})) as running:
+        bench = bench_of(running)
+        for number in range(7):
+            bench.site(f"site-{number}", step=1.0 if number < 5 else 1e6)
+        run = await bench.ended(
+            await bench.enqueue(spec(cohort={"min_sites": 7}, aggregation={"rule": rule}, rounds=2))
+        )
+        assert run.state == "finished", run.reason
+        np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-5)
+        assert all(outcome == ("done", "") for outcome in bench.outcomes(run, 2).values())
+        assert not any(a.is_folded for a in running.store.assignments(run.id))
+        assert spooled(bench) == []
+
+
+async def test_updates_that_wait_for_one_another_leave_room_for_those_of_other_runs(
+    config, spec, bench_of, fault
+):
+    async with coordinator(config.model_copy(update={"staged_updates": 2})) as running:
+        bench = bench_of(running)
+        for number in range(4):
+            bench.site(f"site-{number}")
+        slow = bench.site("slow", fault=fault.SILENT)
+        robust = await bench.enqueue(
+            spec(name="robust", cohort={"min_sites": 5}, aggregation={"rule": "median"})
+        )
+        await bench.until(lambda: list(bench.outcomes(robust).values()).count(("done", "")) == 4)
+        cohort = {"min_sites": 4, "require": {"label": "quick"}}
+        for number in range(4):
+            bench.sites[f"site-{number}"].labels = {"quick": "yes"}
+            await bench.detach(f"site-{number}")
+            bench.attach(bench.sites[f"site-{number}"])
+        mean = await bench.ended(await bench.enqueue(spec(name="mean", cohort=cohort)))
+        assert mean.state == "finished"
+        assert running.store.run(robust.id).state == "running"
+        assert slow.assigned.is_set()
+        await running.runs.stop(robust.id, "enough")
+
+
+async def test_a_robust_rule_gives_the_same_bytes_in_whatever_order_updates_arrive(
+    config, tmp_path, spec, bench_of
+):
+    digests = set()
+    for number, order in enumerate(("abcdef", "fedcba")):
+        folder = tmp_path / str(number)
+        one_by_one = {"state_dir": folder, "concurrent_uploads": 1}
+        async with coordinator(config.model_copy(update=one_by_one)) as running:
+            bench = bench_of(running)
+            for name in order:
+                bench.site(name, step=1 / (3 + ord(name)), examples=ord(name))
+                await bench.until(lambda bench=bench, name=name: bench.running.sites.link(name) is not None)
+            run = await bench.ended(
+                await bench.enqueue(spec(cohort={"min_sites": 6}, aggregation={"rule": "geometric_median"}))
+            )
+            digests.add(run.model_digest)
+    assert len(digests) == 1
+
+
 async def test_updates_that_were_folded_count_after_a_restart(config, spec, bench_of, initial, fault):
     small = config.model_copy(update={"staged_updates": 2})
     async with coordinator(small) as running:

@@ -9,6 +9,7 @@ The coordinator and every site read the same spec; what belongs to one machine
     local.py        what a site does in a round
     algorithms.py   what a site's steps aim at
     aggregation.py  how updates become the next global model
+    rules.py        what their centre is: mean, median, Krum and others
     transport.py    how both are made smaller for the wire
     mode.py         rounds, or each site at its own pace
     evaluation.py   measuring the model, and what ends the run early
@@ -24,6 +25,15 @@ from fedloom_common.runspec.local import SGD, AdamW, Local, Schedule
 from fedloom_common.runspec.mode import Async, Sync
 from fedloom_common.runspec.model import ModelSpec
 from fedloom_common.runspec.reading import describe, parse_run_spec, read_run_spec, run_spec_schema
+from fedloom_common.runspec.rules import (
+    AnyRule,
+    GeometricMedianRule,
+    KrumRule,
+    MeanRule,
+    MedianRule,
+    MultiKrumRule,
+    TrimmedMeanRule,
+)
 from fedloom_common.runspec.run import RunSpec
 from fedloom_common.runspec.tasks import CausalLM, Task, TaskKind
 from fedloom_common.runspec.transport import Transport
@@ -32,13 +42,19 @@ __all__ = [
     "SGD",
     "AdamW",
     "Aggregation",
+    "AnyRule",
     "Async",
     "CausalLM",
     "Cohort",
     "Evaluation",
     "FedProx",
+    "GeometricMedianRule",
+    "KrumRule",
     "Local",
+    "MeanRule",
+    "MedianRule",
     "ModelSpec",
+    "MultiKrumRule",
     "Patience",
     "Plain",
     "RunSpec",
@@ -51,6 +67,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "Transport",
+    "TrimmedMeanRule",
     "describe",
     "parse_run_spec",
     "read_run_spec",

@@ -1,19 +1,53 @@
 """A run spec's aggregation: how updates become the next global model."""
 
-from typing import Literal
-
 from pydantic import Field
 
+from fedloom_common.runspec.algorithms import Scaffold
+from fedloom_common.runspec.cohort import Cohort
+from fedloom_common.runspec.local import Local
+from fedloom_common.runspec.mode import Async, Sync
+from fedloom_common.runspec.rules import MeanRule, Rule
 from fedloom_common.strict import Strict
 
 
 class Aggregation(Strict):
     """How updates become the next global model."""
 
-    rule: Literal["weighted_mean"] = "weighted_mean"
-    """The weighted mean  Σ nₖ/n θₖ  (FedAvg)."""
+    rule: Rule = MeanRule()
+    """What the updates come to: a name, such as ``weighted_mean`` or ``median``, or a mapping with it and
+    its parameters, such as ``{name: krum, byzantine: 1}``."""
     max_examples: int | None = Field(default=None, ge=1)
     """Largest nₖ that an update may claim; an update that claims more is rejected."""
     deterministic: bool = False
     """Whether updates are folded in cohort order: the same updates give the same bytes in whatever order
     they arrive, but those of fast sites may wait on disk for a slow one's."""
+
+    def require_fit(self, mode: Sync | Async, cohort: Cohort, local: Local) -> None:
+        """Check that a robust rule can keep what it promises.
+
+        Raises:
+            ValueError: tells what contradicts the rule, and what to do.
+        """
+        if not self.rule.is_robust:
+            return
+        rule, needed = f"aggregation.rule {self.rule.name}", self.rule.needed_updates()
+        if isinstance(mode, Async):
+            raise ValueError(
+                f"{rule} and mode.kind: async contradict each other: a fast site may fill a buffer by "
+                "itself, so that no number of bad updates can be assumed; take rounds, or weighted_mean"
+            )
+        if cohort.late == "carry":
+            raise ValueError(
+                f"{rule} and cohort.late: carry contradict each other: a site may then have two updates in a "
+                "round, and count as two; drop one of them"
+            )
+        if isinstance(local.algorithm, Scaffold):
+            raise ValueError(
+                f"{rule} and local.algorithm scaffold contradict each other: its control variates are means "
+                "over all sites; take another algorithm, or weighted_mean"
+            )
+        if cohort.needed < needed:
+            raise ValueError(
+                f"{rule} needs {needed} updates as it is set, and a round counts with {cohort.needed}: raise "
+                "cohort.quorum or cohort.min_sites"
+            )

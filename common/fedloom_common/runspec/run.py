@@ -95,6 +95,11 @@ class RunSpec(Strict):
         return self
 
     @model_validator(mode="after")
+    def _aggregation_fits(self) -> Self:
+        self.aggregation.require_fit(self.mode, self.cohort, self.local)
+        return self
+
+    @model_validator(mode="after")
     def _stop_metric_is_measured(self) -> Self:
         if self.evaluation.every_rounds == 0 and (self.stop.target or self.stop.patience):
             raise ValueError("stop.target and stop.patience need evaluation.every_rounds of 1 or more")

@@ -1,8 +1,7 @@
 """The weighted mean of updates, folded from their files in pieces that fit a core's cache."""
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from numpy.typing import NDArray
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.spec import AS_IS, AnyStage
 from fedloom_common.codecs.storage import TensorFile
-from fedloom_common.errors import BadTensor, TooFewUpdates
-from fedloom_common.files import atomic_file, flushing
-from fedloom_common.floats import decode, encode
-from fedloom_common.tensors import ITEM_BYTES, Manifest, encode_header
+from fedloom_common.errors import TooFewUpdates
+from fedloom_common.files import atomic_file
+from fedloom_common.tensors import Manifest
+from fedloom_server.aggregation.output import NextModel, TensorPlaces, write_model
 from fedloom_server.aggregation.pieces import PIECE_VALUES, Piece, each_piece
 from fedloom_server.aggregation.sources import Source, source_of
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 EXAMPLES_KEY = "fedloom.examples"
 _SCALE = -64  # examples are below 2**53: a sum of thousands of float64 values, so scaled, cannot overflow
-
-Values = NDArray[np.float64]
 
 
 class WeightedMean:
@@ -65,10 +62,9 @@ class WeightedMean:
         inputs = _Inputs(base, updates, earlier, self._stages, self._base_digest)
         infos = [info for info in Manifest.read(base).tensors if info.is_float]
         entries = [(info.name, "F64", info.shape) for info in infos]
-        header = encode_header(entries, {EXAMPLES_KEY: str(inputs.examples)})
         with atomic_file(out, durable=False) as file:
-            places = _begin(file.fileno(), header, entries)
-            each_piece(infos, lambda stack: _Writer(file.fileno(), places, inputs.open(stack).sum))
+            places = TensorPlaces(file.fileno(), entries, {EXAMPLES_KEY: str(inputs.examples)})
+            each_piece(infos, lambda stack: places.writing(inputs.open(stack).sum))
 
     def aggregate(
         self, base: Path, updates: Sequence["Update"], out: Path, *, earlier: Path | None = None
@@ -82,12 +78,7 @@ class WeightedMean:
         if not updates and earlier is None:
             raise TooFewUpdates("no update to average: a mean needs at least one")
         inputs = _Inputs(base, updates, earlier, self._stages, self._base_digest)
-        model = Manifest.read(base)
-        entries = [(info.name, info.dtype, info.shape) for info in model.tensors]
-        header = encode_header(entries, model.metadata)
-        with atomic_file(out) as file, flushing(file.fileno()):
-            places = _begin(file.fileno(), header, entries)
-            each_piece(model.tensors, lambda stack: _Writer(file.fileno(), places, inputs.open(stack).mean))
+        write_model(base, out, lambda stack: inputs.open(stack).mean)
 
 
 @dataclass(frozen=True)
@@ -127,10 +118,10 @@ class _Fold:
         earlier: TensorFile | None,
         weight: float,
     ) -> None:
-        self._chain, self._base, self._sources, self._earlier = chain, base, sources, earlier
+        self._sources, self._earlier = sources, earlier
         self._weight = weight
         self._total, self._term = np.empty(PIECE_VALUES), np.empty(PIECE_VALUES)
-        self._raw = np.empty(PIECE_VALUES * max(ITEM_BYTES.values()), np.uint8)
+        self._next = NextModel(chain, base)
 
     def sum(self, piece: Piece) -> NDArray[np.uint8]:
         """Bytes of the weighted sum; valid until the next call."""
@@ -148,50 +139,9 @@ class _Fold:
 
     def mean(self, piece: Piece) -> NDArray[np.uint8]:
         """Bytes of the next model; valid until the next call."""
-        info = piece.info
-        raw = self._raw[: piece.count * ITEM_BYTES[info.dtype]]
-        if not info.is_float:
-            self._base.read(info.name, piece.start_bytes, raw.data)
-            return raw
-        total, term = self.sum(piece).view(np.float64), self._term[: piece.count]
-        with np.errstate(over="ignore", invalid="ignore"):  # told by the check below instead
+        if not piece.info.is_float:
+            return self._next.carried(piece)
+        total = self.sum(piece).view(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # told when it is rounded
             np.divide(total, self._weight, out=total)
-            if self._chain.tells_changes(info):
-                self._base.read(info.name, piece.start_bytes, raw.data)
-                decode(raw, info.dtype, term)
-                np.add(total, term, out=total)
-        if not np.isfinite(total).all():
-            raise BadTensor(
-                f"the mean of tensor {info.name} is not finite: some update holds NaN or infinity"
-            )
-        encode(total, info.dtype, raw)
-        return raw
-
-
-class _Writer:
-    """Puts a piece's bytes where they belong in a file."""
-
-    def __init__(
-        self, descriptor: int, places: Mapping[str, int], bytes_of: Callable[[Piece], NDArray[np.uint8]]
-    ) -> None:
-        self._descriptor, self._places, self._bytes_of = descriptor, places, bytes_of
-
-    def __call__(self, piece: Piece) -> None:
-        data = self._bytes_of(piece)
-        place = self._places[piece.info.name] + piece.start * (len(data) // max(piece.count, 1))
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._descriptor, data[done:].data, place + done)
-
-
-def _begin(
-    descriptor: int, header: bytes, entries: Sequence[tuple[str, str, tuple[int, ...]]]
-) -> dict[str, int]:
-    """Write a file's header and give it its size; tells where each tensor belongs."""
-    os.pwrite(descriptor, header, 0)
-    places, end = {}, len(header)
-    for name, dtype, shape in entries:
-        places[name] = end
-        end += math.prod(shape) * ITEM_BYTES[dtype]
-    os.ftruncate(descriptor, end)
-    return places
+            return self._next.rounded(piece, total)

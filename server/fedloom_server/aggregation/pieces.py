@@ -33,7 +33,12 @@ class Piece:
 Work = Callable[[Piece], None]
 
 
-def each_piece(infos: Sequence[TensorInfo], make_work: Callable[[ExitStack], Work]) -> None:
+def each_piece(
+    infos: Sequence[TensorInfo],
+    make_work: Callable[[ExitStack], Work],
+    *,
+    most_threads: int = MOST_THREADS,
+) -> None:
     """Do some work on every piece of every tensor, in no order that matters.
 
     Each thread makes its own, with files that it opens on the stack. The first error ends all.
@@ -56,10 +61,15 @@ def each_piece(infos: Sequence[TensorInfo], make_work: Callable[[ExitStack], Wor
             raise
 
     total_bytes = sum(info.size_bytes for info in infos)
-    threads = 1 if total_bytes < ALONE_BYTES else min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    threads = 1 if total_bytes < ALONE_BYTES else min(most_threads, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads, thread_name_prefix="fold") as pool:
         for done in [pool.submit(run) for _ in range(threads)]:
             done.result()
+
+
+def in_order(infos: Sequence[TensorInfo]) -> Iterator[Piece]:
+    """Every piece of every tensor, first to last."""
+    return (piece for turn in _turns(infos) for piece in turn)
 
 
 def _turns(infos: Sequence[TensorInfo]) -> Iterator[list[Piece]]:

@@ -3,28 +3,42 @@
 import os
 import subprocess
 import sys
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fedloom_common.errors import BadTensor, TooFewUpdates
-from fedloom_common.runspec import Aggregation
+from fedloom_common.runspec import Aggregation, AnyRule
 from fedloom_common.tensors import encode_header
-from fedloom_server.aggregation import Update, aggregator_for
+from fedloom_server.aggregation import Update, aggregator_for, pieces
 
-RULES = Aggregation.model_fields["rule"].annotation.__args__
+RULES = {
+    "weighted_mean": {},
+    "median": {},
+    "trimmed_mean": {"byzantine": 1},
+    "krum": {"byzantine": 1},
+    "multi_krum": {"byzantine": 1},
+    "geometric_median": {},
+}
+ENOUGH = 5  # updates, for every rule above
 
 
 @pytest.fixture(params=RULES)
 def rule(request):
-    return request.param
+    return {"name": request.param, **RULES[request.param]}
 
 
 @pytest.fixture
 def aggregator(rule):
     return aggregator_for(Aggregation(rule=rule))
+
+
+def test_every_rule_of_a_run_spec_is_held_to_this():
+    assert set(RULES) == {kind.model_fields["name"].default for kind in get_args(AnyRule)}
 
 
 def model(scale=1.0):
@@ -41,6 +55,21 @@ def saved(folder, name, tensors, examples=1):
     return Update(site=name, path=path, examples=examples)
 
 
+def drawn(folder, count=ENOUGH):
+    """Random updates of the model's tensors."""
+    generator = torch.Generator().manual_seed(0)
+    for k in range(count):
+        tensors = {
+            name: torch.randn(t.shape, generator=generator).to(t.dtype) if t.is_floating_point() else t
+            for name, t in model().items()
+        }
+        yield saved(folder, f"site-{k}", tensors, 10 + k)
+
+
+def alike(folder, tensors, count=ENOUGH):
+    return [saved(folder, f"site-{k}", tensors, 1 + 10**k) for k in range(count)]
+
+
 @pytest.fixture
 def base(tmp_path):
     path = tmp_path / "base.safetensors"
@@ -49,16 +78,13 @@ def base(tmp_path):
 
 
 def test_equal_updates_give_the_same_model(aggregator, base, tmp_path):
-    updates = [
-        saved(tmp_path, name, model(2.5), examples) for name, examples in [("x", 3), ("y", 10**9), ("z", 1)]
-    ]
-    aggregator.aggregate(base, updates, tmp_path / "out")
+    aggregator.aggregate(base, alike(tmp_path, model(2.3)), tmp_path / "out")
     for name, tensor in load_file(tmp_path / "out").items():
-        assert torch.equal(tensor, model(2.5)[name])
+        assert torch.equal(tensor, model(2.3)[name])
 
 
 def test_names_shapes_types_order_and_metadata_are_the_base_models(aggregator, base, tmp_path):
-    aggregator.aggregate(base, [saved(tmp_path, "x", model(3.0))], tmp_path / "out")
+    aggregator.aggregate(base, alike(tmp_path, model(3.0)), tmp_path / "out")
     with safe_open(base, "pt") as wanted, safe_open(tmp_path / "out", "pt") as came:
         assert came.metadata() == wanted.metadata() == {"format": "pt", "origin": "round 3"}
         assert came.offset_keys() == wanted.offset_keys()
@@ -68,8 +94,8 @@ def test_names_shapes_types_order_and_metadata_are_the_base_models(aggregator, b
 
 
 def test_tensors_that_are_not_floats_are_the_base_models(aggregator, base, tmp_path):
-    update = saved(tmp_path, "x", model(2.0) | {"steps": torch.tensor([100, 200])})
-    aggregator.aggregate(base, [update], tmp_path / "out")
+    updates = alike(tmp_path, model(2.0) | {"steps": torch.tensor([100, 200])})
+    aggregator.aggregate(base, updates, tmp_path / "out")
     assert load_file(tmp_path / "out")["steps"].tolist() == [7, 9]
 
 
@@ -83,29 +109,50 @@ def test_tensors_are_matched_by_name_wherever_they_lie_in_the_file(aggregator, b
     path.write_bytes(
         header + b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors.values())
     )
-    aggregator.aggregate(base, [Update(site="x", path=path, examples=1)], tmp_path / "out")
+    updates = [Update(site=f"{k}", path=path, examples=1) for k in range(ENOUGH)]
+    aggregator.aggregate(base, updates, tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out")["b"], model(4.0)["b"])
     assert torch.equal(load_file(tmp_path / "out")["a"], model(4.0)["a"])
 
 
+@pytest.mark.parametrize("sites", [ENOUGH, 6, 17, 18])
+def test_scalars_and_tensors_without_values_are_kept(aggregator, tmp_path, sites):
+    tensors = {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 3), "one": torch.tensor([2.0])}
+    base = saved(tmp_path, "base", tensors).path
+    halves = {name: tensor / 2 for name, tensor in tensors.items()}
+    aggregator.aggregate(base, [saved(tmp_path, f"{k}", halves) for k in range(sites)], tmp_path / "out")
+    came = load_file(tmp_path / "out")
+    assert (came["scalar"].item(), came["one"].tolist(), came["empty"].shape) == (0.75, [1.0], (0, 3))
+
+
 def test_the_same_updates_in_the_same_order_give_the_same_bytes(aggregator, base, tmp_path):
-    torch.manual_seed(0)
-    updates = []
-    for k in range(5):
-        tensors = {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in model().items()}
-        updates.append(saved(tmp_path, f"site-{k}", tensors, 10 + k))
+    updates = list(drawn(tmp_path))
     aggregator.aggregate(base, updates, tmp_path / "first")
     aggregator.aggregate(base, updates, tmp_path / "second")
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
+def test_the_bytes_do_not_depend_on_the_number_of_threads(aggregator, tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    paths = [
+        saved(tmp_path, f"{k}", {"w": torch.randn(1 << 20, generator=generator)}, 1 + k)
+        for k in range(ENOUGH)
+    ]
+    base = saved(tmp_path, "base", {"w": torch.zeros(1 << 20)}).path
+    monkeypatch.setattr(pieces, "ALONE_BYTES", 0)
+    monkeypatch.setattr(pieces, "TURN_PIECES", 1)
+    models = []
+    for cores in (1, 4):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        aggregator.aggregate(base, paths, tmp_path / "out")
+        models.append((tmp_path / "out").read_bytes())
+    assert models[0] == models[1]
+
+
 @pytest.mark.parametrize("groups", [[3, 2], [1, 1, 1, 1, 1], [5]])
-def test_updates_folded_before_give_the_same_bytes(aggregator, base, tmp_path, groups):
-    torch.manual_seed(0)
-    updates = []
-    for k in range(5):
-        tensors = {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in model().items()}
-        updates.append(saved(tmp_path, f"site-{k}", tensors, 10 + k))
+def test_updates_folded_before_give_the_same_bytes(base, tmp_path, groups):
+    aggregator = aggregator_for(Aggregation())
+    updates = list(drawn(tmp_path))
     aggregator.aggregate(base, updates, tmp_path / "at-once")
     earlier, rest = None, list(updates)
     for number, count in enumerate(groups):
@@ -144,7 +191,7 @@ def test_a_bad_update_leaves_the_model_that_was_there(
     out = tmp_path / "out"
     out.write_bytes(b"the model of the round before")
     tensors = {name: tensor for name, tensor in (model() | change).items() if tensor is not None}
-    updates = [saved(tmp_path, "x", model()), saved(tmp_path, "y", tensors, examples)]
+    updates = [*alike(tmp_path, model(), ENOUGH - 1), saved(tmp_path, "y", tensors, examples)]
     with pytest.raises(BadTensor, match=complaint):
         aggregator.aggregate(base, updates, out)
     assert out.read_bytes() == b"the model of the round before"
@@ -152,16 +199,16 @@ def test_a_bad_update_leaves_the_model_that_was_there(
 
 
 def test_a_file_that_was_cut_short_names_its_site(aggregator, base, tmp_path):
-    update = saved(tmp_path, "x", model())
-    os.truncate(update.path, update.path.stat().st_size - 4)
-    with pytest.raises(BadTensor, match=r"site x: the file has \d+ bytes"):
-        aggregator.aggregate(base, [update], tmp_path / "out")
+    updates = alike(tmp_path, model())
+    os.truncate(updates[3].path, updates[3].path.stat().st_size - 4)
+    with pytest.raises(BadTensor, match=r"site site-3: the file has \d+ bytes"):
+        aggregator.aggregate(base, updates, tmp_path / "out")
 
 
 def test_memory_does_not_grow_with_the_model_or_the_number_of_sites(rule, tmp_path):
-    small = _peak_bytes(rule, tmp_path, tensor_bytes=1 << 20, sites=1)
-    large = _peak_bytes(rule, tmp_path, tensor_bytes=128 << 20, sites=8)
-    assert large - small < 12 << 20
+    small = _peak_bytes(rule, tmp_path, tensor_bytes=1 << 20, sites=ENOUGH)
+    large = _peak_bytes(rule, tmp_path, tensor_bytes=48 << 20, sites=2 * ENOUGH)
+    assert large - small < 16 << 20
 
 
 def _peak_bytes(rule, folder, *, tensor_bytes, sites):
@@ -182,3 +229,36 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(answer.stdout)
+
+
+@pytest.mark.parametrize("name", set(RULES) - {"weighted_mean"})
+def test_a_robust_rule_stays_with_the_honest_updates_whatever_a_few_others_say(name, tmp_path):
+    honest_count, f = 5, 2
+    rule = {"name": name} | ({"byzantine": f} if RULES[name] else {})
+    rng = np.random.default_rng(5)
+    base = saved(tmp_path, "base", {"w": torch.zeros(50)}).path
+    honest = [rng.normal(size=50).astype(np.float32) for _ in range(honest_count)]
+    for attack in (np.full(50, 3e38), np.where(np.arange(50) % 2, 3e38, -3e38), rng.normal(size=50) * 1e4):
+        values = [attack, *honest, attack]
+        updates = [
+            saved(tmp_path, f"{k}", {"w": torch.from_numpy(np.asarray(v, np.float32))})
+            for k, v in enumerate(values)
+        ]
+        aggregator_for(Aggregation(rule=rule)).aggregate(base, updates, tmp_path / "out")
+        came = load_file(tmp_path / "out")["w"].numpy()
+        if name == "geometric_median":  # Lopuhaä and Rousseeuw 1991: within 2(1-q)/(1-2q) radii, q = f/n
+            centre, share = np.mean(honest, axis=0), f / len(values)
+            radius = max(np.linalg.norm(update - centre) for update in honest)
+            assert np.linalg.norm(came - centre) <= 2 * (1 - share) / (1 - 2 * share) * radius
+        else:
+            assert (came >= np.min(honest, axis=0)).all()
+            assert (came <= np.max(honest, axis=0)).all()
+        aggregator_for(Aggregation()).aggregate(base, updates, tmp_path / "mean")
+        assert np.abs(load_file(tmp_path / "mean")["w"].numpy()).max() > 100
+
+
+@pytest.mark.parametrize("name", ["trimmed_mean", "krum", "multi_krum"])
+def test_fewer_updates_than_the_rule_needs_are_an_error(name, base, tmp_path):
+    aggregator = aggregator_for(Aggregation(rule={"name": name, "byzantine": 2}))
+    with pytest.raises(TooFewUpdates, match=rf"4 updates came, {name} needs [57] or more"):
+        aggregator.aggregate(base, list(drawn(tmp_path, 4)), tmp_path / "out")
