@@ -112,7 +112,7 @@ class SiteConfig(Strict):
     """Assignments of different runs that may be done at the same time, each by a worker group of its own on
     the same devices; further ones wait their turn."""
     cache_models: int = Field(default=3, ge=1)
-    """Global models kept in ``state_dir``; the newest ones."""
+    """Global models kept in ``state_dir``, and files of frozen weights besides; the newest ones."""
     upload_bytes_per_s: float | None = Field(default=None, ge=1000)
     """Most bytes that updates take of the line to the coordinator; as many as it has if not given."""
     download_bytes_per_s: float | None = Field(default=None, ge=1000)
@@ -120,6 +120,9 @@ class SiteConfig(Strict):
     window_bytes: int = Field(default=WINDOW_BYTES, ge=1 << 16, le=1 << 26)
     """Bytes of a model that may be on their way: a break loses them, a long fast line needs its
     rate times the round trip, such as 4194304."""
+    models: dict[Name, ConfigPath] = Field(default={})
+    """Directories of models that this site has anyway, by a name for people: the frozen weights under an
+    adapter are taken from a ``.safetensors`` file there that has their digest, and else downloaded."""
     labels: dict[Label, Label] = Field(default={}, max_length=MOST_LABELS)
     """What runs may choose this site by, such as ``{ward: icu}``; operators may set others over them."""
     data: dict[Name, DataSource] = Field(min_length=1)

@@ -58,9 +58,11 @@ class Consent:
     def _judge(self, policy: Policy, assignment: Assignment, spec: RunSpec) -> str | None:
         now, is_training = datetime.now(UTC), assignment.work == "train"
         done = self._trainings.read(now)
-        digests = {assignment.model.digest, *(asset.digest for asset in assignment.assets)}
+        files = (assignment.model, *assignment.frozen)
+        digests = {file.digest for file in (*files, *assignment.assets)}
         here = Circumstances(
-            data_sets=self._config.data, model_bytes=assignment.model.size_bytes, digests=digests, now=now,
+            data_sets=self._config.data, digests=digests, now=now,
+            model_bytes=max(file.size_bytes for file in files),
             joined_permitted=assignment.run_id in done.joined,
             trainings_today=len(set(done.today) - {assignment.id}),
         )  # fmt: skip

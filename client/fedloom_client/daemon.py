@@ -18,10 +18,12 @@ from fedloom_client.consent import Consent
 from fedloom_client.credential import keep_credential
 from fedloom_client.deliveries import Deliveries
 from fedloom_client.downloads import Downloads
+from fedloom_client.frozen import Frozen
 from fedloom_client.groups import Group, WarmGroups
 from fedloom_client.hardware import Device, find_devices, main_memory_bytes
 from fedloom_client.holdings import Holdings
 from fedloom_client.launches import clear_after_kill
+from fedloom_client.localmodels import LocalModels
 from fedloom_client.mailbox import Mailbox
 from fedloom_client.outbox import Outbox
 from fedloom_client.residuals import Residuals
@@ -61,6 +63,8 @@ class Daemon:
         self._outbox = Outbox(self._state.outbox, residuals)
         downloads = Downloads(self._connect, Pace(config.download_bytes_per_s))
         self._cache = Cache(self._state, downloads, models_kept=config.cache_models, users=at_once)
+        local = LocalModels(config.models, self._state.local_models)
+        frozen = Frozen(self._state, downloads, local, kept=config.cache_models)
         self._groups = WarmGroups(
             self._state, make_group or self._worker_group, idle_s=config.workers.idle_s, most=at_once
         )
@@ -79,6 +83,7 @@ class Daemon:
                 outbox=self._outbox,
                 residuals=residuals,
                 groups=self._groups,
+                frozen=frozen,
             ),
             mailbox=self._mailbox,
             outbox=self._outbox,

@@ -45,6 +45,10 @@ class Assignment:
     """A smaller way to the model, if its base is here."""
     schedule_round: int = 0
     """The round at which the learning rate's schedule stands; 0 for ``round``."""
+    frozen: tuple[Blob, ...] = ()
+    """What an adapter's run does not train: the base, and A if B alone is trained."""
+    folds: tuple[Blob, ...] = ()
+    """Changes of the base's weights, first to last."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,8 @@ class StateDir:
         self.root = root
         self.models = root / "models"
         self.assets = root / "assets"
+        self.frozen = root / "frozen"
+        self.local_models = root / "local-models.json"
         self.outbox = root / "outbox"
         self.runs = root / "runs"
         self.packed = root / "packed"
@@ -39,6 +41,10 @@ class StateDir:
         """What a run's updates have left out; it goes with the run's other files."""
         return self.run_folder(run_id) / "residual"
 
+    def fold_folder(self, run_id: str) -> Path:
+        """What rounds of a run have folded into the frozen weights; it goes with the run's other files."""
+        return self.runs / safe_name(run_id) / "folds"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder if it is missing, and keep every other daemon out of it.
@@ -48,7 +54,7 @@ class StateDir:
             BadSpec: the folder cannot be made or written.
         """
         try:
-            for folder in (self.models, self.assets, self.outbox, self.runs):
+            for folder in (self.models, self.assets, self.frozen, self.outbox, self.runs):
                 folder.mkdir(parents=True, exist_ok=True)
             file = self._lock.open("a+")
         except OSError as error:

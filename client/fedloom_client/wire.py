@@ -86,6 +86,8 @@ def assignment_of(message: pb.Assignment) -> Assignment:
         deadline_s=message.deadline_s,
         delta=_delta(message.delta) if message.HasField("delta") else None,
         schedule_round=message.schedule_round,
+        frozen=tuple(_blob(file, "frozen file") for file in message.frozen),
+        folds=tuple(_blob(file, "fold") for file in message.folds),
     )
 
 

@@ -14,6 +14,7 @@ from fedloom_client.assets import model_type
 from fedloom_client.cache import Cache, OnProgress, require_space, size_bytes
 from fedloom_client.config import SiteConfig
 from fedloom_client.consent import Consent
+from fedloom_client.frozen import Frozen, FrozenFiles
 from fedloom_client.groups import WarmGroups
 from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress, Refusal
 from fedloom_client.outbox import Outbox
@@ -43,6 +44,7 @@ class Performer:
         outbox: Outbox,
         residuals: Residuals,
         groups: WarmGroups,
+        frozen: Frozen,
     ) -> None:
         self._config = config
         self._consent = consent
@@ -50,6 +52,7 @@ class Performer:
         self._outbox = outbox
         self._residuals = residuals
         self._groups = groups
+        self._frozen = frozen
 
     async def answer(self, assignment: Assignment, deadline_at_s: float | None, report: Report) -> Answer:
         """Do an assignment; whatever goes wrong becomes its answer.
@@ -60,7 +63,7 @@ class Performer:
         end_s = None if deadline_at_s is None else deadline_at_s + DEADLINE_GRACE_S
         try:
             async with asyncio.timeout_at(end_s):
-                with self._cache.keeping(assignment.model.digest):
+                with self._cache.keeping(assignment.model.digest), self._frozen.keeping(assignment.frozen):
                     answer = await self._do(assignment, report)
         except TimeoutError as error:
             late = f"not done by the deadline of {assignment.deadline_s:g} s"
@@ -91,10 +94,11 @@ class Performer:
             delta=assignment.delta,
             stages=spec.transport.down,
         )
+        under = await self._frozen.bring(assignment, _report_download(assignment, report))
         download_s = time.monotonic() - began_s
         trained = self._place(assignment, spec, model) if assignment.work == "train" else None
         result = await self._perform(
-            assignment, spec, model=model, assets=assets, trained=trained, report=report
+            assignment, spec, model=model, assets=assets, under=under, trained=trained, report=report
         )
         outcome = Outcome(
             assignment_id=assignment.id,
@@ -136,6 +140,7 @@ class Performer:
         *,
         model: Path,
         assets: Path,
+        under: FrozenFiles,
         trained: Path | None,
         report: Report,
     ) -> WorkerResult:
@@ -147,6 +152,8 @@ class Performer:
             schedule_round=assignment.schedule_round,
             model_path=str(model),
             assets_dir=str(assets),
+            frozen=under.frozen,
+            folds=under.folds,
             spec=spec.model_dump(mode="json"),
             update_path="" if trained is None else str(trained),
         )

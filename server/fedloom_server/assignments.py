@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from fedloom_common.partial import discard
+from fedloom_server.adapters.parts import part_digests
 from fedloom_server.failures import FAILED, failure_of
 from fedloom_server.meters import Meters
 from fedloom_server.patience import Patience
@@ -129,6 +130,7 @@ class Assignments:
         for entry in self.open.of(site):
             delta, assets = entry.terms.delta, entry.run.assets
             known = {entry.assignment.model_digest, *(file["digest"] for file in assets)}
+            known |= part_digests(entry.run) | {file.digest for file in entry.terms.folds}
             if digest in known or (delta is not None and digest == delta.file.digest):
                 return True
         return self._store.names_to(site, digest)
@@ -150,7 +152,7 @@ class Assignments:
     def send(self, entry: Pending) -> None:
         """Give an open assignment to its site, or give it again; not while it is not connected."""
         if link := self._sites.link(entry.assignment.site):
-            link.assign(entry.assignment, entry.run, entry.terms.delta)
+            link.assign(entry.assignment, entry.run, entry.terms.delta, entry.terms.folds)
 
     def end(self, entry: Pending, state: AssignmentState, reason: str = "") -> None:
         """The one place where an assignment ends: in the store first, then for those who wait."""

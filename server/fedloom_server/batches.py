@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from fedloom_common.errors import TooFewSites
+from fedloom_server.adapters.parts import PartFile, model_for, parts_of
 from fedloom_server.codecs import most_update_bytes
 from fedloom_server.cohorts import draw_cohort, sites_needed, wanted
 from fedloom_server.downlink import delta_to
@@ -55,13 +56,15 @@ def assigned(
     """This attempt's assignments, in the order of ``sites``: those stored, and new ones for the rest."""
     digest = record.base_digest if work is Work.TRAIN else record.model_digest
     size = federation.store.files.path(digest).stat().st_size
+    parts = parts_of(federation.store, run, digest)
+    models = {site: model_for(site, run, PartFile("model", digest, size), parts) for site in sites}
     stored = {assignment.id: assignment for assignment in federation.store.assignments(run.id, record.number)}
     batch = []
     for site in sites:
         name = assignment_id(run.id, record.number, record.attempt, work, site)
         fresh = Assignment(
             id=name, run_id=run.id, round=record.number, attempt=record.attempt, work=work, site=site,
-            model_digest=digest, model_bytes=size,
+            model_digest=models[site].digest, model_bytes=models[site].size_bytes,
         )  # fmt: skip
         batch.append(stored.get(name, fresh))
     federation.store.save(run, record, *batch)
@@ -90,6 +93,7 @@ def terms_of_training(run: Run, record: Round, federation: Federation) -> Terms:
         carries_late=cohort.late == "carry", comes_first=not folds_early(run),
         delta=delta_to(store, run, record.base_digest),
         most_update_bytes=most_update_bytes(run.spec.transport.up, store.files.path(record.base_digest)),
+        folds=parts_of(store, run, record.base_digest).folds,
     )  # fmt: skip
 
 
@@ -99,6 +103,7 @@ def terms_of_evaluation(run: Run, record: Round, federation: Federation) -> Term
         needed=0, stall_s=run.spec.cohort.stall_s,
         deadline_s=run.spec.evaluation.deadline_s, elapsed_s=_elapsed_s(record),
         delta=delta_to(federation.store, run, record.model_digest),
+        folds=parts_of(federation.store, run, record.model_digest).folds,
     )  # fmt: skip
 
 

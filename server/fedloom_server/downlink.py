@@ -31,6 +31,7 @@ from fedloom_common.codecs.values import PIECE_VALUES, Values
 from fedloom_common.errors import BadTensor, WrongState
 from fedloom_common.floats import decode
 from fedloom_common.tensors import ITEM_BYTES, TensorInfo
+from fedloom_server.adapters.parts import Parts
 from fedloom_server.files import StoredFile
 from fedloom_server.records import Round, Run
 from fedloom_server.store import Store
@@ -54,6 +55,8 @@ class Published:
 
     model: StoredFile
     delta: Delta | None = None
+    parts: Parts | None = None
+    """What makes the model, if that is an adapter and the round changed something of it."""
 
 
 def publish(store: Store, run: Run, record: Round, mean: Path) -> Published:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom_common.errors import NotFound
+from fedloom_server.adapters.parts import Parts, parts_of
 from fedloom_server.card import CardFacts, SiteFacts, model_card
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work
@@ -18,6 +19,8 @@ class Export:
 
     run: Run
     files: list[dict[str, Any]]
+    parts: Parts
+    """What makes the model, if its file is an adapter."""
     card: str
 
 
@@ -32,7 +35,10 @@ def export(store: Store, run_id: str, round_number: int | None) -> Export:
     digest = kept_model(store, run, rounds)
     size = rounds[-1].model_bytes if rounds else run.model_bytes
     model = {"name": MODEL_FILE, "digest": digest, "size_bytes": size}
-    return Export(run, [model, *run.assets], model_card(_facts(run, rounds, store.assignments(run.id))))
+    parts = parts_of(store, run, digest)
+    return Export(
+        run, [model, *run.assets], parts, model_card(_facts(run, rounds, store.assignments(run.id)))
+    )
 
 
 def rounds_up_to(store: Store, run: Run, round_number: int | None) -> list[Round]:

@@ -16,6 +16,8 @@ from fedloom_common.errors import FederationError, StorageUnavailable
 from fedloom_common.partial import discard
 from fedloom_common.runspec import Scaffold, Sync
 from fedloom_common.threads import until_done
+from fedloom_server.adapters.merging import Merge
+from fedloom_server.adapters.updates import Given
 from fedloom_server.aggregation import (
     BaseModel,
     FoldingAggregator,
@@ -36,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 def folds_early(run: Run) -> bool:
     """Whether updates of a run's rounds are folded while others are awaited."""
+    adapter = run.spec.model.adapter
+    if adapter is not None and adapter.needs_all_updates:
+        return False
     return isinstance(aggregator_for(run.spec.aggregation), FoldingAggregator)
 
 
@@ -46,6 +51,7 @@ class Folding:
         self._run, self._record = run, record
         self._store, self._uploads = store, uploads
         self._rule = aggregator_for(run.spec.aggregation, run.spec.transport.up, record.base_digest)
+        self._merge = None if run.spec.model.adapter is None else Merge(store, run, record)
         self._mode = run.spec.mode
         self._is_in_order = run.spec.aggregation.deterministic
         self._batch: Sequence[Assignment] = ()
@@ -93,17 +99,25 @@ class Folding:
     def _aggregate(self, done: Sequence[Assignment]) -> Published:
         updates = [self._update(assignment) for assignment in done if not assignment.is_folded]
         base = self._store.files.path(self._record.base_digest)
-        out = self._store.spool.mean_path(self._run.id, self._record.number)
+        out, parts = self._store.spool.mean_path(self._run.id, self._record.number), None
+        given = Given(updates=updates, models=self._models(done), stages=self._run.spec.transport.up)
+        if self._merge is not None and self._merge.replaces_mean:
+            parts = self._merge.stack(given, base, out)
+        else:
+            self._take_mean(base, updates, out)
+            parts = None if self._merge is None else self._merge.fold(given)
+        if isinstance(self._run.spec.local.algorithm, Scaffold):
+            settle_controls(out, base, len(done) / max(self._record.population, len(done)))
+        return replace(publish(self._store, self._run, self._record, out), parts=parts)
+
+    def _take_mean(self, base: Path, updates: Sequence[Update], out: Path) -> None:
         if isinstance(self._rule, FoldingAggregator):
             self._rule.aggregate(base, updates, out, earlier=self._earlier())
         else:
             self._rule.aggregate(base, updates, out)
-        if isinstance(self._run.spec.local.algorithm, Scaffold):
-            settle_controls(out, base, len(done) / max(self._record.population, len(done)))
-        return publish(self._store, self._run, self._record, out)
 
     async def _work(self) -> None:
-        if not isinstance(self._rule, FoldingAggregator):
+        if not folds_early(self._run):
             return
         try:
             while not self._is_over:
@@ -183,6 +197,11 @@ class Folding:
             return update
         path = self._store.files.path(assignment.model_digest)
         return replace(update, base=BaseModel(path=path, digest=assignment.model_digest))
+
+    def _models(self, done: Sequence[Assignment]) -> list[BaseModel]:
+        """The model that each update began from."""
+        files = self._store.files
+        return [BaseModel(path=files.path(a.model_digest), digest=a.model_digest) for a in done]
 
     def _factor(self, staleness: int) -> float:
         if isinstance(self._mode, Sync):

@@ -56,6 +56,10 @@ def write_model(spec: RunSpec, into: Path) -> None:
     del model
     with _mistakes_as_bad_spec("the model as saved cannot be loaded again; choose another model"):
         _require_loadable(into, tokenizer)
+    if spec.model.adapter is not None:
+        from fedloom_server.initialadapter import write_adapter  # here: peft takes a second to load
+
+        write_adapter(spec, into)
     _sync(into)
 
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fedloom_server.adapters.parts import PartFile
 from fedloom_server.downlink import Delta
 from fedloom_server.records import Assignment, AssignmentState, Run, RunState
 from fedloom_server.store import Store
@@ -39,6 +40,8 @@ class Terms:
     """Size of the largest file that an update of the batch's model can be."""
     delta: Delta | None = None
     """A smaller way to the batch's model."""
+    folds: tuple[PartFile, ...] = ()
+    """What is folded into the frozen weights under the batch's model, if that is an adapter."""
 
 
 def _nothing() -> None:

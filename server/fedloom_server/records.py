@@ -123,6 +123,8 @@ class Run(Base):
     """Id of the run whose spec, changed or not, this one began with."""
     cloned_round: Mapped[int | None] = mapped_column(default=None)
     """The round of that run whose model this one began with; None if it began with a model of its own."""
+    adapter: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
+    """What made the first model where only an adapter is trained: ``adapters.parts.Parts``; else nothing."""
 
     @property
     def spec(self) -> RunSpec:
@@ -163,6 +165,8 @@ class Round(Base):
     delta_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     metrics: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
     ended_at_s: Mapped[float] = mapped_column(default=0.0)
+    adapter: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
+    """What makes the model after the round, as ``Run.adapter``; nothing if that is as the run began."""
 
 
 class Assignment(Base):

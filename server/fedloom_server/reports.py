@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from fedloom_common.partial import discard
+from fedloom_server.adapters.parts import parts_of
 from fedloom_server.federation import Federation
 from fedloom_server.pending import Pending, may_be_taken_up
 from fedloom_server.records import Assignment, AssignmentState, RunState, Work
@@ -119,7 +120,7 @@ class Reports:
             return
         run = self._store.run(stored.run_id)
         if run.state is RunState.PAUSED:
-            link.assign(stored, run, None)
+            link.assign(stored, run, None, parts_of(self._store, run, stored.model_digest).folds)
 
     def _data_bytes(self, entry: Pending) -> int:
         return self._sites.data_bytes(entry.assignment.site, entry.run.spec.data)

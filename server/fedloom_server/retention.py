@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from sqlalchemy import Select, or_, select
 
 from fedloom_common.runspec import RunSpec
+from fedloom_server.adapters.parts import part_digests
 from fedloom_server.config import KeepModels
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, RunState
 from fedloom_server.store import Store
@@ -56,6 +57,10 @@ async def bring_models(store: Store, run: Run) -> None:
         StorageUnavailable: the object storage does not answer.
     """
     needed = store.digests(*(query.where(Run.id == run.id) for query in _working()))
+    needed |= part_digests(run)
+    for record in store.rounds(run.id):
+        if record.model_digest in needed | {run.model_digest}:
+            needed |= part_digests(record)
     for digest in {run.model_digest, *needed} - {""}:
         if store.files.has(digest):  # a base that no training needs any more may be gone
             await store.files.bring(digest)
@@ -65,7 +70,8 @@ def trim_cache(store: Store) -> None:
     """Leave on disk what work under way needs, and more as far as there is room."""
     under_way = Run.state.not_in([state for state in RunState if state.is_end])
     latest = select(Run.model_digest).where(under_way)
-    store.files.trim(store.digests(latest, *(query.where(under_way) for query in _working())))
+    in_use = store.digests(latest, *(query.where(under_way) for query in _working()))
+    store.files.trim(in_use | store.part_digests(in_use))
 
 
 def collect_orphans(store: Store, keep: KeepModels) -> None:
@@ -76,6 +82,7 @@ def collect_orphans(store: Store, keep: KeepModels) -> None:
     runs = store.runs()
     wanted = {run.model_digest for run in runs} | {file["digest"] for run in runs for file in run.assets}
     for run in runs:
+        wanted |= part_digests(run)
         wanted |= _kept_files(run, store.rounds(run.id), keep)
     before_s = time.time() - ORPHAN_S
     found = {file.digest for file in store.files.all() if file.written_at_s < before_s} - wanted
@@ -98,7 +105,7 @@ def _kept_files(run: Run, rounds: Sequence[Round], keep: KeepModels) -> set[str]
 def _files_of(rounds: Sequence[Round]) -> dict[int, set[str]]:
     """Of each round with a model, the model and the change that told it; the initial one is of round 0."""
     files = {
-        record.number: {record.model_digest, record.delta_digest} - {""}
+        record.number: {record.model_digest, record.delta_digest, *part_digests(record)} - {""}
         for record in rounds
         if record.model_digest
     }
@@ -109,10 +116,8 @@ def _files_of(rounds: Sequence[Round]) -> dict[int, set[str]]:
 
 def _in_use(store: Store, digests: Collection[str]) -> set[str]:
     """Those that a run, an unfinished round or an assignment works with, whatever is kept."""
-    latest = select(Run.model_digest)
-    return store.digests(
-        *(query.where(query.selected_columns[0].in_(digests)) for query in (latest, *_working()))
-    )
+    in_use = store.digests(select(Run.model_digest), *_working())
+    return (in_use | store.part_digests(in_use)).intersection(digests)
 
 
 def _working() -> list[Select[str]]:
@@ -130,6 +135,7 @@ def _working() -> list[Select[str]]:
 def _of_other_runs(store: Store, run: Run, digests: Collection[str]) -> set[str]:
     """Those that other runs name too: runs of one spec begin with the same model."""
     columns = (Round.base_digest, Round.model_digest, Round.delta_digest)
-    return store.digests(
+    named = store.digests(
         *(select(column).where(Round.run_id != run.id, column.in_(digests)) for column in columns)
     )
+    return named | store.part_digests(None, besides=run.id).intersection(digests)

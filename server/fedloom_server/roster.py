@@ -4,11 +4,12 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from fedloom_common.errors import FederationError
+from fedloom_server.adapters.parts import PartFile
 from fedloom_server.downlink import Delta
 from fedloom_server.eligibility import Description
 from fedloom_server.records import Assignment, Run, SiteRecord, SiteState
@@ -23,8 +24,10 @@ logger = logging.getLogger(__name__)
 class Link(Protocol):
     """The coordinator's way to speak to one site."""
 
-    def assign(self, assignment: Assignment, run: Run, delta: Delta | None) -> None:
-        """Send an assignment, with a smaller way to its model if there is one."""
+    def assign(
+        self, assignment: Assignment, run: Run, delta: Delta | None, folds: Sequence[PartFile] = ()
+    ) -> None:
+        """Send an assignment, with a smaller way to its model and what is folded under it, if any."""
 
     def grant(self, assignment_id: str, offset: int) -> None:
         """Give leave to upload from an offset."""

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ from sqlalchemy import BigInteger, Select, case, cast, delete, func, literal, or
 from sqlalchemy.orm import Session
 
 from fedloom_common.errors import NotFound, WrongState
+from fedloom_server.adapters.parts import Parts
 from fedloom_server.audit import AuditLog
 from fedloom_server.database import Database, open_database
 from fedloom_server.files import Files
@@ -165,12 +167,24 @@ class Store:
             .join(Round, (Round.run_id == mine.c.run_id) & (Round.model_digest == mine.c.model_digest))
             .where(Round.delta_digest == digest)
         )
-        assets = select(Run.assets).where(Run.id.in_(select(mine.c.run_id)))
+        runs = select(mine.c.run_id)
+        assets = select(Run.assets).where(Run.id.in_(runs))
+        adapters = (
+            select(Run.adapter).where(Run.id.in_(runs)),
+            select(Round.adapter).where(Round.run_id.in_(runs)),
+        )
 
         def look(session: Session) -> bool:
             if any(session.scalar(query.limit(1)) is not None for query in (of_model, of_delta)):
                 return True
-            return any(file["digest"] == digest for files in session.scalars(assets) for file in files)
+            if any(file["digest"] == digest for files in session.scalars(assets) for file in files):
+                return True
+            return any(
+                file.digest == digest
+                for query in adapters
+                for content in session.scalars(query)
+                for file in Parts.from_json(content).files
+            )
 
         return self.database.do(look)
 
@@ -241,6 +255,24 @@ class Store:
         return self.database.do(
             lambda session: {name for query in queries for name in session.scalars(query)}
         )
+
+    def part_digests(self, models: Collection[str] | None, *, besides: str = "") -> set[str]:
+        """Files that belong to some models, or to all, where adapters are trained; of all runs but one.
+
+        What a run began with belongs to every model of it.
+        """
+
+        def look(session: Session) -> set[str]:
+            runs = list(session.execute(select(Run.id, Run.adapter).where(Run.id != besides)))
+            begun = {run_id: content for run_id, content in runs if content}
+            found = [Parts.from_json(content) for content in begun.values()]
+            rounds = select(Round.model_digest, Round.adapter).where(Round.run_id.in_(begun))
+            for digest, content in session.execute(rounds) if begun else ():
+                if models is None or digest in models:
+                    found.append(Parts.from_json(content))
+            return {file.digest for parts in found for file in parts.files}
+
+        return self.database.do(look)
 
     def clear_spool(self, run_id: str = "") -> None:
         """Remove spooled files, all or a run's, that no round's present attempt and no later one counts on.

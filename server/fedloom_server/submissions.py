@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from fedloom_common.controls import add_controls, drop_controls, has_controls
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import RunSpec, Scaffold, parse_run_spec
 from fedloom_common.threads import until_done
+from fedloom_server.adapters.merging import put_ranked, read_layout
+from fedloom_server.adapters.parts import PartFile, parts_of, take_frozen
 from fedloom_server.codecs import require_codable
 from fedloom_server.exports import kept_model, rounds_up_to
 from fedloom_server.models import MODEL_FILE, prepare_model
@@ -56,11 +59,13 @@ class Submissions:
         require_codable(spec.transport, folder / MODEL_FILE)
         files = await asyncio.to_thread(self._take_in, folder)
         model = next(file for file in files if file["name"] == MODEL_FILE)
+        files, parts = take_frozen(files)
+        parts = replace(parts, ranked=await asyncio.to_thread(self._rank, spec, model["digest"], files))
         run = Run(
             id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
             submitted_at_s=time.time(), assets=[file for file in files if file is not model],
             model_digest=model["digest"], model_bytes=model["size_bytes"], priority=priority,
-            cloned_from=cloned_from,
+            cloned_from=cloned_from, adapter=parts.to_json() if spec.model.adapter else {},
         )  # fmt: skip
         self._queue(run)
         return run
@@ -93,7 +98,7 @@ class Submissions:
         find_policy(spec.cohort.policy)
         rounds = rounds_up_to(self._store, origin, round_number)
         digest = kept_model(self._store, origin, rounds)
-        model = await self._store.files.bring(digest)
+        model, parts = await self._store.files.bring(digest), parts_of(self._store, origin, digest)
         digest, model = await until_done(self._fitted, spec, digest, model)
         require_codable(spec.transport, model)
         run = Run(
@@ -101,6 +106,7 @@ class Submissions:
             submitted_at_s=time.time(), assets=origin.assets, model_digest=digest,
             model_bytes=model.stat().st_size, priority=priority, cloned_from=origin.id,
             cloned_round=rounds[-1].number if rounds else 0,
+            adapter=parts.to_json() if spec.model.adapter else {},
         )  # fmt: skip
         self._queue(run)
         return run
@@ -124,6 +130,15 @@ class Submissions:
         self._on_queued()
         logger.info(
             "run submitted", extra={"run": run.id, "name_of_run": run.name, "model_bytes": run.model_bytes}
+        )
+
+    def _rank(self, spec: RunSpec, digest: str, assets: list[dict[str, Any]]) -> dict[int, PartFile]:
+        """A new adapter for the sites of lower ranks."""
+        adapter = spec.model.adapter
+        if adapter is None or not adapter.ranks:
+            return {}
+        return put_ranked(
+            self._store, adapter, read_layout(self._store, assets), self._store.files.path(digest)
         )
 
     def _take_in(self, folder: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The model on one rank: built from its config, filled from the global model's file, written as an update."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -45,11 +45,11 @@ class LocalModel:
         self.manifest = Manifest.read(global_model)
         own = without_controls(self.manifest)
         with torch.device("meta"):  # a config that asks for more than the file holds must not cost memory
-            _file_tensors(_build(assets, torch.float32, model_class), own)
-        module = _build(assets, _main_dtype(own), model_class)
+            file_tensors(build_module(assets, torch.float32, model_class), own)
+        module = build_module(assets, _main_dtype(own), model_class)
         _match_dtypes(module, own)
         self.module = module.to(device)
-        self.tensors = _file_tensors(self.module, own)
+        self.tensors = file_tensors(self.module, own)
         """The values by their names in the global model's file."""
 
     @property
@@ -76,6 +76,10 @@ class LocalModel:
             for info in without_controls(manifest).tensors:
                 _fill(self.tensors[info.name], file.fileno(), info)
 
+    def fold(self, folds: tuple[str, ...]) -> None:
+        """Nothing: a model that is trained whole has no frozen weights to fold changes into."""
+        assert not folds, "only adapters have folds"
+
     def fill(self, name: str, values: torch.Tensor) -> None:
         """Take over the values of one tensor.
 
@@ -94,7 +98,12 @@ class LocalModel:
         write_tensors(path, tensors, durable=False, over=path.with_name(SPARE_UPDATE))
 
 
-def _build(assets: Path, dtype: torch.dtype, model_class: str) -> nn.Module:
+def build_module(assets: Path, dtype: torch.dtype, model_class: str) -> nn.Module:
+    """The model of a config, with arbitrary values.
+
+    Raises:
+        TrainingFailed: the config asks for code, or for a model that transformers does not have.
+    """
     refuse_remote_code(assets)
     try:
         config = AutoConfig.from_pretrained(str(assets), trust_remote_code=False, local_files_only=True)
@@ -124,12 +133,20 @@ def _match_dtypes(module: nn.Module, manifest: Manifest) -> None:
             tensor.data = tensor.data.to(wanted[name])
 
 
-def _file_tensors(module: nn.Module, manifest: Manifest) -> Mapping[str, torch.Tensor]:
-    """The model's tensors by their names in the file, where tied weights have one name of several."""
+def file_tensors(
+    module: nn.Module, manifest: Manifest, besides: Collection[str] = ()
+) -> Mapping[str, torch.Tensor]:
+    """The model's tensors by their names in the file, where tied weights have one name of several.
+
+    Raises:
+        BadTensor: one is missing on either side, or has another shape; those named ``besides`` may.
+    """
     state: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
-    missing = {id(tensor): name for name, tensor in reversed(state.items())}
+    missing = {id(tensor): name for name, tensor in reversed(state.items()) if name not in besides}
     tensors = {}
     for info in manifest.tensors:
+        if info.name in besides:
+            continue
         tensor = state.get(info.name)
         if tensor is None:
             raise BadTensor(f"tensor {info.name} of the global model is not in the model of its config.json")

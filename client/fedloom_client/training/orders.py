@@ -37,6 +37,10 @@ class Order:
     """RunSpec as JSON."""
     schedule_round: int = 0
     """The round at which the learning rate's schedule stands; 0 for ``round``."""
+    frozen: dict[str, str] = field(default_factory=dict)
+    """Where an adapter is trained: files that are not, by name, such as ``base.safetensors``."""
+    folds: tuple[str, ...] = ()
+    """Files of changes to the base's weights, first to last."""
     update_path: str = ""
     """Where a training leaves the trained tensors, atomically; not used by an evaluation."""
 
@@ -71,7 +75,8 @@ class Job:
         """The job that ``to_json`` wrote."""
         data = json.loads(text)
         source = data["source"] | {"files": tuple(data["source"]["files"])}
-        return cls(**data | {"order": Order(**data["order"]), "source": Source(**source)})
+        order = Order(**data["order"] | {"folds": tuple(data["order"]["folds"])})
+        return cls(**data | {"order": order, "source": Source(**source)})
 
 
 @dataclass(frozen=True, kw_only=True)

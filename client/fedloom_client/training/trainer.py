@@ -47,9 +47,7 @@ class Trainer:
         """
         self._spec = RunSpec.model_validate(job.order.spec)
         self._group, self._data, assets = group, data, Path(job.order.assets_dir)
-        self._model = LocalModel(
-            assets, Path(job.order.model_path), group.device, self._spec.task.model_class
-        )
+        self._model = _open_model(self._spec, job.order, group.device)
         if self._spec.local.gradient_checkpointing:
             compute_activations_again(self._model.module)
         self._rank = Rank(
@@ -82,6 +80,7 @@ class Trainer:
             TrainingFailed, BadTensor: it cannot be done; another order may.
         """
         started = time.monotonic()
+        self._model.fold(order.folds)
         self._model.load(Path(order.model_path))
         result = self._train(order) if order.work == "train" else self._evaluate()
         return replace(result, phase_seconds={order.work: time.monotonic() - started})
@@ -109,7 +108,7 @@ class Trainer:
         left = algorithm.end()
         group.first_does(lambda: self._save(order, optimizer, left))
         checkpoint.remove()
-        if local.keep_optimizer_state:
+        if self._spec.keeps_optimizer_state:
             self._optimizer, self._optimizer_round = optimizer, order.round
         return WorkerResult(
             examples=plan.steps * plan.step_examples,
@@ -143,7 +142,7 @@ class Trainer:
         if optimizer is not None and self._optimizer_round < round_:
             return optimizer
         optimizer = new_optimizer(self._spec.local.optimizer, self._model.module)
-        if self._spec.local.keep_optimizer_state:
+        if self._spec.keeps_optimizer_state:
             self._kept.load(optimizer, self._model.module, round_)
         return optimizer
 
@@ -170,7 +169,7 @@ class Trainer:
             self._model.write(Path(order.update_path), left.in_update)
             if left.at_site:
                 self._controls.prepare(left.at_site, update=order.id, round_=order.round)
-            if self._spec.local.keep_optimizer_state:
+            if self._spec.keeps_optimizer_state:
                 self._kept.save(optimizer, self._model.module, order.round)
         except OSError as error:
             raise TrainingFailed(f"the site cannot write what it trained: {error}") from error
@@ -188,6 +187,15 @@ class Trainer:
         wanted, most = self._spec.task.longest, getattr(module.config, "max_position_embeddings", None)
         if most is not None and most < wanted:
             raise TrainingFailed(f"the task reads {wanted} tokens at once, but the model at most {most}")
+
+
+def _open_model(spec: RunSpec, order: Order, device: torch.device) -> LocalModel:
+    if spec.model.adapter is None:
+        assets, model = Path(order.assets_dir), Path(order.model_path)
+        return LocalModel(assets, model, device, spec.task.model_class)
+    from fedloom_client.training.adapters import AdapterModel  # here: peft takes seconds to load
+
+    return AdapterModel(spec.model.adapter, spec.task.model_class, order, device)
 
 
 def warm_key(job: Job) -> tuple[object, ...]:

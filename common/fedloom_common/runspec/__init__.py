@@ -4,6 +4,7 @@ The coordinator and every site read the same spec; what belongs to one machine
 (paths of data, devices, certificates) is in that machine's own config instead.
 
     model.py        which model
+    adapter.py      small matrices that are trained instead of it
     tasks.py        what it is trained to do
     cohort.py       which sites take part in a round
     local.py        what a site does in a round
@@ -17,6 +18,7 @@ The coordinator and every site read the same spec; what belongs to one machine
     reading.py      YAML and JSON, mistakes, the schema
 """
 
+from fedloom_common.runspec.adapter import Lora
 from fedloom_common.runspec.aggregation import Aggregation
 from fedloom_common.runspec.algorithms import FedProx, Plain, Scaffold
 from fedloom_common.runspec.cohort import Cohort, Staleness
@@ -51,6 +53,7 @@ __all__ = [
     "GeometricMedianRule",
     "KrumRule",
     "Local",
+    "Lora",
     "MeanRule",
     "MedianRule",
     "ModelSpec",

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from pydantic import field_validator, model_validator
 
+from fedloom_common.runspec.adapter import Lora
 from fedloom_common.strict import Strict
 
 
@@ -19,6 +20,8 @@ class ModelSpec(Strict):
     tokenizer: str = "auto"
     """``bytes`` (UTF-8 bytes, 256 tokens and one end-of-text token), a directory at the coordinator, or
     ``auto``: the model directory's own, and ``bytes`` for a model from ``config``."""
+    adapter: Lora | None = None
+    """Train an adapter, and leave the model frozen under it; if not given, the whole model is trained."""
 
     @field_validator("config")
     @classmethod

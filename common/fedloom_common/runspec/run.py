@@ -100,6 +100,18 @@ class RunSpec(Strict):
         return self
 
     @model_validator(mode="after")
+    def _nothing_contradicts_the_adapter(self) -> Self:
+        for objection in self.model.adapter.objections(self) if self.model.adapter else ():
+            raise ValueError(objection)
+        return self
+
+    @property
+    def keeps_optimizer_state(self) -> bool:
+        """Whether a site goes on with its optimizer's state, which is of no use to a round's new adapters."""
+        is_stacked = self.model.adapter is not None and self.model.adapter.merge == "stack"
+        return self.local.keep_optimizer_state and not is_stacked
+
+    @model_validator(mode="after")
     def _stop_metric_is_measured(self) -> Self:
         if self.evaluation.every_rounds == 0 and (self.stop.target or self.stop.patience):
             raise ValueError("stop.target and stop.patience need evaluation.every_rounds of 1 or more")

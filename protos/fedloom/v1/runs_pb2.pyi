@@ -54,7 +54,7 @@ SITE_STATE_DRAINING: SiteState
 SITE_STATE_BLOCKED: SiteState
 
 class Run(_message.Message):
-    __slots__ = ("id", "name", "state", "reason", "rounds_done", "rounds_total", "submitted_at_s", "started_at_s", "ended_at_s", "model", "spec_json", "priority", "cloned_from", "cloned_round")
+    __slots__ = ("id", "name", "state", "reason", "rounds_done", "rounds_total", "submitted_at_s", "started_at_s", "ended_at_s", "model", "spec_json", "priority", "cloned_from", "cloned_round", "frozen")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class Run(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CLONED_FROM_FIELD_NUMBER: _ClassVar[int]
     CLONED_ROUND_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     state: RunState
@@ -83,7 +84,8 @@ class Run(_message.Message):
     priority: int
     cloned_from: str
     cloned_round: int
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., reason: _Optional[str] = ..., rounds_done: _Optional[int] = ..., rounds_total: _Optional[int] = ..., submitted_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., spec_json: _Optional[str] = ..., priority: _Optional[int] = ..., cloned_from: _Optional[str] = ..., cloned_round: _Optional[int] = ...) -> None: ...
+    frozen: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., reason: _Optional[str] = ..., rounds_done: _Optional[int] = ..., rounds_total: _Optional[int] = ..., submitted_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., spec_json: _Optional[str] = ..., priority: _Optional[int] = ..., cloned_from: _Optional[str] = ..., cloned_round: _Optional[int] = ..., frozen: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ...) -> None: ...
 
 class Round(_message.Message):
     __slots__ = ("number", "attempt", "state", "reason", "model", "metrics", "sites", "started_at_s", "ended_at_s", "target")
@@ -311,14 +313,18 @@ class ExportRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
 
 class ExportResponse(_message.Message):
-    __slots__ = ("files", "model_card", "run")
+    __slots__ = ("files", "model_card", "run", "frozen", "folds")
     FILES_FIELD_NUMBER: _ClassVar[int]
     MODEL_CARD_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    FOLDS_FIELD_NUMBER: _ClassVar[int]
     files: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
     model_card: str
     run: Run
-    def __init__(self, files: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., model_card: _Optional[str] = ..., run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
+    frozen: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
+    folds: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
+    def __init__(self, files: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., model_card: _Optional[str] = ..., run: _Optional[_Union[Run, _Mapping]] = ..., frozen: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., folds: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ...) -> None: ...
 
 class ListSitesRequest(_message.Message):
     __slots__ = ("after",)

@@ -197,7 +197,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., site: _Optional[str] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("id", "work", "run_id", "round", "attempt", "model", "assets", "spec_json", "deadline_s", "stall_s", "delta", "schedule_round")
+    __slots__ = ("id", "work", "run_id", "round", "attempt", "model", "assets", "spec_json", "deadline_s", "stall_s", "delta", "schedule_round", "frozen", "folds")
     ID_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,8 @@ class Assignment(_message.Message):
     STALL_S_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_ROUND_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    FOLDS_FIELD_NUMBER: _ClassVar[int]
     id: str
     work: Work
     run_id: str
@@ -222,7 +224,9 @@ class Assignment(_message.Message):
     stall_s: float
     delta: Delta
     schedule_round: int
-    def __init__(self, id: _Optional[str] = ..., work: _Optional[_Union[Work, str]] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., assets: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., spec_json: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., schedule_round: _Optional[int] = ...) -> None: ...
+    frozen: _containers.RepeatedCompositeFieldContainer[Blob]
+    folds: _containers.RepeatedCompositeFieldContainer[Blob]
+    def __init__(self, id: _Optional[str] = ..., work: _Optional[_Union[Work, str]] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., assets: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., spec_json: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., schedule_round: _Optional[int] = ..., frozen: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., folds: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("file", "base_digest")

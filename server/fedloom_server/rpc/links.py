@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom_common.errors import FederationError, NotPermitted, Unreachable
+from fedloom_server.adapters.parts import PartFile, Parts
 from fedloom_server.downlink import Delta
 from fedloom_server.records import Assignment, Run
 from fedloom_server.rpc.hellos import PROTOCOL_VERSION
@@ -58,8 +60,10 @@ class SiteLink:
         self.is_refused = False
         self._outbox: asyncio.Queue[pb.CoordinatorMessage | None] = asyncio.Queue()
 
-    def assign(self, assignment: Assignment, run: Run, delta: Delta | None) -> None:
-        """Send an assignment, with a smaller way to its model if there is one."""
+    def assign(
+        self, assignment: Assignment, run: Run, delta: Delta | None, folds: Sequence[PartFile] = ()
+    ) -> None:
+        """Send an assignment, with a smaller way to its model and what is folded under it, if any."""
         spec = run.spec
         model = pb.Blob(
             name=self._model_name, digest=assignment.model_digest, size_bytes=assignment.model_bytes
@@ -71,6 +75,8 @@ class SiteLink:
             attempt=assignment.attempt, model=model, assets=[blob(asset) for asset in run.assets],
             spec_json=run.spec_json, deadline_s=spec.cohort.deadline_s or 0, stall_s=spec.cohort.stall_s,
             delta=None if delta is None else delta_message(delta),
+            frozen=[blob(asdict(file)) for file in Parts.from_json(run.adapter).frozen],
+            folds=[blob(asdict(file)) for file in folds],
         )  # fmt: skip
         self._put(pb.CoordinatorMessage(assignment=message))
 

@@ -1,9 +1,11 @@
 """The coordinator's records as messages of the contract."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fedloom.v1 import runs_pb2, session_pb2
+from fedloom_server.adapters.parts import Parts
 from fedloom_server.downlink import Delta
 from fedloom_server.records import Assignment, Failure, Round, Run, Work
 from fedloom_server.roster import Site
@@ -53,6 +55,7 @@ def run_message(run: Run, model_name: str) -> runs_pb2.Run:
         priority=run.priority,
         cloned_from=run.cloned_from,
         cloned_round=run.cloned_round,
+        frozen=[blob(asdict(file)) for file in Parts.from_json(run.adapter).frozen],
     )
 
 

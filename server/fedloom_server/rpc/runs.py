@@ -1,6 +1,7 @@
 """The gRPC edge of operators' calls."""
 
 from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import asdict
 from itertools import dropwhile
 from typing import Any, TypeVar
 
@@ -118,7 +119,13 @@ class RunEdge(RunServiceServicer):
         number = request.round if request.HasField("round") else None
         found = export(self._store, request.run_id, number)
         files = [blob(file) for file in found.files]
-        return pb.ExportResponse(files=files, model_card=found.card, run=run_message(found.run, MODEL_FILE))
+        return pb.ExportResponse(
+            files=files,
+            model_card=found.card,
+            run=run_message(found.run, MODEL_FILE),
+            frozen=[blob(asdict(file)) for file in found.parts.frozen],
+            folds=[blob(asdict(file)) for file in found.parts.folds],
+        )
 
     async def ListSites(self, request: pb.ListSitesRequest, context: Context) -> pb.ListSitesResponse:  # noqa: N802
         """Sites by name, in pages."""
