@@ -20,6 +20,7 @@ SUMMARIES = {
     "audit": "Read, export and check the audit log.",
     "client": "The daemon at a data-holding site.",
     "coordinator": "The service that runs the federation.",
+    "data": "Split one data set into those of sites.",
     "doctor": "Find what a site or a coordinator lacks, and say what to do.",
     "provision": "Make the certificates and configs of a federation.",
     "run": "Submit, watch, stop and export runs.",
