@@ -40,6 +40,11 @@ class Workers(Strict):
     """Where ranks train; ``auto`` takes CUDA where there is a device."""
     threads_per_rank: int | None = Field(default=None, ge=1)
     """CPU threads of a rank; the host's cores shared evenly if not given."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks hold the model: ``ddp``, each the whole with its gradient and optimizer state, or
+    ``fsdp``, each a share of all three, for models that are too large for one device. The numbers are the
+    same to rounding; ``fsdp`` sends about half as much again between the ranks. Adapters are small, and
+    always held whole."""
     max_restarts: int = Field(default=2, ge=0)
     """Times that the launcher restarts the group after a rank has died, for one assignment."""
     collective_timeout_s: float = Field(default=120, gt=0)

@@ -67,6 +67,7 @@ class WorkerGroup:
                 source=self._source,
                 directory=str(self._directory.absolute()),
                 packed=str(self._packed.absolute()),
+                sharding=self._workers.sharding,
             )
             started, lost = time.monotonic(), 0
             while True:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -167,10 +167,12 @@ def write_tensors(
     *,
     durable: bool = True,
     over: Path | None = None,
+    whole: "Callable[[torch.Tensor], torch.Tensor] | None" = None,
 ) -> None:
     """Write a safetensors file, in place only when whole and, if ``durable``, on disk.
 
-    ``over`` is a file to use up for it, as :func:`atomic_file` tells.
+    ``over`` is a file to use up for it, as :func:`atomic_file` tells. ``whole`` makes a tensor whole of
+    which only a part is in this process; it is called for each once, in order.
 
     Memory: one tensor's copy on the CPU at a time.
     """
@@ -180,7 +182,7 @@ def write_tensors(
     with atomic_file(path, durable=durable, over=over) as file:
         file.write(header)
         for tensor in tensors.values():
-            file.write(tensor_bytes(tensor))
+            file.write(tensor_bytes(whole(tensor) if whole else tensor))
 
 
 def encode_header(

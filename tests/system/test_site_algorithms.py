@@ -15,6 +15,8 @@ from torch import nn
 
 from fedloom_client.training.algorithms import begin_round
 from fedloom_client.training.controls import SiteControls
+from fedloom_client.training.group import Group
+from fedloom_client.training.orders import Order
 from fedloom_client.training.roundalgorithm import RoundStart
 from fedloom_common.controls import add_controls
 from fedloom_common.runspec import FedProx, Plain, Scaffold
@@ -95,8 +97,17 @@ def train(algorithm: Any, data: Any, model: Path, round_: int, folder: Path) -> 
         optimizer.step()
     left = steps.end()
     if left.at_site:
-        controls.prepare(left.at_site, update=f"update-{round_}", round_=round_)
-        controls.commit(f"update-{round_}")
+        order = Order(
+            id=f"update-{round_}",
+            work="train",
+            run_id="run",
+            round=round_,
+            model_path="",
+            assets_dir="",
+            spec={},
+        )
+        controls.prepare(left.at_site, order, Group(0, 1, torch.device("cpu"), None))
+        controls.commit(order.id)
     write_tensors(folder / "update.safetensors", {**module.state_dict(), **left.in_update})
     return folder / "update.safetensors"
 

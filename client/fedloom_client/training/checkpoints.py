@@ -9,6 +9,7 @@ import torch
 from fedloom_client.training.group import Group
 from fedloom_client.training.models import LocalModel
 from fedloom_client.training.optimizers import load_state, state_tensors
+from fedloom_client.training.sharding import Gather, first_writes
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.tensors import Manifest, read_tensors, write_tensors
 
@@ -23,6 +24,7 @@ class Checkpoint:
 
     Generators are not part of it. Instead every rank is seeded anew where a checkpoint is due, from run,
     round, rank and step: a training that goes on from there ends with the bytes of one that never stopped.
+    With another number of ranks it goes on too, and rounding and dropout make the difference.
     """
 
     def __init__(
@@ -31,7 +33,7 @@ class Checkpoint:
         """``every`` is a number of steps, None for no checkpoints; ``seed`` seeds this rank for a step."""
         self._path = folder / FILE
         self._every, self._group, self._seed = every, group, seed
-        self._marks = {"order": order_id, "world": str(group.world)}
+        self._marks = {"order": order_id}
 
     def begin(self, model: LocalModel, optimizer: torch.optim.Optimizer) -> list[float]:
         """Take up what an earlier start of the order left; the losses of the steps that it had taken."""
@@ -49,7 +51,8 @@ class Checkpoint:
 
         A full disk costs the checkpoint, not the training.
         """
-        self._group.first_does(lambda: self._write(losses))
+        tensors = self._tensors(losses)
+        first_writes(self._group, tensors, lambda whole: self._write(tensors, len(losses), whole))
         self._seed(len(losses))
 
     def remove(self) -> None:
@@ -89,13 +92,15 @@ class Checkpoint:
             ) from error
         return losses
 
-    def _write(self, losses: list[float]) -> str:
+    def _tensors(self, losses: list[float]) -> dict[str, torch.Tensor]:
         tensors = {_LOSSES: torch.tensor(losses, dtype=torch.float64)}
         tensors |= {_MODEL + name: tensor for name, tensor in self._model.tensors.items()}
         state = state_tensors(self._optimizer, self._model.module)
         tensors |= {_OPTIMIZER + name: tensor for name, tensor in state.items()}
+        return tensors
+
+    def _write(self, tensors: dict[str, torch.Tensor], steps: int, whole: Gather) -> None:
         try:
-            write_tensors(self._path, tensors, self._marks)
+            write_tensors(self._path, tensors, self._marks, whole=whole)
         except OSError as error:
-            logger.warning("no local checkpoint", extra={"step": len(losses), "error": str(error)})
-        return ""
+            logger.warning("no local checkpoint", extra={"step": steps, "error": str(error)})

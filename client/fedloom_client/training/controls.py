@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedloom_client.training.orders import Order
 from fedloom_common.files import sync_folder
 from fedloom_common.tensors import Manifest, write_tensors
 
 if TYPE_CHECKING:
     import torch
+
+    from fedloom_client.training.group import Group
 
 FOLDER = "control"
 UPDATE_KEY, ROUND_KEY = "fedloom.update", "fedloom.round"
@@ -33,9 +36,18 @@ class SiteControls:
         rounds = [number for number in self._rounds() if number < round_]
         return self._file(max(rounds)) if rounds else None
 
-    def prepare(self, controls: Mapping[str, "torch.Tensor"], *, update: str, round_: int) -> None:
-        """Write the control variates that go with an update, told by its assignment's id."""
-        write_tensors(self._pending, controls, {UPDATE_KEY: update, ROUND_KEY: str(round_)})
+    def prepare(self, controls: Mapping[str, "torch.Tensor"], order: Order, group: "Group") -> None:
+        """Write the control variates that go with the update of an order; every rank gives its part.
+
+        Raises:
+            TrainingFailed: there is no room.
+        """
+        from fedloom_client.training.sharding import first_writes
+
+        facts = {UPDATE_KEY: order.id, ROUND_KEY: str(order.round)}
+        first_writes(
+            group, controls, lambda whole: write_tensors(self._pending, controls, facts, whole=whole)
+        )
 
     def commit(self, update: str) -> None:
         """Let count what was prepared with a delivered update. Doing it again changes nothing.

@@ -1,6 +1,7 @@
 """The model on one rank: built from its config, filled from the global model's file, written as an update."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -8,7 +9,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
+from fedloom_client.training.group import Group
 from fedloom_client.training.orders import SPARE_UPDATE
+from fedloom_client.training.sharding import first_writes, local, local_info, placed_like, without_memory
 from fedloom_client.training.tasks import refuse_remote_code
 from fedloom_common.controls import without_controls
 from fedloom_common.errors import BadTensor, TrainingFailed
@@ -35,8 +38,11 @@ class LocalModel:
         global_model: Path,
         device: torch.device,
         model_class: str = "AutoModelForCausalLM",
+        lay: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         """Build the model with a class of transformers; its values are arbitrary until ``load``.
+
+        ``lay`` gives a module without memory its place on the rank; all of it on the device if not given.
 
         Raises:
             TrainingFailed: the config asks for code, or for a model that transformers does not have.
@@ -46,9 +52,10 @@ class LocalModel:
         own = without_controls(self.manifest)
         with torch.device("meta"):  # a config that asks for more than the file holds must not cost memory
             file_tensors(build_module(assets, torch.float32, model_class), own)
-        module = build_module(assets, _main_dtype(own), model_class)
+        with without_memory() if lay else nullcontext():
+            module = build_module(assets, _main_dtype(own), model_class)
         _match_dtypes(module, own)
-        self.module = module.to(device)
+        self.module = lay(module) if lay else module.to(device)
         self.tensors = file_tensors(self.module, own)
         """The values by their names in the global model's file."""
 
@@ -90,12 +97,20 @@ class LocalModel:
         if tensor.shape != values.shape:
             raise BadTensor(f"tensor {name} has shape {list(values.shape)}, wanted {list(tensor.shape)}")
         with torch.no_grad():
-            tensor.copy_(values)
+            tensor.copy_(placed_like(values, tensor))
 
-    def write(self, path: Path, besides: Mapping[str, torch.Tensor]) -> None:
-        """Write the values, and those that travel ``besides``, as an update."""
-        tensors = {**self.tensors, **besides}
-        write_tensors(path, tensors, durable=False, over=path.with_name(SPARE_UPDATE))
+    def write(self, path: Path, besides: Mapping[str, torch.Tensor], group: Group) -> None:
+        """Write the values, and those that travel ``besides``, as an update; every rank gives its part.
+
+        Raises:
+            TrainingFailed: there is no room.
+        """
+        tensors, spare = {**self.tensors, **besides}, path.with_name(SPARE_UPDATE)
+        first_writes(
+            group,
+            tensors,
+            lambda whole: write_tensors(path, tensors, durable=False, over=spare, whole=whole),
+        )
 
 
 def build_module(assets: Path, dtype: torch.dtype, model_class: str) -> nn.Module:
@@ -164,6 +179,7 @@ def file_tensors(
 
 
 def _fill(tensor: torch.Tensor, descriptor: int, info: TensorInfo) -> None:
+    tensor, info = local(tensor), local_info(info, tensor)
     if tensor.device.type == "cpu" and tensor.is_contiguous():
         read_into(descriptor, memoryview(tensor_bytes(tensor)), info.start_bytes)
     else:

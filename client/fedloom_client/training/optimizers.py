@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from fedloom_client.training.group import Group
 from fedloom_client.training.plan import RoundPlan
+from fedloom_client.training.sharding import Gather, first_writes, placed_like
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.runspec import SGD, AdamW, Local, Schedule
 from fedloom_common.tensors import read_tensors, write_tensors
@@ -17,8 +20,9 @@ def new_optimizer(spec: AdamW | SGD, module: nn.Module) -> torch.optim.Optimizer
     """The run's optimizer without state, on the parameters that are trained."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if isinstance(spec, SGD):
+        fused = not isinstance(parameters[0], DTensor)  # torch has no fused SGD for sharded parameters
         return torch.optim.SGD(
-            parameters, spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=True
+            parameters, spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=fused
         )
     return torch.optim.AdamW(
         parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True
@@ -64,10 +68,11 @@ def load_state(
         KeyError: a tensor is of a parameter that the model does not have.
     """
     numbers = {name: number for number, name in enumerate(_trained_names(module))}
+    parameters = dict(module.named_parameters())
     states: dict[int, dict[str, torch.Tensor]] = {}
     for label, tensor in tensors:
         name, _, key = label.rpartition(":")
-        states.setdefault(numbers[name], {})[key] = tensor
+        states.setdefault(numbers[name], {})[key] = placed_like(tensor, parameters[name])
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -80,14 +85,16 @@ class KeptState:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def save(self, optimizer: torch.optim.Optimizer, module: nn.Module, after_round: int) -> None:
-        """Write the state that a finished round left, and drop all but the one before."""
+    def save(
+        self, optimizer: torch.optim.Optimizer, module: nn.Module, after_round: int, group: Group
+    ) -> None:
+        """Write the state that a finished round left, and drop all but the one before.
+
+        Raises:
+            TrainingFailed: there is no room.
+        """
         tensors = state_tensors(optimizer, module)
-        if tensors:  # plain SGD has none
-            write_tensors(self._file(after_round), tensors)
-        keep = sorted(round_ for round_ in self._rounds() if round_ <= after_round)[-2:]
-        for round_ in set(self._rounds()).difference(keep):
-            self._file(round_).unlink()
+        first_writes(group, tensors, lambda whole: self._write(tensors, after_round, whole))
 
     def load(self, optimizer: torch.optim.Optimizer, module: nn.Module, before_round: int) -> None:
         """Give a new optimizer the state that the last finished round before ``before_round`` left, if any.
@@ -105,6 +112,13 @@ class KeptState:
             raise TrainingFailed(
                 f"the kept optimizer state {file} cannot be used ({error}): delete it to begin a new one"
             ) from error
+
+    def _write(self, tensors: dict[str, torch.Tensor], after_round: int, whole: Gather) -> None:
+        if tensors:  # plain SGD has none
+            write_tensors(self._file(after_round), tensors, whole=whole)
+        keep = sorted(round_ for round_ in self._rounds() if round_ <= after_round)[-2:]
+        for round_ in set(self._rounds()).difference(keep):
+            self._file(round_).unlink()
 
     def _rounds(self) -> list[int]:
         return [

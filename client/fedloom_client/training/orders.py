@@ -65,6 +65,8 @@ class Job:
     """The run's own folder at the site, for the optimizer's state."""
     packed: str
     """The data set's folder, for packed data."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks hold the model."""
 
     def to_json(self) -> str:
         """The job as one line of text."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from fedloom_client.training.group import Group
@@ -14,7 +15,7 @@ from fedloom_common.runspec import Local
 
 def distributed(module: nn.Module, group: Group) -> nn.Module:
     """What the ranks call instead of the module so that they have one gradient: its mean over them."""
-    if group.world == 1:
+    if group.world == 1 or isinstance(module, FSDPModule):  # a sharded one sees to it by itself
         return module
     # language models keep no running statistics; torch 2.13 renamed the switch and warns of the old name
     known = inspect.signature(DistributedDataParallel).parameters

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from fedloom_client.training.roundalgorithm import Left, RoundStart, gradient_of
+from fedloom_client.training.sharding import read_like
 from fedloom_common.controls import CONTROL, control_of, is_control
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.tensors import Manifest, read_tensor
@@ -58,7 +59,7 @@ class ScaffoldRound:
         for name, began in _read(self._start, self._start.global_model, "").items():
             told = (began.float() - self._start.trained[name].float()) / self._start.rate_sum
             whole[control_of(name)] = told
-            torch.sub(told, self._corrections[name], out=self._corrections[name])
+            self._corrections[name].neg_().add_(told)
         return Left(in_update=whole, at_site=self._corrections)
 
 
@@ -72,7 +73,7 @@ def _read(start: RoundStart, file: Path, prefix: str) -> dict[str, torch.Tensor]
             info = places.get(prefix + name)
             if info is None or info.shape != tuple(parameter.shape):
                 raise BadTensor(f"{file.name} has no tensor {prefix + name} of shape {list(parameter.shape)}")
-            tensors[name] = read_tensor(opened.fileno(), info).to(parameter.device)
+            tensors[name] = read_like(opened.fileno(), info, parameter)
     return tensors
 
 

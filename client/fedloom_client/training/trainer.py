@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedloom_client.training.parallel import autocast_type, compute_activations_
 from fedloom_client.training.plan import ExampleStream, RoundPlan, plan_round
 from fedloom_client.training.ranks import Rank
 from fedloom_client.training.roundalgorithm import Left, RoundStart
+from fedloom_client.training.sharding import shard
 from fedloom_client.training.tasks import new_task
 from fedloom_common.errors import TrainingFailed
 from fedloom_common.runspec import RunSpec
@@ -47,7 +49,7 @@ class Trainer:
         """
         self._spec = RunSpec.model_validate(job.order.spec)
         self._group, self._data, assets = group, data, Path(job.order.assets_dir)
-        self._model = _open_model(self._spec, job.order, group.device)
+        self._model = _open_model(self._spec, job, group)
         if self._spec.local.gradient_checkpointing:
             compute_activations_again(self._model.module)
         self._rank = Rank(
@@ -106,7 +108,7 @@ class Trainer:
         )
         trained = loop.train(self._rank, local, data, course)
         left = algorithm.end()
-        group.first_does(lambda: self._save(order, optimizer, left))
+        self._save(order, optimizer, left)
         checkpoint.remove()
         if self._spec.keeps_optimizer_state:
             self._optimizer, self._optimizer_round = optimizer, order.round
@@ -164,16 +166,15 @@ class Trainer:
             controls=self._controls,
         )
 
-    def _save(self, order: Order, optimizer: torch.optim.Optimizer, left: Left) -> str:
+    def _save(self, order: Order, optimizer: torch.optim.Optimizer, left: Left) -> None:
         try:
-            self._model.write(Path(order.update_path), left.in_update)
+            self._model.write(Path(order.update_path), left.in_update, self._group)
             if left.at_site:
-                self._controls.prepare(left.at_site, update=order.id, round_=order.round)
+                self._controls.prepare(left.at_site, order, self._group)
             if self._spec.keeps_optimizer_state:
-                self._kept.save(optimizer, self._model.module, order.round)
-        except OSError as error:
+                self._kept.save(optimizer, self._model.module, order.round, self._group)
+        except TrainingFailed as error:
             raise TrainingFailed(f"the site cannot write what it trained: {error}") from error
-        return order.update_path
 
     def _check_tokens(self) -> None:
         module: Any = self._model.module
@@ -189,18 +190,19 @@ class Trainer:
             raise TrainingFailed(f"the task reads {wanted} tokens at once, but the model at most {most}")
 
 
-def _open_model(spec: RunSpec, order: Order, device: torch.device) -> LocalModel:
+def _open_model(spec: RunSpec, job: Job, group: Group) -> LocalModel:
+    order, model_class = job.order, spec.task.model_class
     if spec.model.adapter is None:
-        assets, model = Path(order.assets_dir), Path(order.model_path)
-        return LocalModel(assets, model, device, spec.task.model_class)
+        lay = partial(shard, group=group) if job.sharding == "fsdp" and group.world > 1 else None
+        return LocalModel(Path(order.assets_dir), Path(order.model_path), group.device, model_class, lay)
     from fedloom_client.training.adapters import AdapterModel  # here: peft takes seconds to load
 
-    return AdapterModel(spec.model.adapter, spec.task.model_class, order, device)
+    return AdapterModel(spec.model.adapter, model_class, order, group.device)
 
 
 def warm_key(job: Job) -> tuple[object, ...]:
     """Everything of a job that a warm trainer depends on."""
-    return job.order.run_id, job.order.spec, job.order.assets_dir, job.source, job.directory
+    return job.order.run_id, job.order.spec, job.order.assets_dir, job.source, job.directory, job.sharding
 
 
 def _seed(*parts: int) -> int:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom_client.training.algorithms import begin_round
 from fedloom_client.training.controls import SiteControls
+from fedloom_client.training.group import Group
 from fedloom_client.training.orders import Order
 from fedloom_client.training.roundalgorithm import RoundStart
 from fedloom_common.controls import add_controls
@@ -202,7 +203,8 @@ def test_control_variates_of_another_model_are_named(
     alone: Any, make_order: MakeOrder, controlled_model: Path
 ) -> None:
     controls = SiteControls(alone.directory)
-    controls.prepare({"other": torch.ones(2)}, update="x", round_=1)
+    group = Group(0, 1, torch.device("cpu"), None)
+    controls.prepare({"other": torch.ones(2)}, make_order(id="x"), group)
     controls.commit("x")
     with pytest.raises(TrainingFailed, match=r"round-1\.safetensors cannot be used .*delete the file"):
         alone.perform(make_order(local=SCAFFOLD, round_=2, model_path=str(controlled_model)))

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from fedloom_client.training.group import Group
 from fedloom_client.training.optimizers import KeptState, new_optimizer, rate_factor
 from fedloom_common.errors import TrainingFailed
 from fedloom_common.runspec import SGD, AdamW, Schedule
+
+ALONE = Group(0, 1, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,7 @@ def test_a_restored_optimizer_takes_the_same_steps(spec: Any, tmp_path: Path) ->
     module, kept = nn.Linear(3, 2), KeptState(tmp_path)
     optimizer = new_optimizer(spec, module)
     step(module, optimizer, 1)
-    kept.save(optimizer, module, 1)
+    kept.save(optimizer, module, 1, ALONE)
     twin = nn.Linear(3, 2)
     twin.load_state_dict(module.state_dict())
     restored = new_optimizer(spec, twin)
@@ -59,7 +62,7 @@ def test_only_the_newest_two_rounds_and_none_of_an_abandoned_future_are_kept(tmp
     optimizer = new_optimizer(AdamW(), module)
     step(module, optimizer, 1)
     for round_ in (1, 2, 3, 9, 4):
-        kept.save(optimizer, module, round_)
+        kept.save(optimizer, module, round_, ALONE)
     assert {file.name for file in tmp_path.iterdir()} == {
         "optimizer-3.safetensors",
         "optimizer-4.safetensors",
@@ -70,7 +73,7 @@ def test_plain_sgd_keeps_no_file(tmp_path: Path) -> None:
     module = nn.Linear(3, 2)
     optimizer = new_optimizer(SGD(), module)
     step(module, optimizer, 1)
-    KeptState(tmp_path).save(optimizer, module, 1)
+    KeptState(tmp_path).save(optimizer, module, 1, ALONE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,7 +82,7 @@ def test_a_state_file_that_cannot_be_used_is_named(tmp_path: Path, damage: str) 
     module, kept = nn.Linear(3, 2), KeptState(tmp_path)
     optimizer = new_optimizer(AdamW(), module)
     step(module, optimizer, 1)
-    kept.save(optimizer, module, 1)
+    kept.save(optimizer, module, 1, ALONE)
     file = tmp_path / "optimizer-1.safetensors"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-4])

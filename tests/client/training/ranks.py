@@ -1,0 +1,75 @@
+"""A rank of a test: does the jobs of a list, each in a trainer of its own, as after a restart.
+
+    python ranks.py RANK WORLD LIST
+
+LIST is a JSON file, a folder beside it the meeting point; each rank writes what came of a job there.
+"""
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from fedloom_client.training.group import Group
+from fedloom_client.training.orders import Job
+from fedloom_client.training.service import WarmRank
+from fedloom_client.training.sharding import local
+
+
+class Killed(BaseException):
+    """Every rank ends here."""
+
+
+def main() -> None:
+    rank, world, jobs = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(jobs.with_suffix(".store")), world)
+    distributed.init_process_group(
+        "gloo", store=distributed.PrefixStore("group", store), rank=rank, world_size=world,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    group = Group(rank, world, torch.device("cpu"), store)
+    results = {}
+    for name, entry in json.loads(jobs.read_text()).items():
+        results[name] = perform(group, Job.from_json(json.dumps(entry["job"])), entry["cut_after"])
+    jobs.with_suffix(f".{rank}").write_text(json.dumps(results))
+    group.leave()
+
+
+def perform(group: Group, job: Job, cut_after: int | None) -> dict[str, Any]:
+    warm, real = WarmRank(group), torch.optim.Optimizer.zero_grad
+    taken = 0
+
+    def zero_grad(self: Any, set_to_none: bool = True) -> None:
+        nonlocal taken
+        taken += 1
+        if cut_after is not None and taken > cut_after:
+            raise Killed
+        real(self, set_to_none)
+
+    torch.optim.Optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+    try:
+        metrics = warm.perform(job).metrics
+    except Killed:
+        return {}
+    finally:
+        torch.optim.Optimizer.zero_grad = real  # type: ignore[method-assign]
+    return metrics | {"held_bytes": held_bytes(warm)}
+
+
+def held_bytes(warm: WarmRank) -> int:
+    """Bytes of this rank's parameters and optimizer state."""
+    trainer = warm._trainer
+    assert trainer is not None
+    tensors = list(trainer._model.module.parameters())
+    if trainer._optimizer is not None:
+        tensors += [value for state in trainer._optimizer.state.values() for value in state.values()]
+    return sum(local(tensor).nbytes for tensor in tensors)
+
+
+if __name__ == "__main__":
+    main()
