@@ -57,6 +57,13 @@ class Published:
     delta: Delta | None = None
     parts: Parts | None = None
     """What makes the model, if that is an adapter and the round changed something of it."""
+    optimizer: StoredFile | None = None
+    """State of the server optimizer after the round."""
+
+    @property
+    def optimizer_digest(self) -> str:
+        """The state's digest; empty if there is none."""
+        return self.optimizer.digest if self.optimizer else ""
 
 
 def publish(store: Store, run: Run, record: Round, mean: Path) -> Published:

@@ -26,7 +26,8 @@ from fedloom_server.aggregation import (
     staleness_factor,
 )
 from fedloom_server.aggregation.controls import settle_controls
-from fedloom_server.downlink import Published, publish
+from fedloom_server.downlink import Published
+from fedloom_server.globalmodel import make_model
 from fedloom_server.records import Assignment, AssignmentState, Round, Run
 from fedloom_server.store import Store
 from fedloom_server.uploads import Uploads
@@ -108,7 +109,7 @@ class Folding:
             parts = None if self._merge is None else self._merge.fold(given)
         if isinstance(self._run.spec.local.algorithm, Scaffold):
             settle_controls(out, base, len(done) / max(self._record.population, len(done)))
-        return replace(publish(self._store, self._run, self._record, out), parts=parts)
+        return replace(make_model(self._store, self._run, self._record, out), parts=parts)
 
     def _take_mean(self, base: Path, updates: Sequence[Update], out: Path) -> None:
         if isinstance(self._rule, FoldingAggregator):

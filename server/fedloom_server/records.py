@@ -109,6 +109,8 @@ class Run(Base):
     model_digest: Mapped[str]
     """The latest global model."""
     model_bytes: Mapped[int] = mapped_column(BigInteger)
+    optimizer_digest: Mapped[str] = mapped_column(default="")
+    """State of the server optimizer that round 1 begins with, of a clone; empty for a new one."""
     reason: Mapped[str] = mapped_column(default="")
     started_at_s: Mapped[float] = mapped_column(default=0.0)
     ended_at_s: Mapped[float] = mapped_column(default=0.0)
@@ -163,6 +165,8 @@ class Round(Base):
     delta_digest: Mapped[str] = mapped_column(default="")
     """That model as its change against ``base_digest``, encoded; empty if sites are told the whole."""
     delta_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    optimizer_digest: Mapped[str] = mapped_column(default="")
+    """State of the server optimizer after the round; empty if it takes the mean as it is."""
     metrics: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
     ended_at_s: Mapped[float] = mapped_column(default=0.0)
     adapter: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)

@@ -39,9 +39,9 @@ def kept_rounds(spec: RunSpec, metrics: Mapping[int, Mapping[str, float]], keep:
 
 
 def drop_old_models(store: Store, run: Run, keep: KeepModels) -> None:
-    """Remove a run's models that the policy does not keep, each with the change that told it."""
+    """Remove a run's models that the policy does not keep, each with what came with it."""
     rounds = store.rounds(run.id)
-    files = _files_of(rounds)
+    files = _files_of(run, rounds)
     kept = _kept_files(run, rounds, keep)
     old = {name for names in files.values() for name in names} - kept
     if old:
@@ -95,23 +95,32 @@ def collect_orphans(store: Store, keep: KeepModels) -> None:
 
 def _kept_files(run: Run, rounds: Sequence[Round], keep: KeepModels) -> set[str]:
     """Digests of what the policy keeps of a run."""
-    files = _files_of(rounds)
+    files = _files_of(run, rounds)
     measured = {record.number: record.metrics for record in rounds}
     metrics = {number: measured.get(number, {}) for number in files}
     kept = kept_rounds(run.spec, metrics, keep)
     return {name for number in kept for name in files[number]} | {run.model_digest}
 
 
-def _files_of(rounds: Sequence[Round]) -> dict[int, set[str]]:
-    """Of each round with a model, the model and the change that told it; the initial one is of round 0."""
+def _files_of(run: Run, rounds: Sequence[Round]) -> dict[int, set[str]]:
+    """Of each round with a model, the model, the change that told it and the optimizer's state after it.
+
+    The initial ones are of round 0.
+    """
     files = {
-        record.number: {record.model_digest, record.delta_digest, *part_digests(record)} - {""}
+        record.number: {
+            record.model_digest,
+            record.delta_digest,
+            record.optimizer_digest,
+            *part_digests(record),
+        }
         for record in rounds
         if record.model_digest
     }
     if rounds:
-        files.setdefault(rounds[0].number - 1 if rounds[0].number else 0, {rounds[0].base_digest})
-    return files
+        first = rounds[0].number - 1 if rounds[0].number else 0
+        files.setdefault(first, {rounds[0].base_digest}).add(run.optimizer_digest)
+    return {number: names - {""} for number, names in files.items()}
 
 
 def _in_use(store: Store, digests: Collection[str]) -> set[str]:
@@ -121,20 +130,26 @@ def _in_use(store: Store, digests: Collection[str]) -> set[str]:
 
 
 def _working() -> list[Select[str]]:
-    """Queries for what unfinished rounds and assignments start from, make or measure."""
+    """Queries for what unfinished rounds and assignments start from, make or measure, and for the state of
+    the optimizer that the next round goes on from."""
     unfinished = Round.state.not_in((RoundState.FINISHED, RoundState.FAILED))
     yet_to_count = or_(
         Assignment.state == AssignmentState.OPEN, Assignment.is_late, Assignment.round > Run.rounds_done
     )
     columns = (Round.base_digest, Round.model_digest, Round.delta_digest)
+    state = select(Round.optimizer_digest).join(Run, Run.id == Round.run_id)
+    states = [
+        state.where(Round.number == Run.rounds_done),
+        select(Run.optimizer_digest).where(Run.rounds_done == 0),
+    ]
     of_rounds = [select(column).join(Run, Run.id == Round.run_id).where(unfinished) for column in columns]
     of_assignments = select(Assignment.model_digest).join(Run, Run.id == Assignment.run_id)
-    return [*of_rounds, of_assignments.where(yet_to_count)]
+    return [*of_rounds, *states, of_assignments.where(yet_to_count)]
 
 
 def _of_other_runs(store: Store, run: Run, digests: Collection[str]) -> set[str]:
     """Those that other runs name too: runs of one spec begin with the same model."""
-    columns = (Round.base_digest, Round.model_digest, Round.delta_digest)
+    columns = (Round.base_digest, Round.model_digest, Round.delta_digest, Round.optimizer_digest)
     named = store.digests(
         *(select(column).where(Round.run_id != run.id, column.in_(digests)) for column in columns)
     )

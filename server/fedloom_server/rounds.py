@@ -118,6 +118,7 @@ async def _aggregate(run: Run, record: Round, done: Sequence[Assignment], foldin
     record.metrics = {f"train_{name}": value for name, value in _combined(done).items()}
     model, delta = published.model, published.delta
     record.model_digest, record.model_bytes, record.reason = model.digest, model.size_bytes, ""
+    record.optimizer_digest = published.optimizer_digest
     record.delta_digest, record.delta_bytes = (delta.file.digest, delta.file.size_bytes) if delta else ("", 0)
     record.adapter = published.parts.to_json() if published.parts else {}
     run.model_digest, run.model_bytes, run.rounds_done = model.digest, model.size_bytes, record.number

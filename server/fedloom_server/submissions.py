@@ -18,7 +18,7 @@ from fedloom_server.adapters.parts import PartFile, parts_of, take_frozen
 from fedloom_server.codecs import require_codable
 from fedloom_server.exports import kept_model, rounds_up_to
 from fedloom_server.models import MODEL_FILE, prepare_model
-from fedloom_server.records import Run, RunState
+from fedloom_server.records import Round, Run, RunState
 from fedloom_server.selection import find_policy
 from fedloom_server.store import Store, new_run_id
 
@@ -99,17 +99,28 @@ class Submissions:
         rounds = rounds_up_to(self._store, origin, round_number)
         digest = kept_model(self._store, origin, rounds)
         model, parts = await self._store.files.bring(digest), parts_of(self._store, origin, digest)
+        state = await self._optimizer_state(origin, rounds[-1] if rounds else None, spec)
         digest, model = await until_done(self._fitted, spec, digest, model)
         require_codable(spec.transport, model)
         run = Run(
             id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
             submitted_at_s=time.time(), assets=origin.assets, model_digest=digest,
-            model_bytes=model.stat().st_size, priority=priority, cloned_from=origin.id,
+            model_bytes=model.stat().st_size, optimizer_digest=state, priority=priority,
+            cloned_from=origin.id,
             cloned_round=rounds[-1].number if rounds else 0,
             adapter=parts.to_json() if spec.model.adapter else {},
         )  # fmt: skip
         self._queue(run)
         return run
+
+    async def _optimizer_state(self, origin: Run, record: Round | None, spec: RunSpec) -> str:
+        """The server optimizer's state that goes with a round's model; empty for a spec with another one."""
+        name, before = (one.aggregation.server_optimizer.name for one in (spec, origin.spec))
+        digest = record.optimizer_digest if record and record.number else origin.optimizer_digest
+        if name != before or not digest:
+            return ""
+        await self._store.files.bring(digest)
+        return digest
 
     def _fitted(self, spec: RunSpec, digest: str, model: Path) -> tuple[str, Path]:
         """A kept model as a run can begin with it: with the control variates that its algorithm needs."""

@@ -138,7 +138,8 @@ class Versions:
         """Make the closed version's model, durable under its digest, named by round and run."""
         run, record = self._run, self.closed
         assert record is not None
-        model = (await folding.aggregate(taken)).model
+        published = await folding.aggregate(taken)
+        model, record.optimizer_digest = published.model, published.optimizer_digest
         record.metrics = _training_metrics(taken)
         record.model_digest, record.model_bytes, record.reason = model.digest, model.size_bytes, ""
         run.model_digest, run.model_bytes, run.rounds_done = model.digest, model.size_bytes, record.number

@@ -1,6 +1,5 @@
 """Inner optimizers, the learning rate over the run, and the optimizer's state between rounds."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from fedloom_client.training.group import Group
 from fedloom_client.training.plan import RoundPlan
 from fedloom_client.training.sharding import Gather, first_writes, placed_like
+from fedloom_common import rates
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.runspec import SGD, AdamW, Local, Schedule
 from fedloom_common.tensors import read_tensors, write_tensors
@@ -34,12 +34,7 @@ def rate_factor(schedule: Schedule, step: int, total_steps: int) -> float:
 
     Linear warm-up reaches the peak at step ``warmup_steps``; cosine is at ``final_ratio`` after the last.
     """
-    if step < schedule.warmup_steps:
-        return (step + 1) / (schedule.warmup_steps + 1)
-    if schedule.kind == "constant":
-        return 1.0
-    done = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
-    return schedule.final_ratio + (1 - schedule.final_ratio) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return rates.rate_factor(schedule.kind, schedule.warmup_steps, schedule.final_ratio, step, total_steps)
 
 
 def rate_sum(local: Local, plan: RoundPlan) -> float:

@@ -11,6 +11,7 @@ The coordinator and every site read the same spec; what belongs to one machine
     algorithms.py   what a site's steps aim at
     aggregation.py  how updates become the next global model
     rules.py        what their centre is: mean, median, Krum and others
+    serveroptimizers.py  what the coordinator makes of that
     transport.py    how both are made smaller for the wire
     mode.py         rounds, or each site at its own pace
     evaluation.py   measuring the model, and what ends the run early
@@ -37,6 +38,16 @@ from fedloom_common.runspec.rules import (
     TrimmedMeanRule,
 )
 from fedloom_common.runspec.run import RunSpec
+from fedloom_common.runspec.serveroptimizers import (
+    AnyServerOptimizer,
+    DiLoCo,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedYogi,
+    RoundSchedule,
+)
 from fedloom_common.runspec.tasks import CausalLM, Task, TaskKind
 from fedloom_common.runspec.transport import Transport
 
@@ -45,11 +56,18 @@ __all__ = [
     "AdamW",
     "Aggregation",
     "AnyRule",
+    "AnyServerOptimizer",
     "Async",
     "CausalLM",
     "Cohort",
+    "DiLoCo",
     "Evaluation",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
     "FedProx",
+    "FedYogi",
     "GeometricMedianRule",
     "KrumRule",
     "Local",
@@ -60,6 +78,7 @@ __all__ = [
     "MultiKrumRule",
     "Patience",
     "Plain",
+    "RoundSchedule",
     "RunSpec",
     "Scaffold",
     "Schedule",

@@ -7,6 +7,7 @@ from fedloom_common.runspec.cohort import Cohort
 from fedloom_common.runspec.local import Local
 from fedloom_common.runspec.mode import Async, Sync
 from fedloom_common.runspec.rules import MeanRule, Rule
+from fedloom_common.runspec.serveroptimizers import FedAvg, ServerOptimizer
 from fedloom_common.strict import Strict
 
 
@@ -16,6 +17,8 @@ class Aggregation(Strict):
     rule: Rule = MeanRule()
     """What the updates come to: a name, such as ``weighted_mean`` or ``median``, or a mapping with it and
     its parameters, such as ``{name: krum, byzantine: 1}``."""
+    server_optimizer: ServerOptimizer = FedAvg()
+    """What the coordinator makes of that, such as ``fedavg``, which takes it as it is, or ``diloco``."""
     max_examples: int | None = Field(default=None, ge=1)
     """Largest nₖ that an update may claim; an update that claims more is rejected."""
     deterministic: bool = False
@@ -23,13 +26,20 @@ class Aggregation(Strict):
     they arrive, but those of fast sites may wait on disk for a slow one's."""
 
     def require_fit(self, mode: Sync | Async, cohort: Cohort, local: Local) -> None:
-        """Check that a robust rule can keep what it promises.
+        """Check that a robust rule can keep what it promises, and that the step has one rate.
 
         Raises:
-            ValueError: tells what contradicts the rule, and what to do.
+            ValueError: tells what contradicts the rule or the optimizer, and what to do.
         """
-        if not self.rule.is_robust:
-            return
+        if self.rule.is_robust:
+            self._require_fit_of_rule(mode, cohort, local)
+        if isinstance(mode, Async) and mode.server_lr != 1 and self.server_optimizer != FedAvg():
+            raise ValueError(
+                f"mode.server_lr is {mode.server_lr:g} and aggregation.server_optimizer "
+                f"{self.server_optimizer.name} has a learning rate of its own: drop mode.server_lr"
+            )
+
+    def _require_fit_of_rule(self, mode: Sync | Async, cohort: Cohort, local: Local) -> None:
         rule, needed = f"aggregation.rule {self.rule.name}", self.rule.needed_updates()
         if isinstance(mode, Async):
             raise ValueError(
