@@ -51,11 +51,15 @@ class CardFacts:
     sites: Sequence[SiteFacts]
     history: Sequence[RoundResult]
     """Every finished round up to this model, first to last; 0 is the initial model."""
+    base_digest: str = ""
+    """Of the frozen weights, where an adapter was trained."""
+    is_adapter: bool = False
+    """Whether the directory holds an adapter for peft, and no whole model."""
 
 
 def model_card(facts: CardFacts) -> str:
     """A Hugging Face model card: Markdown after YAML metadata."""
-    parts = [_metadata(facts), _what(facts), _how_to_load(), _sites(facts), _metrics(facts)]
+    parts = [_metadata(facts), _what(facts), _how_to_load(facts), _sites(facts), _metrics(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -81,6 +85,7 @@ def _what(facts: CardFacts) -> str:
         f"- Rounds done: {rounds} of at most {spec.rounds}",
         f"- Why it stopped: {_escaped(facts.reason) or 'it did not, the run goes on after this model'}",
         f"- Initial weights: {_origin(spec)}",
+        *_adapter(facts),
         f"- Data set: {_escaped(spec.data)}",
         f"- Aggregation: {_RULES[spec.aggregation.rule.name]}",
         f"- Transport: updates {_chain(spec.transport.up)}, models {_chain(spec.transport.down)}",
@@ -102,7 +107,27 @@ def _origin(spec: RunSpec) -> str:
     )
 
 
-def _how_to_load() -> str:
+def _adapter(facts: CardFacts) -> Iterator[str]:
+    adapter = facts.spec.model.adapter
+    if adapter is not None:
+        targets = adapter.target_modules
+        layers = targets if isinstance(targets, str) else ", ".join(_escaped(name) for name in targets)
+        size = f"rank {adapter.rank} and α {adapter.alpha:g}"
+        yield f"- Trained: LoRA adapters of {size} on {layers} layers, merged by {adapter.merge}"
+        yield f"- Frozen weights: {facts.base_digest}"
+
+
+def _how_to_load(facts: CardFacts) -> str:
+    if facts.is_adapter:
+        return """## How to load it
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base = AutoModelForCausalLM.from_pretrained("path/to/the/base", dtype="float32")
+model = PeftModel.from_pretrained(base, "path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+```"""
     return """## How to load it
 
 ```python

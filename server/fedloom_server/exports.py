@@ -1,7 +1,7 @@
 """A run's model for the outside: which files, and a card of the facts behind it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedloom_common.errors import NotFound
@@ -24,7 +24,7 @@ class Export:
     card: str
 
 
-def export(store: Store, run_id: str, round_number: int | None) -> Export:
+def export(store: Store, run_id: str, round_number: int | None, *, as_adapter: bool = False) -> Export:
     """A run's latest model, or the one after a round; round 0 is the initial model.
 
     Raises:
@@ -36,9 +36,10 @@ def export(store: Store, run_id: str, round_number: int | None) -> Export:
     size = rounds[-1].model_bytes if rounds else run.model_bytes
     model = {"name": MODEL_FILE, "digest": digest, "size_bytes": size}
     parts = parts_of(store, run, digest)
-    return Export(
-        run, [model, *run.assets], parts, model_card(_facts(run, rounds, store.assignments(run.id)))
-    )
+    facts = _facts(run, rounds, store.assignments(run.id))
+    if parts.frozen:
+        facts = replace(facts, base_digest=parts.base_digest(), is_adapter=as_adapter)
+    return Export(run, [model, *run.assets], parts, model_card(facts))
 
 
 def rounds_up_to(store: Store, run: Run, round_number: int | None) -> list[Round]:

@@ -52,7 +52,8 @@ class Folding:
         self._run, self._record = run, record
         self._store, self._uploads = store, uploads
         self._rule = aggregator_for(run.spec.aggregation, run.spec.transport.up, record.base_digest)
-        self._merge = None if run.spec.model.adapter is None else Merge(store, run, record)
+        adapter = run.spec.model.adapter
+        self._merge = Merge(store, run, record) if adapter and adapter.needs_all_updates else None
         self._mode = run.spec.mode
         self._is_in_order = run.spec.aggregation.deterministic
         self._batch: Sequence[Assignment] = ()
@@ -101,12 +102,11 @@ class Folding:
         updates = [self._update(assignment) for assignment in done if not assignment.is_folded]
         base = self._store.files.path(self._record.base_digest)
         out, parts = self._store.spool.mean_path(self._run.id, self._record.number), None
-        given = Given(updates=updates, models=self._models(done), stages=self._run.spec.transport.up)
-        if self._merge is not None and self._merge.replaces_mean:
-            parts = self._merge.stack(given, base, out)
-        else:
+        if self._merge is None or not self._merge.replaces_mean:
             self._take_mean(base, updates, out)
-            parts = None if self._merge is None else self._merge.fold(given)
+        if self._merge is not None:
+            given = Given(updates=updates, models=self._models(done), stages=self._run.spec.transport.up)
+            parts = self._merge.merge(given, base, out)
         if isinstance(self._run.spec.local.algorithm, Scaffold):
             settle_controls(out, base, len(done) / max(self._record.population, len(done)))
         return replace(make_model(self._store, self._run, self._record, out), parts=parts)

@@ -8,7 +8,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,12 @@ from fedloom_server.models import MODEL_FILE
 PREFIX = "base_model.model."
 """What peft puts before a layer's name in an adapter's file."""
 ALL_LINEAR = "all-linear"
+PEFT_TASKS = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+}
+"""peft's names of what a model is for, by transformers' class; it knows no masked language model."""
 
 
 def write_adapter(spec: RunSpec, folder: Path) -> None:
@@ -47,7 +53,7 @@ def write_adapter(spec: RunSpec, folder: Path) -> None:
     if spec.model.path is not None:
         _keep_original(Path(spec.model.path).expanduser(), folder / BASE_FILE)
     module = _outline(folder)
-    config = _inject(adapter, module, Manifest.read(folder / BASE_FILE))
+    config = _inject(adapter, module, spec.task.model_class)
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
     layout = Layout(alpha=adapter.alpha, targets=tuple(_targets(layers, folder / BASE_FILE)))
     layout.write(folder)
@@ -80,7 +86,7 @@ def _outline(folder: Path) -> torch.nn.Module:
     return module
 
 
-def _inject(adapter: Lora, module: Any, base: Manifest) -> LoraConfig:
+def _inject(adapter: Lora, module: Any, model_class: str) -> LoraConfig:
     """Give the outline's layers their adapters; the config that does the same at every site."""
     wanted: str | tuple[str, ...] = adapter.target_modules
     if wanted == "auto":
@@ -90,6 +96,7 @@ def _inject(adapter: Lora, module: Any, base: Manifest) -> LoraConfig:
         r=adapter.largest_rank, lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft only divides it
         lora_dropout=adapter.dropout,
         target_modules=wanted if isinstance(wanted, str) else list(wanted),
+        task_type=PEFT_TASKS.get(model_class),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in module.modules()),
     )  # fmt: skip
     try:
@@ -152,7 +159,8 @@ def _write(path: Path, tensors: dict[str, NDArray[np.float32]]) -> None:
 def _write_config(config: LoraConfig, adapter: Lora, path: str | None, folder: Path) -> None:
     """peft's own file, the same bytes for the same spec."""
     described: dict[str, Any] = config.to_dict()
-    content = described | {"base_model_name_or_path": path, "inference_mode": True}
+    base = None if path is None else PurePath(path).name  # its folder is nobody's business
+    content = described | {"base_model_name_or_path": base, "inference_mode": True}
     named = content["target_modules"]
     content["target_modules"] = named if isinstance(named, str) else sorted(named)
     plain = {key: getattr(value, "value", value) for key, value in content.items()}

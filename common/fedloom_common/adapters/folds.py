@@ -7,6 +7,7 @@ partition, so that whoever folds the same files into the same base comes to the 
 fold each round as it comes, and those that come late and fold all of them at once.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,6 +67,25 @@ class Folds:
                 weight[...] = _fitting(read_values(file, name), weight.shape, name)
             elif name + LEFT in names:
                 add_product(weight, read_values(file, name + LEFT), read_values(file, name + RIGHT), name)
+
+    def change(self, name: str, pristine: Weight) -> tuple[NDArray[np.float64], float]:
+        """What all folds change in a weight of the base, and how much of it may be rounding.
+
+        Where the weight itself was written, the change is a difference of rounded numbers: what rounding
+        to fp32 puts into it is noise, whose largest singular value the second result bounds.
+
+        Source: Davidson and Szarek 2001, theorem II.13: that of noise of deviation σ is about σ(√m + √n).
+        """
+        first, change, noise = self._last_whole(name), np.zeros(pristine.shape), 0.0
+        for file, names in zip(self._files[first:], self._names[first:], strict=True):
+            if name in names:
+                whole = _fitting(read_values(file, name), pristine.shape, name)
+                change = whole.astype(np.float64) - pristine
+                noise = float(abs(whole).max() * np.finfo(np.float32).eps * sum(map(math.sqrt, whole.shape)))
+            elif name + LEFT in names:
+                left, right = read_values(file, name + LEFT, np.float64), read_values(file, name + RIGHT)
+                change += _fitting(left @ right, pristine.shape, name)
+        return change, noise
 
     def _last_whole(self, name: str) -> int:
         """Index of the last fold that holds the weight itself, before which nothing matters; else 0."""

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from fedloom_common.codecs.spec import AS_IS
 from fedloom_common.runspec.serveroptimizers import FedAvg
+from fedloom_common.runspec.serveroptimizers import FedAvg
 from fedloom_common.strict import Name, Strict
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Lora(Strict):
                 yield f"{exact}, but mode.kind is async: take merge ffa or fedit, or rounds"
             if spec.aggregation.rule.is_robust:
                 yield f"{exact}, but aggregation.rule is {spec.aggregation.rule.name}: take merge ffa"
+            if spec.aggregation.server_optimizer != FedAvg():
+                name = spec.aggregation.server_optimizer.name
+                yield f"{exact}, but aggregation.server_optimizer is {name}: take merge ffa or fedit"
             if spec.cohort.late == "carry":
                 yield f"{exact}, but cohort.late is carry: take merge ffa or fedit, or drop late updates"
         if self.merge == "stack":

@@ -305,12 +305,14 @@ class ResumeRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ...) -> None: ...
 
 class ExportRequest(_message.Message):
-    __slots__ = ("run_id", "round")
+    __slots__ = ("run_id", "round", "as_adapter")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    AS_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     round: int
-    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
+    as_adapter: bool
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., as_adapter: bool = ...) -> None: ...
 
 class ExportResponse(_message.Message):
     __slots__ = ("files", "model_card", "run", "frozen", "folds")

@@ -22,7 +22,7 @@ from fedloom_server.store import Store
 
 
 class Merge:
-    """The merge of one round. Doing it again, after a kill, gives the same bytes."""
+    """A merge of one round that takes more than an average. Done again, after a kill, it gives the same bytes."""
 
     def __init__(self, store: Store, run: Run, record: Round) -> None:
         adapter = run.spec.model.adapter
@@ -35,23 +35,23 @@ class Merge:
         """Whether the next adapter is a new one and no average."""
         return self._adapter.merge == "stack"
 
-    def fold(self, given: Given) -> Parts | None:
-        """What belongs to the round's model beside the average of A and B; None if nothing has changed.
+    def merge(self, given: Given, base: Path, out: Path) -> Parts:
+        """What belongs to the round's model beside its adapter, in the store.
+
+        The adapter is in ``out``: the average of A and B, or a new one that is written here.
 
         Raises:
             BadTensor: an update cannot be merged; the message names its site.
         """
+        return self._stack(given, base, out) if self.replaces_mean else self._fold(given)
+
+    def _fold(self, given: Given) -> Parts:
         before, fold = self._before(), self._work_file("fold")
-        if self._adapter.merge != "fedex" or not write_residual(given, self._layout(), fold):
-            return before if before.folds else None
+        if not write_residual(given, self._layout(), fold):
+            return before
         return self._with_fold(before, put(self._store, fold, FACTORS))
 
-    def stack(self, given: Given, base: Path, out: Path) -> Parts:
-        """Write the next adapter, a new one, and fold the sites' into the base.
-
-        Raises:
-            BadTensor: an update cannot be merged; the message names its site.
-        """
+    def _stack(self, given: Given, base: Path, out: Path) -> Parts:
         layout, fold = self._layout(), self._work_file("fold")
         means = write_stack(given, layout, fold)
         write_fresh(base, layout, means, out, seed=self._run.spec.seed, round_=self._record.number)

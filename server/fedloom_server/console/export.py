@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from fedloom_common.digests import DIGEST, digest_of_file, is_digest, plain_name
 from fedloom_common.errors import ProtocolError, StorageFull, WrongState
 from fedloom_common.files import storage_errors, write_text
 from fedloom_common.transfer import download
+from fedloom_server.console.adapterfiles import made_names, make_files
 from fedloom_server.console.connection import Coordinator
 from fedloom_server.console.formats import bytes_text
 
@@ -24,6 +25,14 @@ CARD = "README.md"
 MARKER = ".fedloom-export.json"  # says whose export a directory is, and which files belong to it
 ARRIVING = ".fedloom-arriving"  # holds the files until all are there
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsAdapter:
+    """The adapter is wanted, and not a whole model."""
+
+    base_name: str = ""
+    """Where peft is to look for the base: a directory or a name; as the run's spec named it if empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,32 +50,45 @@ async def export(
     directory: Path,
     *,
     round_number: int | None = None,
+    adapter: AsAdapter | None = None,
     on_bytes: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Export:
     """Fetch a model's files and its card; ``on_bytes`` hears how many bytes of how many are there.
+
+    Of a run that trained adapters they are made into a whole model, or into one ``adapter`` for peft.
 
     All files take their names only when every one is whole and checked, so an earlier export in the
     directory stays as it was until then. What a broken call left is taken up by the next.
 
     Raises:
-        WrongState: the directory holds something else than an earlier export of the same run.
+        WrongState: the directory holds something else than an earlier export of the same run, or the run
+            trained no adapter and one is wanted.
         StorageFull: the files do not fit on the disk.
         ProtocolError: the coordinator named a file that is not a plain name.
         FederationError: the coordinator has no such model, or could not send it.
     """
     answer: ExportResponse = await coordinator.call(
-        coordinator.runs.Export, ExportRequest(run_id=run_id, round=round_number)
+        coordinator.runs.Export,
+        ExportRequest(run_id=run_id, round=round_number, as_adapter=adapter is not None),
     )
+    _require_adapter(answer, adapter)
     full_id = answer.run.id
     earlier = _earlier_files(directory, full_id)
     check_names(answer.files)
-    total = sum(file.size_bytes for file in answer.files)
+    check_names(answer.frozen)
+    files = [*answer.files, *answer.frozen, *answer.folds]
+    total = sum(file.size_bytes for file in files)
     with _writing(directory, total):
         directory.mkdir(parents=True, exist_ok=True)
         _require_space(directory, total)
-        _write_marker(directory, full_id, earlier | {file.name for file in answer.files} | {CARD})
-        await _fetch(coordinator, answer.files, directory, lambda done: on_bytes(done, total))
-        _put_in_place(answer, directory, full_id, earlier)
+        names = _names(answer, adapter)
+        _write_marker(directory, full_id, earlier | names)
+        await _fetch(coordinator, files, directory, lambda done: on_bytes(done, total))
+        made = await asyncio.to_thread(_make, answer, directory / ARRIVING, adapter)
+        _put_in_place(answer.model_card, made, directory)
+        for name in earlier - names:
+            (directory / name).unlink(missing_ok=True)
+        _write_marker(directory, full_id, names)
     return Export(run_id=full_id, directory=directory, size_bytes=total)
 
 
@@ -174,20 +196,41 @@ async def _fetch(
         on_bytes(before)
 
 
-def _put_in_place(answer: ExportResponse, directory: Path, run_id: str, earlier: set[str]) -> None:
-    arriving = directory / ARRIVING
-    names = {file.name for file in answer.files} | {CARD}
-    for file in answer.files:
-        arrived = _place(arriving, file)
-        if arrived.suffix == ".safetensors" and has_controls(arrived):
-            drop_controls(arrived, directory / file.name)
+def _require_adapter(answer: ExportResponse, adapter: AsAdapter | None) -> None:
+    if adapter is not None and not answer.frozen:
+        raise WrongState(
+            f"run {answer.run.id} trained the whole model: there is no adapter to export; leave --adapter out"
+        )
+
+
+def _names(answer: ExportResponse, adapter: AsAdapter | None) -> set[str]:
+    """Names of the directory's files."""
+    if not answer.frozen:
+        return {file.name for file in answer.files} | {CARD}
+    return made_names(answer, as_adapter=adapter is not None) | {CARD}
+
+
+def _make(answer: ExportResponse, arriving: Path, adapter: AsAdapter | None) -> dict[str, Path]:
+    """Where each of the directory's files lies, by name."""
+    if not answer.frozen:
+        return {file.name: _place(arriving, file) for file in answer.files}
+    return make_files(
+        answer,
+        lambda file: _place(arriving, file),
+        arriving,
+        as_adapter=adapter is not None,
+        base_name="" if adapter is None else adapter.base_name,
+    )
+
+
+def _put_in_place(card: str, made: Mapping[str, Path], directory: Path) -> None:
+    for name, path in made.items():
+        if path.suffix == ".safetensors" and has_controls(path):
+            drop_controls(path, directory / name)
         else:
-            arrived.replace(directory / file.name)
-    write_text(directory / CARD, answer.model_card)
-    for name in earlier - names:
-        (directory / name).unlink(missing_ok=True)
-    _write_marker(directory, run_id, names)
-    shutil.rmtree(arriving)
+            path.replace(directory / name)
+    write_text(directory / CARD, card)
+    shutil.rmtree(directory / ARRIVING)
 
 
 def _place(arriving: Path, file: Blob) -> Path:

@@ -26,6 +26,7 @@ from fedloom_common.runspec import parse_run_spec, run_spec_schema
 from fedloom_server.console import runcontrol  # noqa: F401 (its commands join the group)
 from fedloom_server.console.board import ENDED
 from fedloom_server.console.connection import Coordinator, Operator, operator_command
+from fedloom_server.console.export import AsAdapter
 from fedloom_server.console.export import export as export_model
 from fedloom_server.console.formats import as_data, bytes_text, console_for_output, json_text, plain
 from fedloom_server.console.metrics import metrics
@@ -157,8 +158,16 @@ async def export(
         int | None,
         typer.Option("--round", min=0, help="Take the model after this round; the latest if not given."),
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a run with model.adapter: the adapter, as peft loads it.")
+    ] = False,
+    base: Annotated[
+        str, typer.Option(help="With --adapter: directory or name under which peft is to find the base.")
+    ] = "",
 ) -> None:
     """Fetch a run's model as a directory that transformers loads, with a model card.
+
+    Adapters are merged into the frozen weights, unless --adapter asks for them alone.
 
     An export that broke off goes on where it was when called again.
     """
@@ -180,11 +189,13 @@ async def export(
                 run,
                 to,
                 round_number=round_number,
+                adapter=AsAdapter(base_name=base) if adapter else None,
                 on_bytes=lambda held, total: progress.update(bar, completed=held, total=total),
             )
+    loader = "PeftModel.from_pretrained(base, " if adapter else "AutoModelForCausalLM.from_pretrained("
     console_for_output().print(
         f"Exported run {plain(done.run_id)} to {done.directory} ({bytes_text(done.size_bytes)}).\n"
-        f"Load it: AutoModelForCausalLM.from_pretrained({str(done.directory)!r})",
+        f"Load it: {loader}{str(done.directory)!r})",
         soft_wrap=True,
     )
 

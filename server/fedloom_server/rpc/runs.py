@@ -117,7 +117,7 @@ class RunEdge(RunServiceServicer):
     async def Export(self, request: pb.ExportRequest, context: Context) -> pb.ExportResponse:  # noqa: N802
         """Name the files of a run's model."""
         number = request.round if request.HasField("round") else None
-        found = export(self._store, request.run_id, number)
+        found = export(self._store, request.run_id, number, as_adapter=request.as_adapter)
         files = [blob(file) for file in found.files]
         return pb.ExportResponse(
             files=files,

@@ -1,0 +1,306 @@
+"""Adapters at one site: what is trained, what lies under it, and what comes of it in an export."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from fedloom.v1.runs_pb2 import ExportResponse, Run
+from fedloom.v1.session_pb2 import Blob
+from fedloom_client.training.adapters import AdapterModel
+from fedloom_client.training.orders import Order
+from fedloom_common.errors import TrainingFailed
+from fedloom_common.runspec import Lora, RunSpec
+from fedloom_server.console.adapterfiles import make_files
+from fedloom_server.initialadapter import write_adapter
+
+RANK, ALPHA = 3, 6.0
+TOKENS = torch.arange(40).reshape(2, 20)
+
+
+class Adapter:
+    """The files of an adapter's run, as its coordinator makes them."""
+
+    def __init__(self, folder: Path, assets: Path, model: Path, adapter: dict[str, Any]) -> None:
+        self.folder = folder
+        self.adapter = {"rank": RANK, "alpha": ALPHA} | adapter
+        shutil.copytree(assets, folder)
+        shutil.copy(model, folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        config["architectures"] = [
+            {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[config["model_type"]]
+        ]
+        (folder / "config.json").write_text(json.dumps(config))
+        self.spec = RunSpec.model_validate(
+            {
+                "name": "test",
+                "model": {"config": {"model_type": config["model_type"]}, "adapter": self.adapter},
+                "task": {"context_tokens": 32},
+                "data": "texts",
+                "rounds": 10,
+                "local": {"steps": 4, "batch_examples": 8, "optimizer": {"lr": 0.05}},
+            }
+        )
+        write_adapter(self.spec, folder)
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        names = ("base.safetensors", "adapter_a.safetensors")
+        return {name: str(self.folder / name) for name in names if (self.folder / name).exists()}
+
+    def order(self, make_order: Callable[..., Order], **changes: Any) -> Order:
+        files = {"model_path": str(self.folder / "model.safetensors"), "assets_dir": str(self.folder)}
+        return make_order(
+            **{"frozen": self.frozen, "spec": self.spec.model_dump(mode="json")} | files | changes
+        )
+
+    def model(self, folds: tuple[str, ...] = (), adapter: Path | None = None) -> AdapterModel:
+        path = adapter or self.folder / "model.safetensors"
+        order = Order(
+            id="x", work="evaluate", run_id="run", round=1, model_path=str(path),
+            assets_dir=str(self.folder), spec={}, frozen=self.frozen,
+        )  # fmt: skip
+        assert self.spec.model.adapter is not None
+        model = AdapterModel(self.spec.model.adapter, "AutoModelForCausalLM", order, torch.device("cpu"))
+        model.fold(folds)
+        model.load(path)
+        model.module.eval()
+        return model
+
+    def random_adapter(self) -> Path:
+        """A trained adapter: neither half is zero."""
+        random = np.random.default_rng(3)
+        tensors = load_file(self.folder / "model.safetensors")
+        path = self.folder / "trained.safetensors"
+        save_file({name: _random(random, tensor.shape) for name, tensor in tensors.items()}, path)
+        return path
+
+    def random_folds(self, count: int) -> tuple[str, ...]:
+        random = np.random.default_rng(4)
+        layout = json.loads((self.folder / "adapter_layout.json").read_text())
+        base = load_file(self.folder / "base.safetensors")
+        paths = []
+        for number in range(count):
+            tensors = {}
+            for target in layout["targets"]:
+                rows, columns = base[target["weight"]].shape
+                tensors[f"{target['weight']}/left"] = _random(random, (rows, 5))
+                tensors[f"{target['weight']}/right"] = _random(random, (5, columns))
+            path = self.folder / f"fold-{number}"
+            save_file(tensors, path)
+            paths.append(str(path))
+        return tuple(paths)
+
+    def by_hand(self, folds: tuple[str, ...], adapter: Path) -> torch.nn.Module:
+        """The model with folds and adapter in its weights, in float64."""
+        weights = {
+            name: tensor.astype(float) for name, tensor in load_file(self.folder / "base.safetensors").items()
+        }
+        layout = json.loads((self.folder / "adapter_layout.json").read_text())
+        trained = load_file(adapter)
+        if "adapter_a.safetensors" in self.frozen:
+            trained |= load_file(self.folder / "adapter_a.safetensors")
+        for target in layout["targets"]:
+            name = target["weight"]
+            for fold in map(load_file, folds):
+                weights[name] += fold[f"{name}/left"].astype(float) @ fold[f"{name}/right"].astype(float)
+            change = ALPHA / RANK * trained[target["b"]].astype(float) @ trained[target["a"]].astype(float)
+            weights[name] += change.T if target["is_transposed"] else change
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)).double()
+        model.load_state_dict(
+            {name: torch.from_numpy(array) for name, array in weights.items()}, strict=False
+        )
+        model.tie_weights()
+        return model.eval()
+
+
+def _random(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return (0.2 * random.standard_normal(shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def llama(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Assets and weights of a Llama, whose output is not tied and whose linear layers are not transposed."""
+    folder = tmp_path_factory.mktemp("llama") / "assets"
+    shutil.copytree(assets, folder)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    torch.manual_seed(1)
+    weights = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    path = folder.with_name("model.safetensors")
+    save_file({name: tensor.detach().numpy() for name, tensor in weights.items()}, path)
+    return folder, path
+
+
+@pytest.fixture
+def make_adapter(
+    assets: Path, global_model: Path, llama: tuple[Path, Path], tmp_path: Path
+) -> Callable[..., Adapter]:
+    def make(model_type: str = "gpt2", **adapter: Any) -> Adapter:
+        files = (assets, global_model) if model_type == "gpt2" else llama
+        return Adapter(tmp_path / "adapter", *files, adapter)
+
+    return make
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("merge", ["fedex", "ffa"])
+def test_a_site_computes_with_the_base_its_folds_and_the_adapter(make_adapter, model_type, merge):
+    adapter = make_adapter(model_type, merge=merge, target_modules="all-linear")
+    folds, trained = adapter.random_folds(2), adapter.random_adapter()
+    with torch.no_grad():
+        came = adapter.model(folds, trained).module(input_ids=TOKENS).logits
+        wanted = adapter.by_hand(folds, trained)(input_ids=TOKENS).logits
+        alone = adapter.model((), trained).module(input_ids=TOKENS).logits
+    torch.testing.assert_close(came.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert abs(came - alone).max() > 0.1
+
+
+def test_folds_that_come_one_by_one_or_all_at_once_or_again_give_the_same_bytes(make_adapter):
+    adapter = make_adapter()
+    folds = adapter.random_folds(3)
+    warm, late = adapter.model(folds[:1]), adapter.model(folds)
+    for number in (1, 2, 3):
+        warm.fold(folds[:number])
+    for name, tensor in late.module.state_dict().items():
+        assert torch.equal(tensor, warm.module.state_dict()[name]), name
+    weight = json.loads((adapter.folder / "adapter_layout.json").read_text())["targets"][0]["weight"]
+    before = warm.module.state_dict()[weight.replace(".weight", ".base_layer.weight")].clone()
+    whole = adapter.folder / "whole"
+    save_file({weight: np.ones(before.shape, np.float32)}, whole)
+    warm.fold((*folds, str(whole)))
+    assert (warm.module.state_dict()[weight.replace(".weight", ".base_layer.weight")] == 1).all()
+    warm.fold(folds)
+    assert torch.equal(warm.module.state_dict()[weight.replace(".weight", ".base_layer.weight")], before)
+
+
+@pytest.mark.parametrize("merge", ["fedex", "ffa", "stack"])
+def test_only_the_adapter_is_trained_and_leaves_the_site(alone, make_adapter, make_order, merge):
+    adapter = make_adapter(merge=merge)
+    order = adapter.order(make_order)
+    result = alone.perform(order)
+    before, after = load_file(order.model_path), load_file(order.update_path)
+    assert before.keys() == after.keys()
+    assert all(not np.array_equal(before[name], after[name]) for name in before)
+    assert any(".lora_A." in name for name in after) == (merge != "ffa")
+    assert result.examples == 32
+    kept = list((alone.directory).glob("optimizer-*"))
+    assert bool(kept) == (merge != "stack")  # new adapters have no use for the old ones' moments
+    later = adapter.order(make_order, work="evaluate", model_path=order.update_path)
+    assert (
+        alone.perform(later).metrics["loss"]
+        < alone.perform(adapter.order(make_order, work="evaluate")).metrics["loss"]
+    )
+
+
+def test_a_base_in_bf16_is_the_folded_base_rounded_once(make_adapter):
+    adapter = make_adapter(base_precision="bf16")
+    folds = adapter.random_folds(2)
+    exact, rounded = make_exact(adapter, folds), adapter.model(folds)
+    rounded.fold(folds[:1])
+    rounded.fold(folds)
+    for name, tensor in rounded.module.state_dict().items():
+        if ".lora_" in name:
+            assert tensor.dtype == torch.float32
+        elif name in exact:
+            assert torch.equal(tensor, exact[name].bfloat16()), name
+    assert torch.isfinite(rounded.module(input_ids=TOKENS).logits).all()
+
+
+def make_exact(adapter: Adapter, folds: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The state of the same model with its base in fp32."""
+    changed = adapter.adapter | {"base_precision": "fp32"}
+    adapter.spec, before = (
+        adapter.spec.model_copy(
+            update={"model": adapter.spec.model.model_copy(update={"adapter": Lora(**changed)})}
+        ),
+        adapter.spec,
+    )
+    state = adapter.model(folds).module.state_dict()
+    adapter.spec = before
+    return state
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_quantised_base_is_refused_on_the_cpu(make_adapter, precision):
+    adapter = make_adapter(base_precision=precision)
+    with pytest.raises(TrainingFailed, match=f"{precision}, which needs a CUDA device"):
+        adapter.model()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks it
+@pytest.mark.parametrize("merge", ["fedex", "ffa"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_an_export_computes_what_the_site_computes(make_adapter, tmp_path, model_type, merge):
+    adapter = make_adapter(model_type, merge=merge)
+    folds, trained = adapter.random_folds(2) if merge == "fedex" else (), adapter.random_adapter()
+    site = adapter.model(folds, trained).module
+    merged, alone = (
+        export(adapter, folds, trained, tmp_path / kind, kind == "peft") for kind in ("whole", "peft")
+    )
+    with torch.no_grad():
+        wanted = site(input_ids=TOKENS).logits
+        whole = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+        assert whole.dtype == torch.float32
+        torch.testing.assert_close(whole(input_ids=TOKENS).logits, wanted, rtol=1e-4, atol=1e-5)
+        published = tmp_path / "published"
+        shutil.copytree(adapter.folder, published)
+        shutil.copy(published / "base.safetensors", published / "model.safetensors")
+        (published / "adapter_config.json").unlink()
+        base = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
+        with_adapter = PeftModel.from_pretrained(base, alone).eval()
+        torch.testing.assert_close(with_adapter(input_ids=TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def export(adapter: Adapter, folds: tuple[str, ...], trained: Path, to: Path, as_adapter: bool) -> Path:
+    """The directory that ``fedloom run export`` makes of the coordinator's files."""
+    names = ("adapter_config.json", "adapter_layout.json", "config.json", "tokenizer.json")
+    places = {name: adapter.folder / name for name in names} | {"model.safetensors": trained}
+    frozen = {name: Path(path) for name, path in adapter.frozen.items()}
+    folded = {path: Path(path) for path in folds}
+    answer = ExportResponse(
+        files=[Blob(name=name) for name in places],
+        frozen=[Blob(name=name) for name in frozen],
+        folds=[Blob(name=name) for name in folded],
+        run=Run(spec_json=adapter.spec.model_dump_json()),
+    )
+    to.mkdir()
+    everything = places | frozen | folded
+    made = make_files(
+        answer, lambda blob: everything[blob.name], to, as_adapter=as_adapter, base_name="the/base"
+    )
+    for name, path in made.items():
+        shutil.copy(path, to / name)
+    if as_adapter:
+        assert json.loads((to / "adapter_config.json").read_text())["base_model_name_or_path"] == "the/base"
+    return to
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_quantised_base_trains_near_the_exact_one(make_adapter, precision):
+    adapter = make_adapter("llama", base_precision=precision, target_modules="all-linear")
+    folds, trained = adapter.random_folds(1), adapter.random_adapter()
+    order = Order(
+        id="x", work="train", run_id="run", round=1, model_path=str(trained),
+        assets_dir=str(adapter.folder), spec={}, frozen=adapter.frozen,
+    )  # fmt: skip
+    model = AdapterModel(adapter.spec.model.adapter, "AutoModelForCausalLM", order, torch.device("cuda"))
+    model.fold(folds)
+    model.load(trained)
+    logits = model.module(input_ids=TOKENS.cuda()).logits
+    wanted = adapter.by_hand(folds, trained)(input_ids=TOKENS).logits
+    assert (logits.cpu().double() - wanted).norm() < 0.2 * wanted.norm()
+    logits.sum().backward()
+    assert all(tensor.grad is not None for tensor in model.tensors.values())
