@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 
 from fedloom_common.codecs.spec import AS_IS
 from fedloom_common.runspec.serveroptimizers import FedAvg
-from fedloom_common.runspec.serveroptimizers import FedAvg
 from fedloom_common.strict import Name, Strict
 
 if TYPE_CHECKING:
@@ -72,8 +71,6 @@ class Lora(Strict):
             new = "model.adapter.merge is stack, and each round begins with new adapters"
             if spec.local.algorithm.name == "scaffold":
                 yield f"{new}: control variates of old ones are of no use; take plain or fedprox"
-            if spec.aggregation.server_optimizer != FedAvg():
-                yield f"{new}: a server optimizer has nothing to step from; leave it at fedavg"
             if spec.transport.down != AS_IS:
                 yield f"{new}: there is no change for transport.down to tell; leave it at fp32"
             if any(getattr(stage, "error_feedback", False) for stage in spec.transport.up):

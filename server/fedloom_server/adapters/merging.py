@@ -22,7 +22,7 @@ from fedloom_server.store import Store
 
 
 class Merge:
-    """A merge of one round that takes more than an average. Done again, after a kill, it gives the same bytes."""
+    """A round's merge that takes more than an average; done again, after a kill, it gives the same bytes."""
 
     def __init__(self, store: Store, run: Run, record: Round) -> None:
         adapter = run.spec.model.adapter
