@@ -75,6 +75,10 @@ class Outcome:
     examples: int
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
+    """How many things a metric is the mean of, where that is not told by its name."""
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    """Counts that add up over sites."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
 
 

@@ -125,6 +125,8 @@ def _outcome(outcome: Outcome) -> pb.Outcome:
         examples=outcome.examples,
         tokens=outcome.tokens,
         metrics=outcome.metrics,
+        metric_weights=outcome.weights,
+        metric_counts={name: pb.Counts(values=values) for name, values in outcome.counts.items()},
         phase_seconds=outcome.phase_seconds,
     )
 

@@ -105,6 +105,8 @@ class Performer:
             examples=result.examples,
             tokens=result.tokens,
             metrics=result.metrics,
+            weights=result.weights,
+            counts=result.counts,
             phase_seconds={"download": download_s, **result.phase_seconds},
         )
         if trained is None:

@@ -6,10 +6,11 @@ from transformers import PreTrainedTokenizerFast
 END_OF_TEXT = "<|endoftext|>"
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose token ids are the text's UTF-8 bytes; 256 ends a text.
+def byte_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose token ids are the text's UTF-8 bytes; 256 ends a text, further ones are special.
 
-    There is no padding token: models freeze its embedding, and nothing pads packed examples.
+    There is no padding token unless it is among those: models freeze its embedding, and nothing pads packed
+    examples.
     """
     tokenizer = Tokenizer(models.BPE(vocab=_bytes_as_text(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -19,6 +20,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+        **special_tokens,
     )
 
 

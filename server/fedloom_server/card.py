@@ -12,12 +12,28 @@ from fedloom_common.runspec import RunSpec
 from fedloom_server.stopping import RoundResult
 
 _RULES = {
-    "weighted_mean": "weighted mean of the sites' models by training examples (FedAvg, arXiv:1602.05629)",
+    "weighted_mean": "weighted mean of the sites' models by training data (FedAvg, arXiv:1602.05629)",
     "median": "median of the sites' models, value by value (arXiv:1803.01498)",
     "trimmed_mean": "trimmed mean of the sites' models, value by value (arXiv:1803.01498)",
     "krum": "Krum: the site's model closest to its neighbours (arXiv:1703.02757)",
     "multi_krum": "multi-Krum: the mean of the sites' models closest to their neighbours (arXiv:1703.02757)",
     "geometric_median": "geometric median of the sites' models (arXiv:1912.13445)",
+}
+
+
+@dataclass(frozen=True)
+class _TaskFacts:
+    name: str
+    pipeline_tag: str
+    """By which the Hugging Face hub finds models for a use."""
+
+
+_TASKS = {
+    "causal_lm": _TaskFacts("causal language model", "text-generation"),
+    "instruction": _TaskFacts("causal language model, tuned on instructions,", "text-generation"),
+    "masked_lm": _TaskFacts("masked language model", "fill-mask"),
+    "classification": _TaskFacts("text classifier", "text-classification"),
+    "seq2seq": _TaskFacts("sequence-to-sequence model", "text2text-generation"),
 }
 
 
@@ -66,10 +82,11 @@ def model_card(facts: CardFacts) -> str:
 def _metadata(facts: CardFacts) -> str:
     entries = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
         "tags": ["federated-learning", "fedloom"],
         "model_name": facts.spec.name,
     }
+    if task := _TASKS.get(facts.spec.task.kind):
+        entries |= {"pipeline_tag": task.pipeline_tag}
     return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---"
 
 
@@ -78,7 +95,7 @@ def _what(facts: CardFacts) -> str:
     lines = [
         f"# {_escaped(spec.name)}",
         "",
-        "A causal language model trained by federated learning with fedloom:",
+        f"{_what_it_is(spec)} trained by federated learning with fedloom:",
         "each site trained on its own text, and only model weights left it.",
         "",
         f"- Run: {_escaped(spec.name)} ({_escaped(facts.run_id)})",
@@ -92,6 +109,11 @@ def _what(facts: CardFacts) -> str:
         f"- Seed: {spec.seed}",
     ]
     return "\n".join(lines)
+
+
+def _what_it_is(spec: RunSpec) -> str:
+    task = _TASKS.get(spec.task.kind)
+    return f"A model of class {_escaped(spec.task.model_class)}" if task is None else f"A {task.name}"
 
 
 def _chain(stages: Sequence[AnyStage]) -> str:
@@ -118,21 +140,22 @@ def _adapter(facts: CardFacts) -> Iterator[str]:
 
 
 def _how_to_load(facts: CardFacts) -> str:
+    name = facts.spec.task.model_class
     if facts.is_adapter:
-        return """## How to load it
+        return f"""## How to load it
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base = AutoModelForCausalLM.from_pretrained("path/to/the/base", dtype="float32")
+from transformers import {name}, AutoTokenizer
+base = {name}.from_pretrained("path/to/the/base", dtype="float32")
 model = PeftModel.from_pretrained(base, "path/to/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 ```"""
-    return """## How to load it
+    return f"""## How to load it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+from transformers import {name}, AutoTokenizer
+model = {name}.from_pretrained("path/to/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 ```"""
 

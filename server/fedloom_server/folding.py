@@ -29,6 +29,7 @@ from fedloom_server.aggregation.controls import settle_controls
 from fedloom_server.downlink import Published
 from fedloom_server.globalmodel import make_model
 from fedloom_server.records import Assignment, AssignmentState, Round, Run
+from fedloom_server.results import update_weight
 from fedloom_server.store import Store
 from fedloom_server.uploads import Uploads
 
@@ -191,7 +192,7 @@ class Folding:
         update = Update(
             site=assignment.site,
             path=self._store.spool.update_path(assignment),
-            examples=assignment.examples,
+            examples=update_weight(self._run.spec.task, assignment),
             factor=self._factor(assignment.staleness),
         )
         if not assignment.staleness:

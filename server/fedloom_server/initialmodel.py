@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fedloom_common.errors import BadSpec
@@ -26,6 +26,16 @@ from fedloom_common.runspec import RunSpec
 from fedloom_common.tensors import read_tensors, write_tensors
 from fedloom_server.bytelevel import byte_tokenizer
 from fedloom_server.models import MODEL_FILE
+from fedloom_server.taskmodels import (
+    complete_config,
+    head_options,
+    may_draw,
+    model_class,
+    model_name,
+    prepare_tokenizer,
+    require_same_labels,
+    special_tokens,
+)
 
 # What transformers raises for a wrong config, directory or file.
 _MISTAKES = (
@@ -37,8 +47,10 @@ _OTHER_KEYS = frozenset({"torch_dtype", "rope_theta", "rope_scaling", "partial_r
 _PROBE = "Naïve  text,\n\twith 漢字 and 🙂."
 
 
-def write_model(spec: RunSpec, into: Path) -> None:
+def write_model(spec: RunSpec, into: Path) -> list[str]:
     """Write the files of the model that ``spec.model`` describes to an empty or missing folder.
+
+    Gives the tensors that a pretrained model lacked and that were drawn from the seed.
 
     Memory: one model, and one more tensor.
 
@@ -49,18 +61,24 @@ def write_model(spec: RunSpec, into: Path) -> None:
     into.mkdir(parents=True, exist_ok=True)
     assert not any(into.iterdir()), f"{into} is not empty"
     tokenizer = _tokenizer(spec)
-    model = _new_model(spec, tokenizer) if spec.model.path is None else _pretrained(spec.model.path)
+    model, drawn = _new_model(spec, tokenizer) if spec.model.path is None else _pretrained(spec, tokenizer)
     _require_fit(spec, model, tokenizer)
     with _mistakes_as_bad_spec("the model cannot be saved"), storage_errors(into / MODEL_FILE):
         _save(model, tokenizer, into)
     del model
     with _mistakes_as_bad_spec("the model as saved cannot be loaded again; choose another model"):
-        _require_loadable(into, tokenizer)
+        _require_loadable(into, spec, tokenizer)
     if spec.model.adapter is not None:
+        if drawn:
+            raise BadSpec(
+                f"model.path lacks the head of a {model_name(spec.task)} ({', '.join(drawn)}), which would "
+                "begin anew, and adapters leave it as it is: train the whole model, or give one with a head"
+            )
         from fedloom_server.initialadapter import write_adapter  # here: peft takes a second to load
 
         write_adapter(spec, into)
     _sync(into)
+    return drawn
 
 
 def _tokenizer(spec: RunSpec) -> Tokenizer:
@@ -68,13 +86,13 @@ def _tokenizer(spec: RunSpec) -> Tokenizer:
     if source == "auto":
         source = spec.model.path or "bytes"
     if source == "bytes":
-        return byte_tokenizer()
+        tokenizer: Tokenizer = byte_tokenizer(**special_tokens(spec.task))
+        prepare_tokenizer(spec.task, tokenizer, "model.tokenizer")
+        return tokenizer
     key = "model.path" if spec.model.tokenizer == "auto" else "model.tokenizer"
     folder = _folder(source, key)
     with _mistakes_as_bad_spec(f"{key}: {folder} has no tokenizer that transformers loads"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for key_of_loading in ("is_local", "local_files_only"):  # transformers would save them with the tokenizer
         tokenizer.init_kwargs.pop(key_of_loading, None)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -82,15 +100,11 @@ def _tokenizer(spec: RunSpec) -> Tokenizer:
             f"{key}: {folder} has no tokenizer files; save a tokenizer there, or set model.tokenizer to "
             "bytes or to a directory with one"
         )
-    if tokenizer.eos_token_id is None:
-        raise BadSpec(
-            f"{key}: the tokenizer in {folder} has no eos_token, which separates texts; set one in its "
-            "tokenizer_config.json"
-        )
+    prepare_tokenizer(spec.task, tokenizer, f"{key}: {folder}")
     return tokenizer
 
 
-def _new_model(spec: RunSpec, tokenizer: Tokenizer) -> PreTrainedModel:
+def _new_model(spec: RunSpec, tokenizer: Tokenizer) -> tuple[PreTrainedModel, list[str]]:
     """A model with random weights."""
     assert spec.model.config is not None
     given = dict(spec.model.config)
@@ -101,16 +115,17 @@ def _new_model(spec: RunSpec, tokenizer: Tokenizer) -> PreTrainedModel:
             f"does not have{_hint(str(model_type), CONFIG_MAPPING)}"
         )
     config_class = CONFIG_MAPPING[model_type]
-    with _mistakes_as_bad_spec(f"model.config does not make a {model_type} causal language model"):
+    with _mistakes_as_bad_spec(f"model.config does not make a {model_type} {model_name(spec.task)}"):
         known = {*inspect.signature(config_class).parameters, *config_class().to_dict()}
         _require_known({*known, *config_class.attribute_map, *_OTHER_KEYS}, given, model_type)
         for key, value in _vocabulary(tokenizer).items():
             if key in known:
                 given.setdefault(key, value)
-        config = config_class(**given)
+        config = config_class(**given | head_options(spec.task))
+        complete_config(spec.task, config, tokenizer)
         torch.manual_seed(spec.seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
+        model: PreTrainedModel = model_class(spec.task).from_config(config)
+    return model, []
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -141,29 +156,34 @@ def _hint(came: str, known: Any) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ": see its documentation"
 
 
-def _pretrained(path: str) -> PreTrainedModel:
-    """The model of a local directory."""
-    folder = _folder(path, "model.path")
+def _pretrained(spec: RunSpec, tokenizer: Tokenizer) -> tuple[PreTrainedModel, list[str]]:
+    """The model of a local directory, and the tensors of its head that are drawn because it has none."""
+    assert spec.model.path is not None
+    folder, name = _folder(spec.model.path, "model.path"), model_name(spec.task)
     if not (folder / "config.json").is_file():
         raise BadSpec(
             f"model.path: {folder} has no config.json; wanted a directory that save_pretrained wrote"
         )
-    with _mistakes_as_bad_spec(f"model.path: {folder} has no causal language model in safetensors files"):
-        model, report = _load(folder)
+    with _mistakes_as_bad_spec(f"model.path: {folder} has no {name} in safetensors files"):
+        require_same_labels(spec.task, json.loads((folder / "config.json").read_bytes()), folder)
+        torch.manual_seed(spec.seed)  # for a head that the model lacks
+        model, report = _load(folder, spec, **head_options(spec.task))
         missing = sorted(report["missing_keys"])
-    if missing:
+    whole = [tensor for tensor in missing if not may_draw(spec.task, model, tensor)]
+    if whole:
         raise BadSpec(
-            f"model.path: {folder} lacks {len(missing)} tensors of a {type(model).__name__}, {missing[0]} "
-            "among them; wanted a whole causal language model"
+            f"model.path: {folder} lacks {len(whole)} tensors of a {type(model).__name__}, {whole[0]} "
+            f"among them; wanted a whole {name}"
         )
-    return model
+    complete_config(spec.task, model.config, tokenizer)
+    return model, missing
 
 
-def _load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load(folder: Path, spec: RunSpec, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model of a directory, in its own types, and what transformers reports of its tensors."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = model_class(spec.task).from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto",
-        output_loading_info=True,
+        output_loading_info=True, **options,
     )  # fmt: skip
     model, report = loaded
     return model, report
@@ -234,9 +254,9 @@ def _place(name: str, tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _require_loadable(into: Path, tokenizer: Tokenizer) -> None:
+def _require_loadable(into: Path, spec: RunSpec, tokenizer: Tokenizer) -> None:
     """Check that what was saved is what sites and users will load."""
-    model, report = _load(into)
+    model, report = _load(into, spec)
     for problem, names in report.items():
         if names:
             raise BadSpec(

@@ -24,13 +24,14 @@ _TOLD_LINES = 15
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-async def prepare_model(spec: RunSpec, into: Path) -> None:
+async def prepare_model(spec: RunSpec, into: Path) -> list[str]:
     """Fill an empty or missing folder with the model that ``spec.model`` describes.
 
     The files are model.safetensors with each storage once, config.json, the
     tokenizer's, and generation_config.json if the model generates: what
-    ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer`` load. The
-    same spec gives the same bytes. After a failure the folder's content is of no use.
+    ``from_pretrained`` of the task's class and ``AutoTokenizer`` load. The same
+    spec gives the same bytes. After a failure the folder's content is of no use.
+    Gives the tensors that a pretrained model lacked and that were drawn from the seed.
 
     Raises:
         BadSpec: the spec names a model that does not exist or cannot be built or trained on.
@@ -49,6 +50,8 @@ async def prepare_model(spec: RunSpec, into: Path) -> None:
             await child.wait()
     if child.returncode != 0:
         raise _failure(child.returncode, answer.decode(errors="replace"), log.decode(errors="replace"))
+    drawn: list[str] = json.loads(answer)["drawn"]
+    return drawn
 
 
 def _failure(status: int | None, answer: str, log: str) -> FederationError:
@@ -70,10 +73,11 @@ def main() -> int:
         with contextlib.redirect_stdout(sys.stderr):  # libraries print; standard output is for the answer
             from fedloom_server.initialmodel import write_model
 
-            write_model(RunSpec.model_validate_json(sys.stdin.read()), Path(sys.argv[1]))
+            drawn = write_model(RunSpec.model_validate_json(sys.stdin.read()), Path(sys.argv[1]))
     except (BadSpec, StorageFull) as error:
         json.dump({"error": type(error).__name__, "message": str(error)}, sys.stdout)
         return 1
+    json.dump({"drawn": drawn}, sys.stdout)
     return 0
 
 

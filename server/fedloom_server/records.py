@@ -89,6 +89,8 @@ class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
         dict[str, Any]: JSON,
         dict[str, float]: Numbers(),
         dict[str, str]: JSON,
+        dict[str, int]: JSON,
+        dict[str, list[int]]: JSON,
         list[str]: JSON,
         list[dict[str, Any]]: JSON,
     }
@@ -206,6 +208,10 @@ class Assignment(Base):
     bytes_up: Mapped[int] = mapped_column(BigInteger, default=0)
     metrics: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
     phase_seconds: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
+    metric_weights: Mapped[dict[str, int]] = mapped_column(default_factory=dict)
+    """How many things a metric is the mean of."""
+    metric_counts: Mapped[dict[str, list[int]]] = mapped_column(default_factory=dict)
+    """Counts that add up over sites, for metrics that are no means."""
 
     @property
     def has_spooled_update(self) -> bool:

@@ -72,6 +72,8 @@ class Reports:
             discard(self._store.spool.update_path(assignment))  # trained again, with other bytes
         assignment.examples, assignment.tokens = result.examples, result.tokens
         assignment.metrics, assignment.phase_seconds = dict(result.metrics), dict(result.phase_seconds)
+        assignment.metric_weights = dict(result.weights)
+        assignment.metric_counts = {name: list(counts) for name, counts in result.counts.items()}
         assignment.update_digest, assignment.update_bytes = result.update_digest, result.update_bytes
         if assignment.work is Work.EVALUATE:
             self._assignments.end(entry, AssignmentState.DONE)

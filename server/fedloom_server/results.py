@@ -1,11 +1,12 @@
 """What a site says of its finished work, and what may be wrong with that."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fedloom_common.digests import DIGEST, is_digest
-from fedloom_common.runspec import RunSpec
+from fedloom_common.runspec import RunSpec, Task
+from fedloom_common.runspec.tasks import MOST_LABELS
 from fedloom_server.records import Assignment, Work
 
 LARGEST_COUNT = 1 << 53  # beyond it a count is no longer exact as a float, nor ever honest
@@ -19,6 +20,10 @@ class Result:
     tokens: int
     metrics: Mapping[str, float]
     phase_seconds: Mapping[str, float]
+    weights: Mapping[str, int] = field(default_factory=dict)
+    """How many things a metric is the mean of."""
+    counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Counts that add up over sites."""
     update_digest: str = ""
     update_bytes: int = 0
 
@@ -35,6 +40,10 @@ def objection(
     wrong = [name for name, value in result.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"its metric {wrong[0]} is {result.metrics[wrong[0]]}, wanted a finite number"
+    if wrong_weights := _objection_to_weights(result, data_bytes):
+        return wrong_weights
+    if spec.task.weighs == "tokens" and assignment.work is Work.TRAIN and not result.tokens:
+        return "it claims no tokens to have trained on, which are what its update would count by"
     if assignment.work is Work.EVALUATE:
         most = min(spec.evaluation.max_examples or data_bytes, data_bytes)
         return None if result.examples <= most else f"it claims {result.examples} examples of at most {most}"
@@ -51,4 +60,23 @@ def objection(
             f"its update has {result.update_bytes} bytes, the model has {assignment.model_bytes} and "
             f"transport.up makes at most {most_update_bytes} of it"
         )
+    return None
+
+
+def update_weight(task: Task, assignment: Assignment) -> int:
+    """nₖ: what an update counts in a weighted mean."""
+    return assignment.tokens if task.weighs == "tokens" else assignment.examples
+
+
+def _objection_to_weights(result: Result, data_bytes: int) -> str | None:
+    """What is wrong with what metrics are means of: nobody may measure more than there is."""
+    most = max(result.examples, result.tokens)
+    for name, weight in result.weights.items():
+        if weight > max(most, 2 * data_bytes):
+            return f"its metric {name} is the mean of {weight} things, it has measured {most} targets"
+    for name, counts in result.counts.items():
+        if len(counts) > MOST_LABELS:
+            return f"its {name} are counts of {len(counts)} labels, wanted at most {MOST_LABELS}"
+        if sum(counts) > most:
+            return f"its {name} are counts of {sum(counts)} things, it has measured {most} targets"
     return None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from fedloom_common.errors import TooFewUpdates
 from fedloom_server.batches import evaluations, still_late, terms_of_evaluation, terms_of_training, trainings
-from fedloom_server.evaluation import SiteMetrics, combine
+from fedloom_server.evaluation import combine, metrics_of
 from fedloom_server.failures import FAILURES_KEPT, failure_of_attempt
 from fedloom_server.federation import Federation
 from fedloom_server.folding import Folding
@@ -172,10 +172,7 @@ def _is_evaluated(run: Run, record: Round) -> bool:
 
 
 def _combined(done: Sequence[Assignment]) -> dict[str, float]:
-    return combine(
-        SiteMetrics(examples=assignment.examples, tokens=assignment.tokens, metrics=assignment.metrics)
-        for assignment in done
-    )
+    return combine(metrics_of(assignment) for assignment in done)
 
 
 def _shortfall(record: Round, batch: Sequence[Assignment], needed: int) -> str:

@@ -42,7 +42,11 @@ class Submissions:
         find_policy(spec.cohort.policy)  # before a model is made in vain
         folder = self._store.spool.new_workshop()
         try:
-            await prepare_model(spec, folder)
+            if drawn := await prepare_model(spec, folder):
+                logger.warning(
+                    "the pretrained model has no head for the task: it begins anew, drawn from the seed",
+                    extra={"name_of_run": spec.name, "tensors": ", ".join(drawn)},
+                )
             return await self.enqueue(spec, folder, priority=priority, cloned_from=cloned_from)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from fedloom_common.runspec import Async
 from fedloom_server.config import KeepModels
-from fedloom_server.evaluation import SiteMetrics, combine
+from fedloom_server.evaluation import combine, metrics_of
 from fedloom_server.folding import Folding
 from fedloom_server.meters import Meters
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
@@ -260,7 +260,4 @@ def _training_metrics(taken: Sequence[Assignment]) -> dict[str, float]:
 
 
 def _combined(done: Sequence[Assignment]) -> dict[str, float]:
-    return combine(
-        SiteMetrics(examples=assignment.examples, tokens=assignment.tokens, metrics=assignment.metrics)
-        for assignment in done
-    )
+    return combine(metrics_of(assignment) for assignment in done)

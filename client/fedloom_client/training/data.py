@@ -45,13 +45,17 @@ class PackedData:
         )
 
 
-def pack(records: Records, task: AnyTask, folder: Path, on_progress: Callable[[int, int], None]) -> Path:
+def pack(
+    records: Records, task: AnyTask, task_key: str, folder: Path, on_progress: Callable[[int, int], None]
+) -> Path:
     """Make a task's examples of the records under ``folder``, unless that is done; the place of the result.
+
+    ``task_key`` changes whenever the task would make other examples of the same records.
 
     Raises:
         TrainingFailed: the files or the tokenizer are unfit.
     """
-    key = hashlib.sha256(f"{records.fingerprint()} {task.packing_key()}".encode()).hexdigest()
+    key = hashlib.sha256(f"{records.fingerprint()} {task_key}".encode()).hexdigest()
     packed = folder / key[:32]
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder, lambda: on_progress(0, records.total)):

@@ -11,7 +11,7 @@ from fedloom_client.training.group import Group
 from fedloom_client.training.orders import Cancelled, Job, WorkerProgress, WorkerResult
 from fedloom_client.training.pulse import PROGRESS_S
 from fedloom_client.training.records import Records
-from fedloom_client.training.tasks import AnyTask, new_task, refuse_remote_code
+from fedloom_client.training.tasks import new_task, packing_key, refuse_remote_code
 from fedloom_client.training.trainer import Trainer
 from fedloom_common.errors import FederationError
 from fedloom_common.runspec import RunSpec
@@ -72,14 +72,15 @@ class WarmRank:
     def _prepare(self, job: Job) -> Trainer:
         spec, assets = RunSpec.model_validate(job.order.spec), Path(job.order.assets_dir)
         refuse_remote_code(assets)
-        task = new_task(spec.task, assets)
-        packed = self._group.first_does(lambda: str(self._pack(job, task)))
+        packed = self._group.first_does(lambda: str(self._pack(job, spec)))
         data = PackedData.open(Path(packed))
         return Trainer(job, data, self._group, self._report, self._stop_wanted)
 
-    def _pack(self, job: Job, task: AnyTask) -> Path:
+    def _pack(self, job: Job, spec: RunSpec) -> Path:
         self._report(WorkerProgress(phase="prepare"))
-        return pack(Records(job.source), task, Path(job.packed), self._packed_so_far())
+        assets, records = Path(job.order.assets_dir), Records(job.source)
+        task, key = new_task(spec.task, assets), packing_key(spec.task, assets)
+        return pack(records, task, key, Path(job.packed), self._packed_so_far())
 
     def _packed_so_far(self) -> Callable[[int, int], None]:
         reported = time.monotonic()

@@ -48,7 +48,16 @@ from fedloom_common.runspec.serveroptimizers import (
     FedYogi,
     RoundSchedule,
 )
-from fedloom_common.runspec.tasks import CausalLM, Task, TaskKind
+from fedloom_common.runspec.tasks import (
+    CausalLM,
+    Classification,
+    Instruction,
+    MaskedLM,
+    Plugin,
+    Seq2Seq,
+    Task,
+    TaskKind,
+)
 from fedloom_common.runspec.transport import Transport
 
 __all__ = [
@@ -59,6 +68,7 @@ __all__ = [
     "AnyServerOptimizer",
     "Async",
     "CausalLM",
+    "Classification",
     "Cohort",
     "DiLoCo",
     "Evaluation",
@@ -69,19 +79,23 @@ __all__ = [
     "FedProx",
     "FedYogi",
     "GeometricMedianRule",
+    "Instruction",
     "KrumRule",
     "Local",
     "Lora",
+    "MaskedLM",
     "MeanRule",
     "MedianRule",
     "ModelSpec",
     "MultiKrumRule",
     "Patience",
     "Plain",
+    "Plugin",
     "RoundSchedule",
     "RunSpec",
     "Scaffold",
     "Schedule",
+    "Seq2Seq",
     "Staleness",
     "Stop",
     "Sync",

@@ -1,15 +1,17 @@
 """A run spec's task: what the model is trained to do, and how long an example is."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fedloom_common.strict import Strict
+from fedloom_common.strict import Name, Strict
 
-TaskKind = Literal["causal_lm"]
+TaskKind = Literal["causal_lm", "masked_lm", "classification", "seq2seq", "instruction"]
 """Every kind of task that fedloom brings, as sites' policies name them."""
 
 Context = Annotated[int, Field(ge=8, le=1 << 20)]
+
+MOST_LABELS = 4096
 
 
 class _Task(Strict):
@@ -53,4 +55,107 @@ class CausalLM(_WithContext):
     """Length of one training example, in tokens; texts are joined and cut to this length."""
 
 
-Task = CausalLM
+class MaskedLM(_WithContext):
+    """Prediction of tokens that are hidden, on packed text.
+
+    Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1; masks are drawn anew in every step (Liu et al.
+    2019, arXiv:1907.11692).
+    """
+
+    _auto: ClassVar[str] = "AutoModelForMaskedLM"
+    weighs: ClassVar[Literal["examples", "tokens"]] = "tokens"
+
+    kind: Literal["masked_lm"] = "masked_lm"
+    context_tokens: Context = 128
+    """Length of one training example, in tokens; texts are joined and cut to this length."""
+    masked_share: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the tokens that are to be predicted: 8 in 10 are hidden, 1 in 10 is replaced at random, and
+    1 in 10 stays as it is."""
+
+
+class Classification(_WithContext):
+    """One of several labels for each text."""
+
+    _auto: ClassVar[str] = "AutoModelForSequenceClassification"
+
+    kind: Literal["classification"] = "classification"
+    labels: tuple[str, ...] = Field(min_length=2, max_length=MOST_LABELS)
+    """The labels' names, in the order of the model's outputs; records hold a name, or its number from 0."""
+    context_tokens: Context = 128
+    """Most tokens of one text; longer ones lose their end."""
+
+    @property
+    def most_targets(self) -> int:
+        """One label."""
+        return 1
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
+        if twice:
+            raise ValueError(f"labels has {', '.join(twice)} more than once")
+        return self
+
+
+class Seq2Seq(_Task):
+    """A target text for each source text."""
+
+    _auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    weighs: ClassVar[Literal["examples", "tokens"]] = "tokens"
+
+    kind: Literal["seq2seq"] = "seq2seq"
+    source_tokens: Context = 128
+    """Most tokens of a source text; longer ones lose their end."""
+    target_tokens: Context = 64
+    """Most tokens of a target text; longer ones lose their end."""
+    prefix: str = ""
+    """Put before every source text, such as ``summarize: ``."""
+    generate_examples: int = Field(default=64, ge=0)
+    """Held-out examples for which each site writes a target text, greedily, to measure exact match and
+    ROUGE-L; 0 for none."""
+
+    @property
+    def longest(self) -> int:
+        return max(self.source_tokens, self.target_tokens)
+
+    @property
+    def most_targets(self) -> int:
+        return self.target_tokens
+
+
+class Instruction(_WithContext):
+    """Answers to prompts and in conversations, through the tokenizer's chat template."""
+
+    _auto: ClassVar[str] = "AutoModelForCausalLM"
+    weighs: ClassVar[Literal["examples", "tokens"]] = "tokens"
+
+    kind: Literal["instruction"] = "instruction"
+    context_tokens: Context = 512
+    """Most tokens of one conversation; longer ones lose their end."""
+
+
+class Plugin(_WithContext):
+    """A task that sites have installed themselves; see docs/tasks.md."""
+
+    weighs: ClassVar[Literal["examples", "tokens"]] = "tokens"
+
+    kind: Literal["plugin"] = "plugin"
+    name: Name
+    """Its entry point in the group ``fedloom.tasks``; a site's policy must name it too."""
+    auto_class: str = Field(pattern=r"^AutoModel(For[A-Za-z0-9]+)?$")
+    """The class of transformers that makes the model, such as ``AutoModelForTokenClassification``."""
+    context_tokens: Context = 128
+    """Most tokens of one example, and most targets."""
+    options: dict[str, Any] = Field(default={})
+    """What the plug-in reads."""
+    model_options: dict[str, Any] = Field(default={})
+    """Entries of the model's config that the task needs, such as ``{num_labels: 9}``."""
+
+    @property
+    def model_class(self) -> str:
+        return self.auto_class
+
+
+Task = Annotated[
+    CausalLM | MaskedLM | Classification | Seq2Seq | Instruction | Plugin, Field(discriminator="kind")
+]

@@ -139,7 +139,7 @@ class Progress(_message.Message):
     def __init__(self, assignment_id: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class Outcome(_message.Message):
-    __slots__ = ("assignment_id", "update_digest", "update_bytes", "examples", "tokens", "metrics", "phase_seconds")
+    __slots__ = ("assignment_id", "update_digest", "update_bytes", "examples", "tokens", "metrics", "phase_seconds", "metric_weights", "metric_counts")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,20 @@ class Outcome(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class MetricWeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class MetricCountsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Counts
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     UPDATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     UPDATE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +175,8 @@ class Outcome(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     PHASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    METRIC_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    METRIC_COUNTS_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     update_digest: str
     update_bytes: int
@@ -168,7 +184,15 @@ class Outcome(_message.Message):
     tokens: int
     metrics: _containers.ScalarMap[str, float]
     phase_seconds: _containers.ScalarMap[str, float]
-    def __init__(self, assignment_id: _Optional[str] = ..., update_digest: _Optional[str] = ..., update_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., phase_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    metric_weights: _containers.ScalarMap[str, int]
+    metric_counts: _containers.MessageMap[str, Counts]
+    def __init__(self, assignment_id: _Optional[str] = ..., update_digest: _Optional[str] = ..., update_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., phase_seconds: _Optional[_Mapping[str, float]] = ..., metric_weights: _Optional[_Mapping[str, int]] = ..., metric_counts: _Optional[_Mapping[str, Counts]] = ...) -> None: ...
+
+class Counts(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, values: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("assignment_id", "reason")

@@ -192,12 +192,21 @@ async def export(
                 adapter=AsAdapter(base_name=base) if adapter else None,
                 on_bytes=lambda held, total: progress.update(bar, completed=held, total=total),
             )
-    loader = "PeftModel.from_pretrained(base, " if adapter else "AutoModelForCausalLM.from_pretrained("
+    loader = (
+        "PeftModel.from_pretrained(base, " if adapter else f"{_class_of(done.directory)}.from_pretrained("
+    )
     console_for_output().print(
         f"Exported run {plain(done.run_id)} to {done.directory} ({bytes_text(done.size_bytes)}).\n"
         f"Load it: {loader}{str(done.directory)!r})",
         soft_wrap=True,
     )
+
+
+def _class_of(directory: Path) -> str:
+    """The class of transformers that loads a model directory."""
+    config = directory / "config.json"
+    architectures = json.loads(config.read_text()).get("architectures") if config.is_file() else None
+    return architectures[0] if architectures else "AutoModel"
 
 
 operator_command(app, "metrics")(metrics)

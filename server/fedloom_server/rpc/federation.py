@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -42,6 +42,7 @@ KEPT_RUNS = 1000
 _PLAIN = re.compile(r"[^A-Za-z0-9_.-]")
 """What a metric's name may not have: it stands in logs and tables."""
 
+Kept = TypeVar("Kept")
 Context = grpc.aio.ServicerContext[pb.SiteMessage, pb.CoordinatorMessage]
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,8 @@ class FederationEdge(FederationServiceServicer):
         result = Result(
             examples=outcome.examples, tokens=outcome.tokens, metrics=_numbers(outcome.metrics),
             phase_seconds=_seconds(outcome.phase_seconds), update_digest=outcome.update_digest,
-            update_bytes=outcome.update_bytes,
+            update_bytes=outcome.update_bytes, weights=_numbers(outcome.metric_weights),
+            counts=_numbers({name: tuple(c.values) for name, c in outcome.metric_counts.items()}),
         )  # fmt: skip
         self._reports.finished(site, outcome.assignment_id, result)
 
@@ -192,7 +194,7 @@ def _text(text: str) -> str:
     return text if len(text) <= TEXT_CHARACTERS else text[:TEXT_CHARACTERS] + " …"
 
 
-def _numbers(numbers: Mapping[str, float]) -> dict[str, float]:
+def _numbers(numbers: Mapping[str, Kept]) -> dict[str, Kept]:
     return {_PLAIN.sub("_", short(name)): numbers[name] for name in sorted(numbers)[:NUMBERS]}
 
 

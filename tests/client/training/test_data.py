@@ -13,7 +13,7 @@ from fedloom_client.training.data import PackedData, pack
 from fedloom_client.training.examples import Examples
 from fedloom_client.training.orders import Cancelled, Source
 from fedloom_client.training.records import Records
-from fedloom_client.training.tasks import AnyTask, new_task
+from fedloom_client.training.tasks import AnyTask, new_task, packing_key
 from fedloom_common.runspec import CausalLM
 
 END = 256
@@ -27,12 +27,13 @@ def packed(folder: Path, assets: Path, files: Path, context: int = 8, **changes:
         "held_out": 0.25,
     }
     return pack(
-        Records(Source(**(fields | changes))), causal(assets, context), folder, lambda _done, _total: None
+        Records(Source(**(fields | changes))), *causal(assets, context), folder, lambda _done, _total: None
     )
 
 
-def causal(assets: Path, context: int) -> AnyTask:
-    return new_task(CausalLM.model_construct(context_tokens=context), assets)
+def causal(assets: Path, context: int) -> tuple[AnyTask, str]:
+    spec = CausalLM.model_construct(context_tokens=context)
+    return new_task(spec, assets), packing_key(spec, assets)
 
 
 def blocks(examples: Examples) -> Any:
@@ -101,7 +102,7 @@ def test_packing_waits_for_another_runs_group_and_hears_a_cancel_meanwhile(
     with (tmp_path / ".data.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(Cancelled):
-            pack(Records(source), causal(assets, 8), folder, stop)
+            pack(Records(source), *causal(assets, 8), folder, stop)
     assert packed(folder, assets, text).is_dir()
 
 
@@ -131,7 +132,7 @@ def test_an_interrupted_packing_is_not_taken_for_a_finished_one(assets: Path, tm
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        pack(records, causal(assets, 8), tmp_path / "data", stop)
-    result = pack(records, causal(assets, 8), tmp_path / "data", lambda _done, _total: None)
+        pack(records, *causal(assets, 8), tmp_path / "data", stop)
+    result = pack(records, *causal(assets, 8), tmp_path / "data", lambda _done, _total: None)
     assert len(PackedData.open(result).train) == 181 // 8
     assert [path.name for path in (tmp_path / "data").iterdir()] == [result.name]

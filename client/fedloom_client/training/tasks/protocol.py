@@ -72,10 +72,6 @@ class Task(Protocol):
         """Held-out examples that ``sample`` is given."""
         ...
 
-    def packing_key(self) -> str:
-        """Changes whenever the examples of the same records do."""
-        ...
-
     def batch(self, arrays: Arrays, random: Iterator[np.random.Generator]) -> Arrays:
         """What to put on the device for some examples; one generator for each of them."""
         ...
@@ -148,3 +144,19 @@ class RecordTask(Task, Protocol):
 
 
 AnyTask = TextTask | RecordTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginSetting:
+    """What the entry point of a task that a site has installed is given; it returns a RecordTask."""
+
+    options: Mapping[str, Any]
+    """``task.options`` of the run spec."""
+    context_tokens: int
+    """Most tokens of an example."""
+    tokenizer: Any
+    """As transformers' AutoTokenizer loads it."""
+    config: Mapping[str, Any]
+    """The model's config.json."""
+    padding: int
+    """The token that fills batches up."""

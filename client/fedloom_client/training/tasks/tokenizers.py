@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from fedloom_client.training.tasks.protocol import BadRecord
 from fedloom_common.errors import TrainingFailed
 
 
@@ -43,6 +45,25 @@ class Assets:
         if number is None:
             raise TrainingFailed(f"the model's tokenizer has no {what} ({name})")
         return int(number)
+
+    def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """The tokens of each text, without special ones."""
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        tokens: Sequence[Sequence[int]] = encoded["input_ids"]
+        return tokens
+
+    @property
+    def padding(self) -> int:
+        """The token that fills up a batch: the model's, for some find a text's end by it.
+
+        Raises:
+            TrainingFailed: neither the model nor the tokenizer has one.
+        """
+        known = (self.config.get("pad_token_id"), self.tokenizer.pad_token_id)
+        number = next((number for number in known if number is not None), None)
+        return self.token("eos_token", "token to fill batches up with") if number is None else int(number)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -100,3 +121,24 @@ def _written_bytes(token: str) -> int:
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return 1
     return len(token.replace("▁", " ").encode())
+
+
+def text_of(record: Mapping[str, Any], field: str) -> str:
+    """A field that holds text.
+
+    Raises:
+        BadRecord: it holds something else.
+    """
+    value = record[field]
+    if not isinstance(value, str):
+        raise BadRecord(f"its {field} is {type(value).__name__}, wanted text")
+    return value
+
+
+def encode_up_to(most: int, tokenizer: Any, text: str, *, as_target: bool = False) -> tuple[list[int], bool]:
+    """At most so many tokens of a text, with the special ones around it; whether it lost some."""
+    given = {"text_target" if as_target else "text": text, "return_attention_mask": False, "verbose": False}
+    whole: list[int] = tokenizer(**given)["input_ids"]
+    if len(whole) <= most:
+        return whole, False
+    return list(tokenizer(**given, truncation=True, max_length=most)["input_ids"]), True
