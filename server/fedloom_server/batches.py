@@ -90,7 +90,7 @@ def terms_of_training(run: Run, record: Round, federation: Federation) -> Terms:
     return Terms(
         needed=cohort.needed, target=record.target, stall_s=cohort.stall_s,
         deadline_s=cohort.deadline_s, elapsed_s=_elapsed_s(record),
-        carries_late=cohort.late == "carry", comes_first=not folds_early(run),
+        carries_late=cohort.late == "carry", comes_first=not folds_early(run, record, store),
         delta=delta_to(store, run, record.base_digest),
         most_update_bytes=most_update_bytes(run.spec.transport.up, store.files.path(record.base_digest)),
         folds=parts_of(store, run, record.base_digest).folds,

@@ -15,7 +15,7 @@ from fedloom_common.errors import TooFewUpdates
 from fedloom_common.runspec import Async
 from fedloom_server.codecs import most_update_bytes
 from fedloom_server.federation import Federation
-from fedloom_server.folding import Folding
+from fedloom_server.folding import Folding, folds_early
 from fedloom_server.idle import IdleSites
 from fedloom_server.pending import Terms
 from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work
@@ -177,7 +177,8 @@ class _Flow:
         cohort, assignments = self._spec.cohort, self._federation.assignments
         model = self._federation.store.files.path(assignment.model_digest)
         terms = Terms(
-            needed=0, deadline_s=None, stall_s=cohort.stall_s, comes_first=assignment in self._taken,
+            needed=0, deadline_s=None, stall_s=cohort.stall_s,
+            comes_first=assignment in self._taken or not self._folds_early(),
             most_update_bytes=most_update_bytes(self._spec.transport.up, model),
         )  # fmt: skip
 
@@ -186,6 +187,11 @@ class _Flow:
 
         work = self._spawn(assignments.see_through(self._run, [assignment], terms, ended))
         self._work[work] = assignment
+
+    def _folds_early(self) -> bool:
+        """Whether the buffer that is open makes room as it fills."""
+        record = self._versions.open
+        return record is None or folds_early(self._run, record, self._federation.store)
 
     def _came(self, assignment: Assignment) -> None:
         """An assignment has ended; its update, if it sent one, is in the buffer from this moment on."""

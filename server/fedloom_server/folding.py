@@ -14,23 +14,21 @@ from pathlib import Path
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import FederationError, StorageUnavailable
 from fedloom_common.partial import discard
-from fedloom_common.runspec import Scaffold, Sync
+from fedloom_common.runspec import Scaffold
 from fedloom_common.threads import until_done
 from fedloom_server.adapters.merging import Merge
 from fedloom_server.adapters.updates import Given
 from fedloom_server.aggregation import (
-    BaseModel,
     FoldingAggregator,
     Update,
     aggregator_for,
-    staleness_factor,
 )
 from fedloom_server.aggregation.controls import settle_controls
 from fedloom_server.downlink import Published
 from fedloom_server.globalmodel import make_model
 from fedloom_server.records import Assignment, AssignmentState, Round, Run
-from fedloom_server.results import update_weight
 from fedloom_server.store import Store
+from fedloom_server.updates import Updates
 from fedloom_server.uploads import Uploads
 
 FOLD_UPDATES = 4  # folded at once: with fewer, reading and writing the sum outweighs reading the updates
@@ -38,12 +36,9 @@ FOLD_UPDATES = 4  # folded at once: with fewer, reading and writing the sum outw
 logger = logging.getLogger(__name__)
 
 
-def folds_early(run: Run) -> bool:
-    """Whether updates of a run's rounds are folded while others are awaited."""
-    adapter = run.spec.model.adapter
-    if adapter is not None and adapter.needs_all_updates:
-        return False
-    return isinstance(aggregator_for(run.spec.aggregation), FoldingAggregator)
+def folds_early(run: Run, record: Round, store: Store) -> bool:
+    """Whether updates of a round are folded while others are awaited."""
+    return _rule_folds(run) and not Updates(run, record, store).count_together
 
 
 class Folding:
@@ -55,7 +50,8 @@ class Folding:
         self._rule = aggregator_for(run.spec.aggregation, run.spec.transport.up, record.base_digest)
         adapter = run.spec.model.adapter
         self._merge = Merge(store, run, record) if adapter and adapter.needs_all_updates else None
-        self._mode = run.spec.mode
+        self._updates = Updates(run, record, store)
+        self._folds_early = _rule_folds(run) and not self._updates.count_together
         self._is_in_order = run.spec.aggregation.deterministic
         self._batch: Sequence[Assignment] = ()
         self._is_awaited = self._some_are_open
@@ -78,6 +74,7 @@ class Folding:
             logger.warning("an update was lost and is asked for again", extra={"assignment": assignment.id})
             discard(self._store.spool.update_path(assignment))
             assignment.state, assignment.update_digest, assignment.is_folded = AssignmentState.OPEN, "", False
+            assignment.update_norm = 0.0
         if spoilt:
             self._store.save(self._record, *spoilt)
         self._working = asyncio.create_task(self._work(), name="folding")
@@ -97,16 +94,21 @@ class Folding:
 
     async def aggregate(self, done: Sequence[Assignment]) -> Published:
         """Take the mean of what was folded and of what was not, and make it the model that sites are told."""
+        measured = await until_done(self._updates.measure, [one for one in done if not one.is_folded])
+        if measured:
+            self._store.save(*measured)
         return await until_done(self._aggregate, done)
 
     def _aggregate(self, done: Sequence[Assignment]) -> Published:
-        updates = [self._update(assignment) for assignment in done if not assignment.is_folded]
+        updates = self._updates.of([assignment for assignment in done if not assignment.is_folded])
         base = self._store.files.path(self._record.base_digest)
         out, parts = self._store.spool.mean_path(self._run.id, self._record.number), None
         if self._merge is None or not self._merge.replaces_mean:
             self._take_mean(base, updates, out)
         if self._merge is not None:
-            given = Given(updates=updates, models=self._models(done), stages=self._run.spec.transport.up)
+            given = Given(
+                updates=updates, models=self._updates.models(done), stages=self._run.spec.transport.up
+            )
             parts = self._merge.merge(given, base, out)
         if isinstance(self._run.spec.local.algorithm, Scaffold):
             settle_controls(out, base, len(done) / max(self._record.population, len(done)))
@@ -119,7 +121,7 @@ class Folding:
             self._rule.aggregate(base, updates, out)
 
     async def _work(self) -> None:
-        if not folds_early(self._run):
+        if not self._folds_early:
             return
         try:
             while not self._is_over:
@@ -157,7 +159,8 @@ class Folding:
         """Replace updates and the sum so far by a new sum; a row names it before anything is removed."""
         base = self._store.files.path(self._record.base_digest)
         out = self._store.spool.folder / f"{group[0].id}.sum"
-        updates, earlier = [self._update(assignment) for assignment in group], self._earlier()
+        await until_done(self._updates.measure, group)
+        updates, earlier = self._updates.of(group), self._earlier()
         digest = await until_done(self._make_sum, base, updates, out, earlier)
         self._save_fold(group, digest)
         for update in updates:
@@ -187,29 +190,6 @@ class Folding:
         out.replace(self._store.spool.sum_path(self._run.id, digest))
         return digest
 
-    def _update(self, assignment: Assignment) -> Update:
-        """An update with what it counts; of a stale one the model that it began from is needed too."""
-        update = Update(
-            site=assignment.site,
-            path=self._store.spool.update_path(assignment),
-            examples=update_weight(self._run.spec.task, assignment),
-            factor=self._factor(assignment.staleness),
-        )
-        if not assignment.staleness:
-            return update
-        path = self._store.files.path(assignment.model_digest)
-        return replace(update, base=BaseModel(path=path, digest=assignment.model_digest))
-
-    def _models(self, done: Sequence[Assignment]) -> list[BaseModel]:
-        """The model that each update began from."""
-        files = self._store.files
-        return [BaseModel(path=files.path(a.model_digest), digest=a.model_digest) for a in done]
-
-    def _factor(self, staleness: int) -> float:
-        if isinstance(self._mode, Sync):
-            return staleness_factor(staleness, self._run.spec.cohort.staleness.exponent)
-        return self._mode.server_lr * staleness_factor(staleness, self._mode.staleness.exponent)
-
     def _earlier(self) -> Path | None:
         digest = self._record.sum_digest
         return self._store.spool.sum_path(self._run.id, digest) if digest else None
@@ -234,3 +214,10 @@ class Folding:
 
 def _is_intact(path: Path, digest: str) -> bool:
     return path.exists() and digest_of_file(path) == digest
+
+
+def _rule_folds(run: Run) -> bool:
+    adapter = run.spec.model.adapter
+    if adapter is not None and adapter.needs_all_updates:
+        return False
+    return isinstance(aggregator_for(run.spec.aggregation), FoldingAggregator)

@@ -196,6 +196,8 @@ class Assignment(Base):
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     update_digest: Mapped[str] = mapped_column(default="")
     update_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    update_norm: Mapped[float] = mapped_column(default=0.0)
+    """How far the update moved its model, as it came; 0 if nobody measured it."""
     turn: Mapped[int] = mapped_column(default=0)
     """How many trainings of an asynchronous run this is at its site; 0 in synchronous ones."""
     staleness: Mapped[int] = mapped_column(default=0)

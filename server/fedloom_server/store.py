@@ -146,6 +146,17 @@ class Store:
         )
         return self.database.do(lambda session: [tuple(row) for row in session.execute(query)])
 
+    def update_norms(self, run_id: str, first: int, end: int) -> list[float]:
+        """Norms of the updates that counted in a run's rounds from ``first`` on, before ``end``."""
+        query = select(Assignment.update_norm).where(
+            Assignment.run_id == run_id,
+            Assignment.state == AssignmentState.DONE,
+            Assignment.round >= first,
+            Assignment.round < end,
+            Assignment.update_norm > 0,
+        )
+        return self.database.do(lambda session: list(session.scalars(query)))
+
     def open_assignments(self) -> list[Assignment]:
         """Assignments of every run that have not ended."""
         return self._all(select(Assignment).where(Assignment.state == AssignmentState.OPEN))

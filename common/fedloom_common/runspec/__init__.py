@@ -20,7 +20,7 @@ The coordinator and every site read the same spec; what belongs to one machine
 """
 
 from fedloom_common.runspec.adapter import Lora
-from fedloom_common.runspec.aggregation import Aggregation
+from fedloom_common.runspec.aggregation import Aggregation, Clip
 from fedloom_common.runspec.algorithms import FedProx, Plain, Scaffold
 from fedloom_common.runspec.cohort import Cohort, Staleness
 from fedloom_common.runspec.evaluation import Evaluation, Patience, Stop, Target
@@ -69,6 +69,7 @@ __all__ = [
     "Async",
     "CausalLM",
     "Classification",
+    "Clip",
     "Cohort",
     "DiLoCo",
     "Evaluation",

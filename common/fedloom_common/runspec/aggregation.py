@@ -11,12 +11,23 @@ from fedloom_common.runspec.serveroptimizers import FedAvg, ServerOptimizer
 from fedloom_common.strict import Strict
 
 
+class Clip(Strict):
+    """A bound on how far an update may move its model, by how far others did in earlier rounds."""
+
+    factor: float = Field(default=1.0, gt=0)
+    """Longest change that counts whole, in medians of the updates' norms; a longer one is scaled to it."""
+    rounds: int = Field(default=10, ge=1)
+    """Rounds before the present one that the median is over; the first takes that of its own updates."""
+
+
 class Aggregation(Strict):
     """How updates become the next global model."""
 
     rule: Rule = MeanRule()
     """What the updates come to: a name, such as ``weighted_mean`` or ``median``, or a mapping with it and
     its parameters, such as ``{name: krum, byzantine: 1}``."""
+    clip: Clip | None = None
+    """Whether updates that move the model much farther than others did are scaled down, before the rule."""
     server_optimizer: ServerOptimizer = FedAvg()
     """What the coordinator makes of that, such as ``fedavg``, which takes it as it is, or ``diloco``."""
     max_examples: int | None = Field(default=None, ge=1)

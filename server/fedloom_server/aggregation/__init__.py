@@ -54,6 +54,8 @@ class Update:
     """The older global model that the site started from; None if it is the one that is aggregated on."""
     factor: float = 1.0
     """sₖ: what the change counts, such as :func:`staleness_factor`."""
+    clip: float = 1.0
+    """What the change of the model's own tensors, all but control variates, is multiplied by besides."""
 
 
 class Aggregator(Protocol):

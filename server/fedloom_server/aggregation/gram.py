@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom_common.controls import is_control
 from fedloom_common.errors import BadTensor
 from fedloom_common.tensors import Manifest, TensorInfo
 from fedloom_server.aggregation.aligned import Aligned, Joined
@@ -17,6 +18,8 @@ from fedloom_server.aggregation.pieces import Piece, each_piece, in_order
 def gram_matrix(joined: Joined) -> Values:
     """⟨Δᵢ, Δⱼ⟩ for every two updates, with Δᵢ the change of update i against the present model, in float64.
 
+    Control variates do not count.
+
     The same bytes however many threads compute it.
 
     Memory: that of :class:`Aligned`, and a small matrix for each piece that waits for one before it.
@@ -24,7 +27,8 @@ def gram_matrix(joined: Joined) -> Values:
     Raises:
         BadTensor: the square of a change leaves the range of float64; names the site.
     """
-    infos = [info for info in Manifest.read(joined.base).tensors if info.is_float]
+    tensors = Manifest.read(joined.base).tensors
+    infos = [info for info in tensors if info.is_float and not is_control(info.name)]
     total = _OrderedSum(infos, len(joined.updates))
 
     def make(stack: ExitStack) -> Callable[[Piece], None]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder
 from fedloom_common.codecs.storage import TensorFile
+from fedloom_common.controls import is_control
 from fedloom_common.errors import BadTensor
 from fedloom_common.floats import decode
 from fedloom_common.tensors import ITEM_BYTES, TensorInfo
@@ -45,8 +46,8 @@ def source_of(update: "Update", chain: Chain, model: TensorFile, base_digest: st
         except BadTensor as error:
             raise BadTensor(f"the update of site {update.site}: {error}") from error
         stack.enter_context(opened.file)
-        is_plain = update.base is None and update.factor == 1
-        yield opened if is_plain else _Moved(opened, chain, _Values(base), _Values(model), update.factor)
+        is_plain = update.base is None and update.factor == update.clip == 1
+        yield opened if is_plain else _Moved(opened, chain, _Values(base), _Values(model), update)
 
 
 class _Values:
@@ -97,23 +98,24 @@ class _Moved:
     """An update's change, scaled and told of another model:  θ + s·(θₖ − θ_b),  or  s·(θₖ − θ_b)  alone."""
 
     def __init__(
-        self, source: _AsIs | _Encoded, chain: Chain, base: _Values, model: _Values, factor: float
+        self, source: _AsIs | _Encoded, chain: Chain, base: _Values, model: _Values, update: "Update"
     ) -> None:
         self.examples = source.examples
         self._source, self._chain, self._base, self._model = source, chain, base, model
-        self._factor = factor
+        self._factor, self._clip = update.factor, update.clip
         self._other = np.empty(0)
 
     def read(self, info: TensorInfo, start: int, values: NDArray[Any]) -> None:
         self._source.read(info, start, values)
+        factor = self._factor if is_control(info.name) else self._factor * self._clip
         if self._chain.tells_changes(info):
-            np.multiply(values, self._factor, out=values)
+            np.multiply(values, factor, out=values)
             return
         if len(self._other) < len(values):
             self._other = np.empty(len(values))
         other = self._other[: len(values)]
         self._base.read(info, start, other)
         np.subtract(values, other, out=values)
-        np.multiply(values, self._factor, out=values)
+        np.multiply(values, factor, out=values)
         self._model.read(info, start, other)
         np.add(values, other, out=values)
