@@ -122,11 +122,14 @@ class FakeSite:
         elif self.fault is not Fault.NEVER_EVALUATES:
             self._evaluate(assignment, load_file(model))
 
-    def _evaluate(self, assignment: pb.Assignment, tensors: Tensors) -> None:
+    def _measured(self, tensors: Tensors) -> dict[str, float]:
         loss = 10.0 - float(np.mean([tensor.mean() for tensor in tensors.values()]))
         if self.measure is not None:
             loss = self.measure(tensors)
-        metrics = {"loss": loss, "perplexity": float(np.exp(loss))}
+        return {"loss": loss, "perplexity": float(np.exp(loss))}
+
+    def _evaluate(self, assignment: pb.Assignment, tensors: Tensors) -> None:
+        metrics = self._measured(tensors)
         examples, tokens, seconds = self.examples, 10, {"evaluate": 0.1}
         if self.fault is Fault.ODD_NAMES:
             metrics |= {"name": 1.0, "message": 2.0, "a\nb\x1b[31m": 3.0}
@@ -159,7 +162,7 @@ class FakeSite:
                 if self.gate is not None:
                     await self.gate.acquire()
                 await asyncio.sleep(self.seconds)
-                self._offer(assignment, self._update_of(assignment, model))
+                self._offer(assignment, self._update_of(assignment, model), model)
 
     async def _repeat_itself(self, assignment: pb.Assignment) -> None:
         while True:
@@ -186,7 +189,7 @@ class FakeSite:
         self._updates[assignment.id] = path
         return path
 
-    def _offer(self, assignment: pb.Assignment, path: Path) -> None:
+    def _offer(self, assignment: pb.Assignment, path: Path, model: Path) -> None:
         digest = digest_of_file(path)
         if self.fault is Fault.WRONG_DIGEST:
             digest = "blake3:" + "0" * 64
@@ -195,8 +198,14 @@ class FakeSite:
         examples = {Fault.NO_EXAMPLES: 0, Fault.TOO_MANY_EXAMPLES: 10**12}.get(self.fault, self.examples)
         size = path.stat().st_size + (10**9 if self.fault is Fault.TOO_LARGE else 0)
         tokens = (1 << 63) + 5 if self.fault is Fault.HUGE_NUMBERS else examples * 8
+        before = None
+        if assignment.measures and self.fault is not Fault.NEVER_EVALUATES:
+            metrics = self._measured(load_file(model))
+            before = pb.Measurement(examples=self.examples, tokens=10, metrics=metrics)
         outcome = pb.Outcome(
             assignment_id=assignment.id,
+            before=before,
+            data_examples=self.examples,
             update_digest=digest,
             update_bytes=size,
             examples=examples,

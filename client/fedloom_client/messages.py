@@ -1,7 +1,7 @@
 """What site and coordinator say to each other about work, free of protobuf."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Phase = Literal["queued", "download", "start", "prepare", "train", "evaluate", "encode", "wait", "upload"]
 
@@ -30,7 +30,7 @@ class Assignment:
     """One piece of work; the id is the same every time the coordinator sends it."""
 
     id: str
-    work: Literal["train", "evaluate"]
+    work: Literal["train", "evaluate", "alone"]
     run_id: str
     round: int
     """From 1; 0 for the evaluation of the initial model."""
@@ -49,6 +49,10 @@ class Assignment:
     """What an adapter's run does not train: the base, and A if B alone is trained."""
     folds: tuple[Blob, ...] = ()
     """Changes of the base's weights, first to last."""
+    measures: bool = False
+    """Whether to measure the model before a training's first step."""
+    alone_rounds: int = 0
+    """Rounds whose steps to take alone; 0 for other work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +69,23 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What the site measured of a model on its held-out data."""
+
+    examples: int
+    tokens: int
+    metrics: dict[str, float]
+    weights: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The result of a finished assignment."""
 
     assignment_id: str
     update_digest: str = ""
-    """Empty after an evaluation."""
+    """Empty after anything but a training for the run."""
     update_bytes: int = 0
     examples: int
     tokens: int
@@ -80,6 +95,16 @@ class Outcome:
     counts: dict[str, list[int]] = field(default_factory=dict)
     """Counts that add up over sites."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    before: Measurement | None = None
+    """What a training measured of the model that it began from."""
+    data_examples: int = 0
+    """Training examples that the data set makes; 0 after an evaluation."""
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> "Outcome":
+        """An outcome as ``dataclasses.asdict`` wrote it, and JSON kept it."""
+        before = facts.get("before")
+        return cls(**facts | {"before": None if before is None else Measurement(**before)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,7 +168,7 @@ def _read(folder: Path) -> Finished | None:
     path = folder / UPDATE
     try:
         facts = json.loads((folder / "outcome.json").read_text())
-        entry = Finished(**facts | {"outcome": Outcome(**facts["outcome"]), "path": path})
+        entry = Finished(**facts | {"outcome": Outcome.of(facts["outcome"]), "path": path})
         return entry if digest_of_file(path) == entry.outcome.update_digest else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

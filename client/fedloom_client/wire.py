@@ -3,14 +3,30 @@
 import math
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from typing import Literal
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom_client.hardware import Device
-from fedloom_client.messages import Answer, Assignment, Blob, Delta, Failure, Outcome, Progress, Refusal
+from fedloom_client.messages import (
+    Answer,
+    Assignment,
+    Blob,
+    Delta,
+    Failure,
+    Measurement,
+    Outcome,
+    Progress,
+    Refusal,
+)
 from fedloom_common.digests import DIGEST, is_digest
 from fedloom_common.errors import ProtocolError
 
 PROTOCOL_VERSION = 1
+_WORK: Mapping[int, Literal["train", "evaluate", "alone"]] = {
+    pb.WORK_TRAIN: "train",
+    pb.WORK_EVALUATE: "evaluate",
+    pb.WORK_ALONE: "alone",
+}
 REASON_LIMIT_CHARS = 16_000  # a rank's traceback fits; a log that went wild does not fill the session
 
 
@@ -68,15 +84,17 @@ def assignment_of(message: pb.Assignment) -> Assignment:
         raise ProtocolError(
             f"an assignment needs an id and a run_id, came {message.id!r}, {message.run_id!r}"
         )
-    if message.work not in (pb.WORK_TRAIN, pb.WORK_EVALUATE):
+    if message.work not in _WORK:
         raise ProtocolError(
-            f"assignment {message.id} has work {message.work}, known are 1 (train), 2 (evaluate)"
+            f"assignment {message.id} has work {message.work}, known are 1 (train), 2 (evaluate), 3 (alone)"
         )
+    if message.work == pb.WORK_ALONE and not message.alone_rounds:
+        raise ProtocolError(f"assignment {message.id} has alone_rounds 0, wanted 1 or more")
     if not 0 <= message.deadline_s < math.inf:
         raise ProtocolError(f"assignment {message.id} has deadline_s {message.deadline_s}, wanted 0 or more")
     return Assignment(
         id=message.id,
-        work="train" if message.work == pb.WORK_TRAIN else "evaluate",
+        work=_WORK[message.work],
         run_id=message.run_id,
         round=message.round,
         attempt=message.attempt,
@@ -88,6 +106,8 @@ def assignment_of(message: pb.Assignment) -> Assignment:
         schedule_round=message.schedule_round,
         frozen=tuple(_blob(file, "frozen file") for file in message.frozen),
         folds=tuple(_blob(file, "fold") for file in message.folds),
+        measures=message.measures,
+        alone_rounds=message.alone_rounds,
     )
 
 
@@ -126,9 +146,22 @@ def _outcome(outcome: Outcome) -> pb.Outcome:
         tokens=outcome.tokens,
         metrics=outcome.metrics,
         metric_weights=outcome.weights,
-        metric_counts={name: pb.Counts(values=values) for name, values in outcome.counts.items()},
+        metric_counts=_counts(outcome.counts),
         phase_seconds=outcome.phase_seconds,
+        before=None if outcome.before is None else _measurement(outcome.before),
+        data_examples=outcome.data_examples,
     )
+
+
+def _measurement(measured: Measurement) -> pb.Measurement:
+    return pb.Measurement(
+        examples=measured.examples, tokens=measured.tokens, metrics=measured.metrics,
+        metric_weights=measured.weights, metric_counts=_counts(measured.counts),
+    )  # fmt: skip
+
+
+def _counts(counts: Mapping[str, list[int]]) -> dict[str, pb.Counts]:
+    return {name: pb.Counts(values=values) for name, values in counts.items()}
 
 
 def _cut(reason: str) -> str:

@@ -16,7 +16,7 @@ from fedloom_client.config import SiteConfig
 from fedloom_client.consent import Consent
 from fedloom_client.frozen import Frozen, FrozenFiles
 from fedloom_client.groups import WarmGroups
-from fedloom_client.messages import Answer, Assignment, Failure, Outcome, Progress, Refusal
+from fedloom_client.messages import Answer, Assignment, Failure, Measurement, Outcome, Progress, Refusal
 from fedloom_client.outbox import Outbox
 from fedloom_client.residuals import Residuals
 from fedloom_client.signs import signs_of_life
@@ -108,6 +108,8 @@ class Performer:
             weights=result.weights,
             counts=result.counts,
             phase_seconds={"download": download_s, **result.phase_seconds},
+            before=_measured_before(result),
+            data_examples=result.data_examples,
         )
         if trained is None:
             return outcome
@@ -152,6 +154,8 @@ class Performer:
             run_id=assignment.run_id,
             round=assignment.round,
             schedule_round=assignment.schedule_round,
+            measures=assignment.measures,
+            alone_rounds=assignment.alone_rounds,
             model_path=str(model),
             assets_dir=str(assets),
             frozen=under.frozen,
@@ -201,6 +205,16 @@ class Performer:
         return (
             f"no space left in state_dir {root} ({free_bytes} bytes are free): free some, or move it\n{error}"
         )
+
+
+def _measured_before(result: WorkerResult) -> Measurement | None:
+    before = result.before
+    if before is None:
+        return None
+    return Measurement(
+        examples=before.examples, tokens=before.tokens, metrics=before.metrics, weights=before.weights,
+        counts=before.counts,
+    )  # fmt: skip
 
 
 def _checkpoint_bytes(local: Local, model_bytes: int) -> int:

@@ -125,7 +125,7 @@ class WorkerGroup:
         kind, body = answer
         if kind == "result":
             rank.has_served = True
-            return WorkerResult(**body)
+            return WorkerResult.of(body)
         raise TrainingFailed(str(body))
 
     async def _call_off(self, rank: RankZero, order_id: str) -> None:

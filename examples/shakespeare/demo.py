@@ -29,7 +29,7 @@ SITES = {"comedies": 2, "histories": 1, "tragedies": 1}
 """Each site, which has the plays of its name, and how many DDP ranks it trains with."""
 READY_S = 120
 STOP_S = 15
-MEASURE_ONLY = "stop.target={metric: loss, value: 1000}"
+MEASURE_ONLY = ("stop.target={metric: loss, value: 1000}", "evaluation.when=after_round")
 """Any model is that good: the run ends after the evaluation of its initial model."""
 
 console = Console()
@@ -185,7 +185,7 @@ def play(
         model = scratch / f"alone-{site}"
         federation.operator("export", lonely, "--to", str(model))
         measured = federation.run(
-            f"name=measure-{site}", f"model={{path: {model}}}", "rounds=1", MEASURE_ONLY
+            f"name=measure-{site}", f"model={{path: {model}}}", "rounds=1", *MEASURE_ONLY
         )
         alone[site] = losses(federation.show(measured))[0]
     with console.status("Writing samples"):

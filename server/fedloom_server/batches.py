@@ -12,6 +12,7 @@ from fedloom_server.cohorts import draw_cohort, sites_needed, wanted
 from fedloom_server.downlink import delta_to
 from fedloom_server.federation import Federation
 from fedloom_server.folding import folds_early
+from fedloom_server.measuring import is_measured_by_trainings
 from fedloom_server.pending import Terms
 from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work, assignment_id
 from fedloom_server.selection import cohort_size
@@ -58,13 +59,14 @@ def assigned(
     size = federation.store.files.path(digest).stat().st_size
     parts = parts_of(federation.store, run, digest)
     models = {site: model_for(site, run, PartFile("model", digest, size), parts) for site in sites}
+    measures = work is Work.TRAIN and is_measured_by_trainings(run, record.number - 1, federation.store)
     stored = {assignment.id: assignment for assignment in federation.store.assignments(run.id, record.number)}
     batch = []
     for site in sites:
         name = assignment_id(run.id, record.number, record.attempt, work, site)
         fresh = Assignment(
             id=name, run_id=run.id, round=record.number, attempt=record.attempt, work=work, site=site,
-            model_digest=models[site].digest, model_bytes=models[site].size_bytes,
+            model_digest=models[site].digest, model_bytes=models[site].size_bytes, measures=measures,
         )  # fmt: skip
         batch.append(stored.get(name, fresh))
     federation.store.save(run, record, *batch)

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedloom_common.errors import TooFewUpdates
 from fedloom_common.runspec import Async
+from fedloom_server.closing import measure_last
 from fedloom_server.codecs import most_update_bytes
 from fedloom_server.federation import Federation
 from fedloom_server.folding import Folding, folds_early
@@ -158,9 +159,12 @@ class _Flow:
             self._measuring, self._has_news = None, True
 
     async def conclude(self, reason: str) -> None:
-        """End the run in good order: a version that is being made becomes the last."""
+        """End the run in good order: a version that is being made becomes the last, and is measured."""
         if self._making is not None:
             await self._making
+        if self._spec.evaluation.when == "before_training":
+            self._federation.assignments.cancel(list(self._work.values()), f"the run ends: {reason}")
+            await measure_last(self._run, self._federation)
         self._versions.end(reason)
 
     async def leave(self) -> None:

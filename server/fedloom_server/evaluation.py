@@ -36,6 +36,11 @@ def metrics_of(assignment: Assignment) -> SiteMetrics:
     )
 
 
+def before_of(assignment: Assignment) -> SiteMetrics | None:
+    """What a site measured of the model that it started from; None if it did not."""
+    return SiteMetrics(**assignment.base_measured) if assignment.base_measured else None
+
+
 def combine(results: Iterable[SiteMetrics]) -> dict[str, float]:
     """Metrics over all sites' data, as if it lay in one place, in the order of their names.
 

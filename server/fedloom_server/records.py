@@ -54,6 +54,8 @@ class Work(StrEnum):
 
     TRAIN = "train"
     EVALUATE = "evaluate"
+    ALONE = "alone"
+    """Train by itself, to compare with."""
 
 
 class AssignmentState(StrEnum):
@@ -209,11 +211,24 @@ class Assignment(Base):
     bytes_down: Mapped[int] = mapped_column(BigInteger, default=0)
     bytes_up: Mapped[int] = mapped_column(BigInteger, default=0)
     metrics: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
+    measures: Mapped[bool] = mapped_column(default=False)
+    """Whether the site measures the model that it starts from before it trains."""
+    base_measured: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
+    """What it measured of that model: ``SiteMetrics`` as its fields; empty if it did not."""
+    data_examples: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Training examples that the site's data set makes; 0 if it did not tell."""
+    alone_rounds: Mapped[int] = mapped_column(default=0)
+    """Rounds whose steps the site takes by itself, if that is the work."""
     phase_seconds: Mapped[dict[str, float]] = mapped_column(default_factory=dict)
     metric_weights: Mapped[dict[str, int]] = mapped_column(default_factory=dict)
     """How many things a metric is the mean of."""
     metric_counts: Mapped[dict[str, list[int]]] = mapped_column(default_factory=dict)
     """Counts that add up over sites, for metrics that are no means."""
+
+    @property
+    def base_round(self) -> int:
+        """The round that made the model from which a training starts; 0 for the initial one."""
+        return self.round - self.staleness - 1
 
     @property
     def has_spooled_update(self) -> bool:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from fedloom_common.partial import discard
 from fedloom_server.adapters.parts import parts_of
@@ -74,8 +74,11 @@ class Reports:
         assignment.metrics, assignment.phase_seconds = dict(result.metrics), dict(result.phase_seconds)
         assignment.metric_weights = dict(result.weights)
         assignment.metric_counts = {name: list(counts) for name, counts in result.counts.items()}
+        assignment.data_examples = result.data_examples
+        if result.before is not None and assignment.measures:
+            assignment.base_measured = asdict(result.before)
         assignment.update_digest, assignment.update_bytes = result.update_digest, result.update_bytes
-        if assignment.work is Work.EVALUATE:
+        if assignment.work is not Work.TRAIN:
             self._assignments.end(entry, AssignmentState.DONE)
             return
         entry.alive_at_s = _now_s()

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 
 from fedloom_common.errors import TooFewUpdates
 from fedloom_server.batches import evaluations, still_late, terms_of_evaluation, terms_of_training, trainings
+from fedloom_server.closing import measure_last
 from fedloom_server.evaluation import combine, metrics_of
 from fedloom_server.failures import FAILURES_KEPT, failure_of_attempt
 from fedloom_server.federation import Federation
 from fedloom_server.folding import Folding
+from fedloom_server.measuring import initial_round, is_measured_now, tell_round, told_by
 from fedloom_server.pending import sites_done
 from fedloom_server.records import Assignment, AssignmentState, Base, Round, RoundState, Run
 from fedloom_server.retention import drop_old_models
 from fedloom_server.stopping import stop_reason
-from fedloom_server.watching import RoundChange
 
 ATTEMPT_PAUSE_S = 2.0  # sites that all failed at once are given a moment before they are asked again
 CAUSES_TOLD = 20  # a round's reason is for people; every cause stands with its assignment
@@ -38,15 +39,15 @@ async def run_rounds(run: Run, federation: Federation) -> str:
     Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1.
     """
     if run.spec.evaluation.initial and not federation.store.rounds(run.id):
-        initial = _new_round(run, 0, RoundState.EVALUATING)
-        initial.model_digest, initial.model_bytes = run.model_digest, run.model_bytes
-        await _play(run, initial, federation)
+        await _play(run, initial_round(run), federation)
     elif (begun := _round_begun(run, federation)) is not None and begun.cohort:
         await _play(run, begun, federation)  # stop conditions are for the ends of rounds
-    while (reason := _stop_reason(run, federation)) is None:
-        record = _round_begun(run, federation)
-        await _play(run, record or _new_round(run, run.rounds_done + 1, RoundState.TRAINING), federation)
-    return reason
+    while True:
+        while (reason := _stop_reason(run, federation)) is None:
+            record = _round_begun(run, federation)
+            await _play(run, record or _new_round(run, run.rounds_done + 1), federation)
+        if not await measure_last(run, federation):
+            return reason  # else the last model may have given it reason to go on
 
 
 async def _play(run: Run, record: Round, federation: Federation) -> None:
@@ -54,10 +55,13 @@ async def _play(run: Run, record: Round, federation: Federation) -> None:
     if record.state in (RoundState.TRAINING, RoundState.AGGREGATING):
         folding = Folding(run, record, federation.store, federation.assignments.uploads)
         done, late = await _train(run, record, federation, folding)
-        _advance(run, record, RoundState.AGGREGATING, federation, *late)
+        measured = told_by(run, done, federation.store)
+        _advance(run, record, RoundState.AGGREGATING, federation, *late, *measured)
+        for earlier in measured:
+            tell_round(run, earlier, federation)
         await _aggregate(run, record, done, folding)
         _advance(run, record, RoundState.EVALUATING, federation)
-    if record.state is RoundState.EVALUATING and _is_evaluated(run, record):
+    if record.state is RoundState.EVALUATING and is_measured_now(run.spec, record.number):
         await _evaluate(run, record, federation)
     record.ended_at_s = time.time()
     run.rounds_done = record.number
@@ -141,10 +145,11 @@ def _round_begun(run: Run, federation: Federation) -> Round | None:
     return next(iter(federation.store.unfinished_rounds(run.id)), None)
 
 
-def _new_round(run: Run, number: int, state: RoundState) -> Round:
+def _new_round(run: Run, number: int) -> Round:
     return Round(
-        run_id=run.id, number=number, state=state, base_digest=run.model_digest, started_at_s=time.time()
-    )
+        run_id=run.id, number=number, state=RoundState.TRAINING, base_digest=run.model_digest,
+        started_at_s=time.time(),
+    )  # fmt: skip
 
 
 def _advance(run: Run, record: Round, state: RoundState, federation: Federation, *more: Base) -> None:
@@ -154,21 +159,12 @@ def _advance(run: Run, record: Round, state: RoundState, federation: Federation,
     if state in (RoundState.FINISHED, RoundState.FAILED):
         federation.meters.round_ended(record)
     federation.watching.tell(run.id, run)
-    if federation.watching.is_watched(run.id):
-        assignments = federation.store.assignments(run.id, record.number)
-        federation.watching.tell(run.id, RoundChange(record, assignments))
+    tell_round(run, record, federation)
 
 
 def _stop_reason(run: Run, federation: Federation) -> str | None:
     history = federation.store.history(run.id)
     return stop_reason(run.spec, history, time.time() - run.started_at_s - run.paused_s)
-
-
-def _is_evaluated(run: Run, record: Round) -> bool:
-    every = run.spec.evaluation.every_rounds
-    if record.number == 0:
-        return True
-    return bool(every) and (record.number % every == 0 or record.number == run.spec.rounds)
 
 
 def _combined(done: Sequence[Assignment]) -> dict[str, float]:

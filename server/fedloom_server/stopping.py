@@ -40,7 +40,7 @@ def stop_reason(spec: RunSpec, history: Sequence[RoundResult], elapsed_s: float)
     for condition in conditions:
         _require_known(condition.metric, history)
     reasons = [
-        _target_reached(stop.target, history[-1]) if stop.target else None,
+        _target_reached(stop.target, history) if stop.target else None,
         _all_rounds_done(spec, history, [condition.metric for condition in conditions]),
         _no_longer_better(stop.patience, history) if stop.patience else None,
         _time_is_up(stop.wall_s, history[-1], elapsed_s) if stop.wall_s else None,
@@ -58,15 +58,18 @@ def _require_known(metric: str, history: Sequence[RoundResult]) -> None:
         )
 
 
-def _target_reached(target: Target, last: RoundResult) -> str | None:
-    value = last.metrics.get(target.metric, math.nan)
-    better = value >= target.value if target.higher_is_better else value <= target.value
-    if not better:  # NaN compares as false both ways
-        return None
-    return (
-        f"{target.metric} is {value:.6g} after round {last.number}, "
-        f"{'at or above' if target.higher_is_better else 'at or below'} the target of {target.value:.6g}"
-    )
+def _target_reached(target: Target, history: Sequence[RoundResult]) -> str | None:
+    """Whether any round has: of one the metrics may come when the next is done, and they still count."""
+    for result in history:
+        value = result.metrics.get(target.metric, math.nan)
+        better = value >= target.value if target.higher_is_better else value <= target.value
+        if better:  # NaN compares as false both ways
+            side = "at or above" if target.higher_is_better else "at or below"
+            return (
+                f"{target.metric} is {value:.6g} after round {result.number}, "
+                f"{side} the target of {target.value:.6g}"
+            )
+    return None
 
 
 def _all_rounds_done(spec: RunSpec, history: Sequence[RoundResult], waited_for: list[str]) -> str | None:

@@ -107,6 +107,10 @@ class Store:
         """A run's rounds, first to last."""
         return self._all(select(Round).where(Round.run_id == run_id).order_by(Round.number))
 
+    def round(self, run_id: str, number: int) -> Round | None:
+        """One round of a run; None if it has none of that number."""
+        return self.database.do(lambda session: session.get(Round, (run_id, number)))
+
     def unfinished_rounds(self, run_id: str) -> list[Round]:
         """A run's rounds that have yet to end, first to last."""
         ends = (RoundState.FINISHED, RoundState.FAILED)
@@ -130,6 +134,13 @@ class Store:
     def assignment(self, assignment_id: str) -> Assignment | None:
         """One assignment; None if there is none of that id."""
         return self.database.do(lambda session: session.get(Assignment, assignment_id))
+
+    def measured_first(self, run_id: str, round_number: int) -> list[Assignment]:
+        """Trainings that count, started from a round's model and measured it, by attempt."""
+        query = select(Assignment).where(Assignment.run_id == run_id, Assignment.measures)
+        query = query.where(Assignment.work == Work.TRAIN, Assignment.state == AssignmentState.DONE)
+        query = query.where(Assignment.round - Assignment.staleness == round_number + 1)
+        return self._all(query.order_by(Assignment.round, Assignment.attempt, Assignment.site))
 
     def training_history(self, run_id: str, before: tuple[int, int]) -> list[tuple[str, int, int]]:
         """Of each site that a run has asked to train before a round's attempt: when last, and its examples.

@@ -16,10 +16,11 @@ from fedloom_common.runspec import Async
 from fedloom_server.config import KeepModels
 from fedloom_server.evaluation import combine, metrics_of
 from fedloom_server.folding import Folding
+from fedloom_server.measuring import initial_round, is_measured_by_trainings, is_measured_now, told_by
 from fedloom_server.meters import Meters
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, Work, assignment_id
 from fedloom_server.retention import drop_old_models
-from fedloom_server.stopping import is_measured, stop_reason
+from fedloom_server.stopping import stop_reason
 from fedloom_server.store import Store
 from fedloom_server.watching import RoundChange, Watching
 
@@ -52,6 +53,8 @@ class Versions:
         """Versions to be measured, one after the other; the first is under way."""
         self.turns: defaultdict[str, int] = defaultdict(int)
         """How often each site was asked to train."""
+        self._last_measured: dict[str, int] = {}
+        """The version that each site was last asked to measure before it trains."""
         self.examples: dict[str, int] = {}
         """nₖ of each site's latest training."""
 
@@ -77,14 +80,10 @@ class Versions:
         return self.trainings > 0 or self._run.rounds_done > 0
 
     def stop_reason(self) -> str | None:
-        """Why the run ends now, if it does: a version may be measured only after younger ones are made."""
+        """Why the run ends now, if it does."""
         history = self._store.history(self._run.id)
-        measured = [place for place, result in enumerate(history) if is_measured(result)]
         elapsed_s = time.time() - self._run.started_at_s - self._run.paused_s
-        for end in sorted({measured[-1] + 1 if measured else 0, len(history)}):
-            if (reason := stop_reason(self._spec, history[:end], elapsed_s)) is not None:
-                return reason
-        return None
+        return stop_reason(self._spec, history, elapsed_s)
 
     @property
     def trainings(self) -> int:
@@ -100,11 +99,19 @@ class Versions:
             id=assignment_id(run.id, self.turns[site], 1, Work.TRAIN, site), run_id=run.id,
             round=record.number, attempt=record.attempt, turn=self.turns[site],
             staleness=record.number - 1 - run.rounds_done, work=Work.TRAIN, site=site,
-            model_digest=run.model_digest, model_bytes=run.model_bytes,
+            model_digest=run.model_digest, model_bytes=run.model_bytes, measures=self._is_to_measure(site),
         )  # fmt: skip
         self._store.save(assignment)
         self._tell(record)
         return assignment
+
+    def _is_to_measure(self, site: str) -> bool:
+        """Whether a site measures the newest version before it trains: it need not do so twice."""
+        number = self._run.rounds_done
+        if self._last_measured.get(site) == number:
+            return False
+        self._last_measured[site] = number
+        return is_measured_by_trainings(self._run, number, self._store)
 
     def close(self, taken: Sequence[Assignment], others: Sequence[Assignment]) -> None:
         """Make a version of these updates; the other trainings are for the next one, if there is any."""
@@ -152,7 +159,10 @@ class Versions:
         following = [self.open] if self.open else []
         for known in following:
             known.base_digest = model.digest
-        self._store.save(run, record, *following)
+        measured = told_by(run, taken, self._store)
+        self._store.save(run, record, *following, *measured)
+        for earlier in measured:
+            self._tell(earlier)
         if record.state is RoundState.FINISHED:
             self._meters.round_ended(record)
         self._watching.tell(run.id, run)
@@ -217,10 +227,7 @@ class Versions:
         records = [self._new(1, RoundState.TRAINING)]
         records[0].base_digest = self._run.model_digest
         if self._spec.evaluation.initial:
-            initial = self._new(0, RoundState.EVALUATING)
-            initial.base_digest = initial.model_digest = self._run.model_digest
-            initial.model_bytes = self._run.model_bytes
-            records.insert(0, initial)
+            records.insert(0, initial_round(self._run))
         self._store.save(*records)
         for record in records:
             self._tell(record)
@@ -232,11 +239,9 @@ class Versions:
         )
 
     def _is_due(self, number: int) -> bool:
-        """Whether a version is measured: only one at a time is, besides the last."""
-        every = self._spec.evaluation.every_rounds
-        if every and number == self._spec.rounds:
-            return True
-        return bool(every) and number % every == 0 and not self.measured
+        """Whether sites are asked to measure a version: only one at a time is, besides the last."""
+        is_last = number == self._spec.rounds
+        return is_measured_now(self._spec, number) and (is_last or not self.measured)
 
     def _tell(self, record: Round | None) -> None:
         if record is not None and self._watching.is_watched(self._run.id):

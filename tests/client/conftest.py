@@ -184,6 +184,7 @@ class FakeGroup:
     update: bytes = b"trained"
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
+    before: WorkerResult | None = None
     orders: list[Order] = field(default_factory=list)
     models: list[bytes] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
@@ -215,8 +216,9 @@ class FakeGroup:
         if order.work == "train":
             Path(order.update_path).write_bytes(self.update)
         return WorkerResult(
-            examples=12, tokens=480, metrics={"loss": 1.5}, phase_seconds={"train": 0.25}, update_path=None
-        )
+            examples=12, tokens=480, metrics={"loss": 1.5}, phase_seconds={"train": 0.25}, update_path=None,
+            before=self.before, data_examples=99,
+        )  # fmt: skip
 
     async def stop(self) -> None:
         self.stopped += 1

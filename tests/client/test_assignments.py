@@ -9,6 +9,7 @@ import pytest
 from fedloom.v1 import session_pb2 as pb
 from fedloom_client import assignments as assignments_module
 from fedloom_client import signs as signs_module
+from fedloom_client.training.orders import WorkerResult
 from fedloom_common.digests import digest_of_file
 
 
@@ -86,6 +87,25 @@ async def test_an_evaluation_is_answered_without_an_upload(world: Any) -> None:
     outcome = await world.coordinator.until_heard("outcome")
     assert (outcome.assignment_id, outcome.update_digest, outcome.examples) == ("r1-evaluate", "", 12)
     assert world.coordinator.receipts == []
+
+
+async def test_what_a_training_measured_first_travels_with_its_outcome_and_over_a_restart(
+    world: Any,
+) -> None:
+    world.group.before = WorkerResult(examples=7, tokens=70, metrics={"loss": 2.25})
+    world.coordinator.grants = False
+    daemon = world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment(measures=True))
+    await world.coordinator.until_heard("outcome")
+    await world.stop(daemon)
+    world.daemon()
+    await world.coordinator.until_heard("outcome", 2)
+    assert [order.measures for order in world.group.orders] == [True]
+    for outcome in world.coordinator.kinds("outcome"):
+        assert (outcome.before.examples, outcome.before.tokens) == (7, 70)
+        assert dict(outcome.before.metrics) == {"loss": 2.25}
+        assert outcome.data_examples == 99
 
 
 async def test_a_slow_start_and_encoding_are_signs_of_life_but_not_for_ever(

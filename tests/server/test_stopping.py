@@ -57,9 +57,10 @@ def test_nan_never_reaches_a_target(higher_is_better):
     assert stop_reason(target, losses(math.nan), 0) is None
 
 
-def test_only_the_last_round_can_reach_the_target():
+def test_a_target_counts_though_its_metric_came_after_the_next_round():
     target = spec(target={"metric": "loss", "value": 2.5})
-    assert stop_reason(target, losses(2.0, None), 0) is None
+    reason = stop_reason(target, losses(2.0, None), 0)
+    assert reason == "loss is 2 after round 1, at or below the target of 2.5"
 
 
 @pytest.mark.parametrize(

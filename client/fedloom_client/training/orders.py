@@ -25,7 +25,7 @@ class Order:
 
     id: str
     """Assignment.id."""
-    work: Literal["train", "evaluate"]
+    work: Literal["train", "evaluate", "alone"]
     run_id: str
     round: int
     """From 1; 0 for the evaluation of the initial model."""
@@ -41,6 +41,10 @@ class Order:
     """Where an adapter is trained: files that are not, by name, such as ``base.safetensors``."""
     folds: tuple[str, ...] = ()
     """Files of changes to the base's weights, first to last."""
+    measures: bool = False
+    """Whether to measure the global model before a training's first step."""
+    alone_rounds: int = 0
+    """Rounds whose steps to take alone; 0 for other work."""
     update_path: str = ""
     """Where a training leaves the trained tensors, atomically; not used by an evaluation."""
 
@@ -114,6 +118,16 @@ class WorkerResult:
     """Seconds by phase: start, prepare, train, evaluate."""
     update_path: str | None = None
     """The trained tensors, after training."""
+    before: "WorkerResult | None" = None
+    """What was measured of the global model before the training."""
+    data_examples: int = 0
+    """Training examples that the data set makes; 0 after an evaluation."""
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> "WorkerResult":
+        """The result that came as JSON."""
+        before = body.get("before")
+        return cls(**body | {"before": None if before is None else cls(**before)})
 
 
 def encode(kind: str, body: Any = None) -> bytes:

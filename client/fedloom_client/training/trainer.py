@@ -84,8 +84,19 @@ class Trainer:
         started = time.monotonic()
         self._model.fold(order.folds)
         self._model.load(Path(order.model_path))
-        result = self._train(order) if order.work == "train" else self._evaluate()
-        return replace(result, phase_seconds={order.work: time.monotonic() - started})
+        if order.work == "evaluate":
+            return replace(self._evaluate(), phase_seconds={"evaluate": time.monotonic() - started})
+        before = self._evaluate() if order.measures and self._has_held_out() else None
+        measured = time.monotonic()
+        result = self._train(order)
+        seconds = {"train": time.monotonic() - (started if before is None else measured)}
+        if before is not None:
+            seconds["evaluate"] = measured - started
+        return replace(result, phase_seconds=seconds, before=before, data_examples=len(self._data.train))
+
+    def _has_held_out(self) -> bool:
+        """Whether there is anything to measure on; a site without it trains all the same."""
+        return len(self._data.held_out) > 0
 
     def _train(self, order: Order) -> WorkerResult:
         local, group, data = self._spec.local, self._group, self._data.train

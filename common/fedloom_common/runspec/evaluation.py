@@ -1,5 +1,7 @@
 """A run spec's evaluation: how often the model is measured, and what then ends the run early."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from fedloom_common.strict import Strict
@@ -8,10 +10,14 @@ from fedloom_common.strict import Strict
 class Evaluation(Strict):
     """Measuring the global model on the sites' held-out data."""
 
+    when: Literal["before_training", "after_round"] = "before_training"
+    """``before_training``: each site measures the model that it is about to train from, so that a model's
+    metrics come with the next round's updates and cost no round trip; the run's last model is measured for
+    itself. ``after_round``: every site is asked to measure each new model, before the next round begins."""
     every_rounds: int = Field(default=1, ge=0)
     """Rounds between evaluations; 0 for none. The last round is always evaluated otherwise."""
     initial: bool = True
-    """Whether the initial model is evaluated before round 1."""
+    """Whether the initial model is evaluated too."""
     max_examples: int | None = Field(default=None, ge=1)
     """Most held-out examples that each site measures; all if not given."""
     deadline_s: float = Field(default=3600, gt=0)

@@ -54,7 +54,7 @@ SITE_STATE_DRAINING: SiteState
 SITE_STATE_BLOCKED: SiteState
 
 class Run(_message.Message):
-    __slots__ = ("id", "name", "state", "reason", "rounds_done", "rounds_total", "submitted_at_s", "started_at_s", "ended_at_s", "model", "spec_json", "priority", "cloned_from", "cloned_round", "frozen")
+    __slots__ = ("id", "name", "state", "reason", "rounds_done", "rounds_total", "submitted_at_s", "started_at_s", "ended_at_s", "model", "spec_json", "priority", "cloned_from", "cloned_round", "frozen", "best_round", "best_metric", "best_value", "final_round")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,10 @@ class Run(_message.Message):
     CLONED_FROM_FIELD_NUMBER: _ClassVar[int]
     CLONED_ROUND_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
+    BEST_ROUND_FIELD_NUMBER: _ClassVar[int]
+    BEST_METRIC_FIELD_NUMBER: _ClassVar[int]
+    BEST_VALUE_FIELD_NUMBER: _ClassVar[int]
+    FINAL_ROUND_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     state: RunState
@@ -85,7 +89,11 @@ class Run(_message.Message):
     cloned_from: str
     cloned_round: int
     frozen: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., reason: _Optional[str] = ..., rounds_done: _Optional[int] = ..., rounds_total: _Optional[int] = ..., submitted_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., spec_json: _Optional[str] = ..., priority: _Optional[int] = ..., cloned_from: _Optional[str] = ..., cloned_round: _Optional[int] = ..., frozen: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ...) -> None: ...
+    best_round: int
+    best_metric: str
+    best_value: float
+    final_round: int
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., reason: _Optional[str] = ..., rounds_done: _Optional[int] = ..., rounds_total: _Optional[int] = ..., submitted_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., spec_json: _Optional[str] = ..., priority: _Optional[int] = ..., cloned_from: _Optional[str] = ..., cloned_round: _Optional[int] = ..., frozen: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., best_round: _Optional[int] = ..., best_metric: _Optional[str] = ..., best_value: _Optional[float] = ..., final_round: _Optional[int] = ...) -> None: ...
 
 class Round(_message.Message):
     __slots__ = ("number", "attempt", "state", "reason", "model", "metrics", "sites", "started_at_s", "ended_at_s", "target")
@@ -119,7 +127,7 @@ class Round(_message.Message):
     def __init__(self, number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[RoundState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., sites: _Optional[_Iterable[_Union[SiteRound, _Mapping]]] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ..., target: _Optional[int] = ...) -> None: ...
 
 class SiteRound(_message.Message):
-    __slots__ = ("site", "work", "state", "reason", "examples", "tokens", "metrics", "bytes_down", "bytes_up", "phase_seconds", "attempt", "is_late", "staleness", "turn", "assignment_id")
+    __slots__ = ("site", "work", "state", "reason", "examples", "tokens", "metrics", "bytes_down", "bytes_up", "phase_seconds", "attempt", "is_late", "staleness", "turn", "assignment_id", "before", "before_round", "is_central", "data_examples", "alone_rounds")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +157,11 @@ class SiteRound(_message.Message):
     STALENESS_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_ROUND_FIELD_NUMBER: _ClassVar[int]
+    IS_CENTRAL_FIELD_NUMBER: _ClassVar[int]
+    DATA_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ALONE_ROUNDS_FIELD_NUMBER: _ClassVar[int]
     site: str
     work: _session_pb2.Work
     state: str
@@ -164,7 +177,12 @@ class SiteRound(_message.Message):
     staleness: int
     turn: int
     assignment_id: str
-    def __init__(self, site: _Optional[str] = ..., work: _Optional[_Union[_session_pb2.Work, str]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ..., phase_seconds: _Optional[_Mapping[str, float]] = ..., attempt: _Optional[int] = ..., is_late: bool = ..., staleness: _Optional[int] = ..., turn: _Optional[int] = ..., assignment_id: _Optional[str] = ...) -> None: ...
+    before: _session_pb2.Measurement
+    before_round: int
+    is_central: bool
+    data_examples: int
+    alone_rounds: int
+    def __init__(self, site: _Optional[str] = ..., work: _Optional[_Union[_session_pb2.Work, str]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ..., phase_seconds: _Optional[_Mapping[str, float]] = ..., attempt: _Optional[int] = ..., is_late: bool = ..., staleness: _Optional[int] = ..., turn: _Optional[int] = ..., assignment_id: _Optional[str] = ..., before: _Optional[_Union[_session_pb2.Measurement, _Mapping]] = ..., before_round: _Optional[int] = ..., is_central: bool = ..., data_examples: _Optional[int] = ..., alone_rounds: _Optional[int] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("spec", "priority")
@@ -305,28 +323,32 @@ class ResumeRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ...) -> None: ...
 
 class ExportRequest(_message.Message):
-    __slots__ = ("run_id", "round", "as_adapter")
+    __slots__ = ("run_id", "round", "as_adapter", "best")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     AS_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     round: int
     as_adapter: bool
-    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., as_adapter: bool = ...) -> None: ...
+    best: bool
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., as_adapter: bool = ..., best: bool = ...) -> None: ...
 
 class ExportResponse(_message.Message):
-    __slots__ = ("files", "model_card", "run", "frozen", "folds")
+    __slots__ = ("files", "model_card", "run", "frozen", "folds", "round")
     FILES_FIELD_NUMBER: _ClassVar[int]
     MODEL_CARD_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
     FOLDS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
     files: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
     model_card: str
     run: Run
     frozen: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
     folds: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
-    def __init__(self, files: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., model_card: _Optional[str] = ..., run: _Optional[_Union[Run, _Mapping]] = ..., frozen: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., folds: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ...) -> None: ...
+    round: int
+    def __init__(self, files: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., model_card: _Optional[str] = ..., run: _Optional[_Union[Run, _Mapping]] = ..., frozen: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., folds: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., round: _Optional[int] = ...) -> None: ...
 
 class ListSitesRequest(_message.Message):
     __slots__ = ("after",)

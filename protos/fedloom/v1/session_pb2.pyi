@@ -25,6 +25,7 @@ class Work(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORK_UNSPECIFIED: _ClassVar[Work]
     WORK_TRAIN: _ClassVar[Work]
     WORK_EVALUATE: _ClassVar[Work]
+    WORK_ALONE: _ClassVar[Work]
 PHASE_UNSPECIFIED: Phase
 PHASE_DOWNLOAD: Phase
 PHASE_START: Phase
@@ -38,6 +39,7 @@ PHASE_ENCODE: Phase
 WORK_UNSPECIFIED: Work
 WORK_TRAIN: Work
 WORK_EVALUATE: Work
+WORK_ALONE: Work
 
 class SiteMessage(_message.Message):
     __slots__ = ("hello", "heartbeat", "progress", "outcome", "refusal", "failure")
@@ -72,7 +74,7 @@ class CoordinatorMessage(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., upload_grant: _Optional[_Union[UploadGrant, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., run_ended: _Optional[_Union[RunEnded, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "software", "devices", "memory_bytes", "data_sets", "held_digests", "open_assignments", "kept_runs", "labels")
+    __slots__ = ("protocol_version", "software", "devices", "memory_bytes", "data_sets", "held_digests", "open_assignments", "kept_runs", "labels", "evaluates_only")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +91,7 @@ class Hello(_message.Message):
     OPEN_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     KEPT_RUNS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATES_ONLY_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software: str
     devices: _containers.RepeatedCompositeFieldContainer[Device]
@@ -98,7 +101,8 @@ class Hello(_message.Message):
     open_assignments: _containers.RepeatedScalarFieldContainer[str]
     kept_runs: _containers.RepeatedScalarFieldContainer[str]
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, protocol_version: _Optional[int] = ..., software: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., memory_bytes: _Optional[int] = ..., data_sets: _Optional[_Iterable[_Union[DataSet, _Mapping]]] = ..., held_digests: _Optional[_Iterable[str]] = ..., open_assignments: _Optional[_Iterable[str]] = ..., kept_runs: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    evaluates_only: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., software: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., memory_bytes: _Optional[int] = ..., data_sets: _Optional[_Iterable[_Union[DataSet, _Mapping]]] = ..., held_digests: _Optional[_Iterable[str]] = ..., open_assignments: _Optional[_Iterable[str]] = ..., kept_runs: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., evaluates_only: bool = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("kind", "name", "memory_bytes")
@@ -139,7 +143,7 @@ class Progress(_message.Message):
     def __init__(self, assignment_id: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class Outcome(_message.Message):
-    __slots__ = ("assignment_id", "update_digest", "update_bytes", "examples", "tokens", "metrics", "phase_seconds", "metric_weights", "metric_counts")
+    __slots__ = ("assignment_id", "update_digest", "update_bytes", "examples", "tokens", "metrics", "phase_seconds", "before", "data_examples", "metric_weights", "metric_counts")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +179,8 @@ class Outcome(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     PHASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    DATA_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     METRIC_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     METRIC_COUNTS_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
@@ -184,15 +190,52 @@ class Outcome(_message.Message):
     tokens: int
     metrics: _containers.ScalarMap[str, float]
     phase_seconds: _containers.ScalarMap[str, float]
+    before: Measurement
+    data_examples: int
     metric_weights: _containers.ScalarMap[str, int]
     metric_counts: _containers.MessageMap[str, Counts]
-    def __init__(self, assignment_id: _Optional[str] = ..., update_digest: _Optional[str] = ..., update_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., phase_seconds: _Optional[_Mapping[str, float]] = ..., metric_weights: _Optional[_Mapping[str, int]] = ..., metric_counts: _Optional[_Mapping[str, Counts]] = ...) -> None: ...
+    def __init__(self, assignment_id: _Optional[str] = ..., update_digest: _Optional[str] = ..., update_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., phase_seconds: _Optional[_Mapping[str, float]] = ..., before: _Optional[_Union[Measurement, _Mapping]] = ..., data_examples: _Optional[int] = ..., metric_weights: _Optional[_Mapping[str, int]] = ..., metric_counts: _Optional[_Mapping[str, Counts]] = ...) -> None: ...
 
 class Counts(_message.Message):
     __slots__ = ("values",)
     VALUES_FIELD_NUMBER: _ClassVar[int]
     values: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, values: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Measurement(_message.Message):
+    __slots__ = ("examples", "tokens", "metrics", "metric_weights", "metric_counts")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class MetricWeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class MetricCountsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Counts
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    METRIC_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    METRIC_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    examples: int
+    tokens: int
+    metrics: _containers.ScalarMap[str, float]
+    metric_weights: _containers.ScalarMap[str, int]
+    metric_counts: _containers.MessageMap[str, Counts]
+    def __init__(self, examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metric_weights: _Optional[_Mapping[str, int]] = ..., metric_counts: _Optional[_Mapping[str, Counts]] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("assignment_id", "reason")
@@ -221,7 +264,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., site: _Optional[str] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("id", "work", "run_id", "round", "attempt", "model", "assets", "spec_json", "deadline_s", "stall_s", "delta", "schedule_round", "frozen", "folds")
+    __slots__ = ("id", "work", "run_id", "round", "attempt", "model", "assets", "spec_json", "deadline_s", "stall_s", "delta", "schedule_round", "frozen", "folds", "measures", "alone_rounds")
     ID_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +279,8 @@ class Assignment(_message.Message):
     SCHEDULE_ROUND_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
     FOLDS_FIELD_NUMBER: _ClassVar[int]
+    MEASURES_FIELD_NUMBER: _ClassVar[int]
+    ALONE_ROUNDS_FIELD_NUMBER: _ClassVar[int]
     id: str
     work: Work
     run_id: str
@@ -250,7 +295,9 @@ class Assignment(_message.Message):
     schedule_round: int
     frozen: _containers.RepeatedCompositeFieldContainer[Blob]
     folds: _containers.RepeatedCompositeFieldContainer[Blob]
-    def __init__(self, id: _Optional[str] = ..., work: _Optional[_Union[Work, str]] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., assets: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., spec_json: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., schedule_round: _Optional[int] = ..., frozen: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., folds: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...
+    measures: bool
+    alone_rounds: int
+    def __init__(self, id: _Optional[str] = ..., work: _Optional[_Union[Work, str]] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., assets: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., spec_json: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., schedule_round: _Optional[int] = ..., frozen: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., folds: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., measures: bool = ..., alone_rounds: _Optional[int] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("file", "base_digest")

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from fedloom_common.bursts import Bursts, untold_fact
 from fedloom_common.errors import FederationError, Unreachable
 from fedloom_common.identity import Peer
 from fedloom_server.audit import AuditLog
+from fedloom_server.evaluation import SiteMetrics
 from fedloom_server.records import Work, site_of
 from fedloom_server.reports import Reports
 from fedloom_server.results import Result
@@ -184,14 +185,26 @@ class FederationEdge(FederationServiceServicer):
         result = Result(
             examples=outcome.examples, tokens=outcome.tokens, metrics=_numbers(outcome.metrics),
             phase_seconds=_seconds(outcome.phase_seconds), update_digest=outcome.update_digest,
-            update_bytes=outcome.update_bytes, weights=_numbers(outcome.metric_weights),
-            counts=_numbers({name: tuple(c.values) for name, c in outcome.metric_counts.items()}),
+            update_bytes=outcome.update_bytes, data_examples=outcome.data_examples,
+            weights=_numbers(outcome.metric_weights), counts=_counts(outcome.metric_counts),
+            before=_measured(outcome.before) if outcome.HasField("before") else None,
         )  # fmt: skip
         self._reports.finished(site, outcome.assignment_id, result)
 
 
 def _text(text: str) -> str:
     return text if len(text) <= TEXT_CHARACTERS else text[:TEXT_CHARACTERS] + " …"
+
+
+def _measured(told: pb.Measurement) -> SiteMetrics:
+    return SiteMetrics(
+        examples=told.examples, tokens=told.tokens, metrics=_numbers(told.metrics),
+        weights=_numbers(told.metric_weights), counts=_counts(told.metric_counts),
+    )  # fmt: skip
+
+
+def _counts(counts: Mapping[str, pb.Counts]) -> dict[str, Sequence[int]]:
+    return _numbers({name: tuple(told.values) for name, told in counts.items()})
 
 
 def _numbers(numbers: Mapping[str, Kept]) -> dict[str, Kept]:

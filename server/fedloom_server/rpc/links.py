@@ -74,9 +74,10 @@ class SiteLink:
             schedule_round=assignment.round - assignment.staleness if assignment.turn else 0,
             attempt=assignment.attempt, model=model, assets=[blob(asset) for asset in run.assets],
             spec_json=run.spec_json, deadline_s=spec.cohort.deadline_s or 0, stall_s=spec.cohort.stall_s,
-            delta=None if delta is None else delta_message(delta),
             frozen=[blob(asdict(file)) for file in Parts.from_json(run.adapter).frozen],
             folds=[blob(asdict(file)) for file in folds],
+            delta=None if delta is None else delta_message(delta), measures=assignment.measures,
+            alone_rounds=assignment.alone_rounds,
         )  # fmt: skip
         self._put(pb.CoordinatorMessage(assignment=message))
 

@@ -7,13 +7,18 @@ from typing import Any
 from fedloom.v1 import runs_pb2, session_pb2
 from fedloom_server.adapters.parts import Parts
 from fedloom_server.downlink import Delta
+from fedloom_server.evaluation import before_of
 from fedloom_server.records import Assignment, Failure, Round, Run, Work
 from fedloom_server.roster import Site
 from fedloom_server.watching import Change, RoundChange, SiteProgress
 
 DELTA_FILE = "delta.safetensors"
 
-_WORK = {Work.TRAIN: session_pb2.WORK_TRAIN, Work.EVALUATE: session_pb2.WORK_EVALUATE}
+_WORK = {
+    Work.TRAIN: session_pb2.WORK_TRAIN,
+    Work.EVALUATE: session_pb2.WORK_EVALUATE,
+    Work.ALONE: session_pb2.WORK_ALONE,
+}
 
 
 def work_message(work: Work) -> session_pb2.Work:
@@ -79,6 +84,12 @@ def round_message(record: Round, assignments: Sequence[Assignment], model_name: 
 
 
 def _site_round(assignment: Assignment) -> runs_pb2.SiteRound:
+    before = None
+    if (known := before_of(assignment)) is not None:
+        before = session_pb2.Measurement(
+            examples=known.examples, tokens=known.tokens, metrics=known.metrics, metric_weights=known.weights,
+            metric_counts={name: session_pb2.Counts(values=values) for name, values in known.counts.items()},
+        )  # fmt: skip
     return runs_pb2.SiteRound(
         site=assignment.site,
         attempt=assignment.attempt,
@@ -95,6 +106,10 @@ def _site_round(assignment: Assignment) -> runs_pb2.SiteRound:
         bytes_up=assignment.bytes_up,
         phase_seconds=assignment.phase_seconds,
         is_late=assignment.is_late,
+        before=before,
+        before_round=0 if before is None else assignment.base_round,
+        data_examples=assignment.data_examples,
+        alone_rounds=assignment.alone_rounds,
     )
 
 

@@ -114,6 +114,33 @@ def test_an_evaluation_honours_its_most_examples(alone: Any, make_order: MakeOrd
     assert alone.perform(make_order("evaluate", 0, spec={"evaluation": {"max_examples": 5}})).examples == 5
 
 
+def test_a_training_that_measures_first_tells_what_an_evaluation_would_and_trains_the_same(
+    alone: Any, make_order: MakeOrder, tmp_path: Path
+) -> None:
+    plain = alone.perform(make_order())
+    trained = (tmp_path / "update-1.safetensors").read_bytes()
+    assert plain.before is None
+    alone.restart()
+    measuring = alone.perform(make_order(measures=True))
+    assert (tmp_path / "update-1.safetensors").read_bytes() == trained
+    assert (measuring.metrics, measuring.examples) == (plain.metrics, plain.examples)
+    assert set(measuring.phase_seconds) >= {"train", "evaluate"}
+    evaluated = alone.perform(make_order("evaluate", 0))
+    assert (measuring.before.metrics, measuring.before.examples, measuring.before.tokens) == (
+        evaluated.metrics, evaluated.examples, evaluated.tokens,
+    )  # fmt: skip
+    assert measuring.data_examples == len(blocks_of(alone.directory, "train"))
+    assert evaluated.data_examples == 0
+
+
+def test_a_site_without_held_out_examples_trains_all_the_same(alone: Any, make_order: MakeOrder) -> None:
+    alone.source = alone.source.model_copy(update={"held_out": 1e-6})
+    alone.restart()
+    result = alone.perform(make_order(measures=True))
+    assert result.before is None
+    assert result.examples == 32
+
+
 def test_an_evaluation_between_rounds_changes_no_bit_of_the_training(
     alone: Any, make_order: MakeOrder, assets: Path, tmp_path: Path
 ) -> None:
