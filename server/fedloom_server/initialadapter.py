@@ -7,7 +7,7 @@ needed for it, so peft sees the model on torch's meta device, and costs no memor
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,7 +22,17 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from fedloom_common.adapters.folds import write_arrays
-from fedloom_common.adapters.layout import BASE_FILE, CONFIG_FILE, FROZEN_A_FILE, Layout, Target
+from fedloom_common.adapters.layout import (
+    BASE_FILE,
+    CONFIG_FILE,
+    FROZEN_A_FILE,
+    PREFIX,
+    Layout,
+    Target,
+    head_name,
+    read_values,
+)
+from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import write_text
 from fedloom_common.runspec import Lora, RunSpec
@@ -30,8 +40,6 @@ from fedloom_common.tensors import Manifest, read_tensors
 from fedloom_server.adapters.fresh import draw_a
 from fedloom_server.models import MODEL_FILE
 
-PREFIX = "base_model.model."
-"""What peft puts before a layer's name in an adapter's file."""
 ALL_LINEAR = "all-linear"
 PEFT_TASKS = {
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -53,9 +61,14 @@ def write_adapter(spec: RunSpec, folder: Path) -> None:
     if spec.model.path is not None:
         _keep_original(Path(spec.model.path).expanduser(), folder / BASE_FILE)
     module = _outline(folder)
-    config = _inject(adapter, module, spec.task.model_class)
+    heads = _heads(module) if spec.task.model_class.endswith("ForSequenceClassification") else {}
+    config = _inject(adapter, module, spec.task.model_class, sorted(heads))
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
-    layout = Layout(alpha=adapter.alpha, targets=tuple(_targets(layers, folder / BASE_FILE)))
+    layout = Layout(
+        alpha=adapter.alpha,
+        targets=tuple(_targets(layers, folder / BASE_FILE)),
+        heads=tuple(name for names in heads.values() for name in names),
+    )
     layout.write(folder)
     _write_tensors(spec.seed, adapter, layout, layers, folder)
     _write_config(config, adapter, spec.model.path, folder)
@@ -86,7 +99,16 @@ def _outline(folder: Path) -> torch.nn.Module:
     return module
 
 
-def _inject(adapter: Lora, module: Any, model_class: str) -> LoraConfig:
+def _heads(module: Any) -> dict[str, list[str]]:
+    """Weights outside of the pretrained body, by the layer that holds them: a task's own, and often new."""
+    layers = {name: layer for name, layer in module.named_children() if name != module.base_model_prefix}
+    heads = {
+        name: [f"{name}.{inner}" for inner, _ in layer.named_parameters()] for name, layer in layers.items()
+    }
+    return {name: weights for name, weights in heads.items() if weights}
+
+
+def _inject(adapter: Lora, module: Any, model_class: str, heads: list[str]) -> LoraConfig:
     """Give the outline's layers their adapters; the config that does the same at every site."""
     wanted: str | tuple[str, ...] = adapter.target_modules
     if wanted == "auto":
@@ -96,6 +118,8 @@ def _inject(adapter: Lora, module: Any, model_class: str) -> LoraConfig:
         r=adapter.largest_rank, lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft only divides it
         lora_dropout=adapter.dropout,
         target_modules=wanted if isinstance(wanted, str) else list(wanted),
+        modules_to_save=heads or None,
+        exclude_modules="|".join(rf"{head}(\..*)?" for head in heads) or None,
         task_type=PEFT_TASKS.get(model_class),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in module.modules()),
     )  # fmt: skip
@@ -143,14 +167,16 @@ def _write_tensors(seed: int, adapter: Lora, layout: Layout, layers: dict[str, A
     for number, (target, layer) in enumerate(zip(layout.targets, layers.values(), strict=True)):
         drawn[target.a] = draw_a(rank, layer.in_features, seed=seed, round_=0, number=number)
         zeros[target.b] = np.zeros((layer.out_features, rank), np.float32)
+    with TensorFile(folder / BASE_FILE) as base:
+        heads = {head_name(weight): read_values(base, weight) for weight in layout.heads}
     if adapter.merge == "ffa":
         _write(folder / FROZEN_A_FILE, drawn)
-        _write(folder / MODEL_FILE, zeros)
+        _write(folder / MODEL_FILE, zeros | heads)
     else:
-        _write(folder / MODEL_FILE, drawn | zeros)
+        _write(folder / MODEL_FILE, drawn | zeros | heads)
 
 
-def _write(path: Path, tensors: dict[str, NDArray[np.float32]]) -> None:
+def _write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     write_arrays(
         path, [(name, array.shape) for name, array in tensors.items()], tensors.values(), durable=True
     )

@@ -253,6 +253,7 @@ async def test_a_clone_goes_on_from_a_round_with_its_folds(spec, bench):
             "server_optimizer is fedadam",
             id="optimizer",
         ),
+        pytest.param({"aggregation": {"clip": {}}}, {}, "aggregation.clip is given", id="clip"),
         pytest.param({}, {"ranks": {"a": 4}}, "set merge to stack", id="ranks"),
         pytest.param({}, {"merge": "stack", "ranks": {"a": 0}}, "wanted 1 to 4096", id="no-rank"),
         pytest.param({}, {"target_modules": []}, "target_modules is empty", id="no-targets"),

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedloom_common.adapters.layout import (
     CONFIG_FILE,
     FROZEN_A_FILE,
     LAYOUT_FILE,
+    PREFIX,
     Layout,
     read_values,
 )
@@ -29,8 +31,6 @@ from fedloom_common.tensors import Manifest, read_tensors
 
 ADAPTER = "default"
 """peft's name for the one adapter in a model; files leave it out."""
-PREFIX = "base_model.model."
-"""What peft puts before a layer's name in files."""
 
 
 class AdapterModel(LocalModel):
@@ -58,10 +58,10 @@ class AdapterModel(LocalModel):
         with torch.device("meta"):  # a config that asks for more than the file holds must not cost memory
             file_tensors(build_module(assets, torch.float32, model_class), base)
         module = build_module(assets, torch.float32 if self._keeps_fp32 else torch.bfloat16, model_class)
-        self._quantised = quantise(module, adapter.base_precision, device)
+        self._quantised = quantise(module, adapter.base_precision, device, besides=self._layout.heads)
         self.module = module.to(device)
         self._weights = file_tensors(self.module, base, besides=self._quantised.names)
-        _inject(self.module, assets, self._rank())
+        _inject(self.module, assets, self._rank(), self._layout.heads)
         self.tensors = self._adapter_tensors()
         self._freeze_a(order)
         self._folds: tuple[str, ...] | None = None
@@ -148,17 +148,23 @@ class AdapterModel(LocalModel):
                 tensor.copy_(values)
 
 
-def _inject(module: nn.Module, assets: Path, rank: int) -> None:
-    """Put peft's layers in place, in fp32 whatever the base's type is."""
+def _inject(module: nn.Module, assets: Path, rank: int, heads: Sequence[str]) -> None:
+    """Put peft's layers in place; what is trained is fp32, whatever the base's type is.
+
+    Heads are trained where they are: peft would keep a second copy of each.
+    """
     try:
         settings: dict[str, Any] = json.loads((assets / CONFIG_FILE).read_text())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that another version of peft does not know
-            config = LoraConfig.from_peft_type(**settings | {"r": rank, "inference_mode": False})
+            config = LoraConfig.from_peft_type(
+                **settings | {"r": rank, "inference_mode": False, "modules_to_save": None}
+            )
             inject_adapter_in_model(config, module, adapter_name=ADAPTER)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrainingFailed(f"peft cannot build the adapter of {CONFIG_FILE}: {error}") from error
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name in heads)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 

@@ -1,5 +1,6 @@
 """Frozen weights in 8 or 4 bits, by bitsandbytes on CUDA devices."""
 
+from collections.abc import Collection
 from importlib.util import find_spec
 from typing import Any
 
@@ -52,14 +53,19 @@ def require_quantisation(precision: Precision, device: torch.device) -> None:
         )
 
 
-def quantise(module: nn.Module, precision: Precision, device: torch.device) -> QuantisedWeights:
-    """Replace a model's linear layers, but not the output's, by layers of few bits without values."""
+def quantise(
+    module: nn.Module, precision: Precision, device: torch.device, besides: Collection[str] = ()
+) -> QuantisedWeights:
+    """Replace a model's linear layers by layers of few bits without values, but not the output's.
+
+    Nor those whose weights are named ``besides``: they are trained.
+    """
     layers: dict[str, Any] = {}
     if precision in QUANTISED:
         output = module.get_output_embeddings()  # type: ignore[operator]
         found = [(name, layer) for name, layer in module.named_modules() if type(layer) is nn.Linear]
         for name, layer in found:
-            if layer is not output:
+            if layer is not output and f"{name}.weight" not in besides:
                 layers[f"{name}.weight"] = _replace(module, name, layer, precision)
     return QuantisedWeights(layers, precision, device)
 

@@ -21,6 +21,9 @@ BASE_FILE = "base.safetensors"
 FROZEN_A_FILE = "adapter_a.safetensors"
 """The half of an adapter that is drawn once and not trained (FFA)."""
 
+PREFIX = "base_model.model."
+"""What peft puts before a layer's name in an adapter's file."""
+
 Values = NDArray[np.floating[Any]]
 
 
@@ -48,6 +51,9 @@ class Layout:
 
     alpha: float
     targets: tuple[Target, ...]
+    heads: tuple[str, ...] = ()
+    """Weights that are trained whole and travel with the adapter, such as a classifier's, by their names in
+    the base; :func:`head_name` tells those in the adapter."""
 
     def scale(self, rank: int) -> float:
         """What  B·A  is multiplied by: α/r, as peft does."""
@@ -67,9 +73,14 @@ class Layout:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             targets = tuple(Target(**target) for target in content["targets"])
-            return cls(alpha=float(content["alpha"]), targets=targets)
+            return cls(alpha=float(content["alpha"]), targets=targets, heads=tuple(content.get("heads", ())))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise BadTensor(f"{path.name} does not tell an adapter's layout: {error!r}") from error
+
+
+def head_name(weight: str) -> str:
+    """The name in an adapter's file of a weight that is trained whole."""
+    return PREFIX + weight
 
 
 def read_values(file: TensorFile, name: str, dtype: type[np.floating[Any]] = np.float32) -> Values:

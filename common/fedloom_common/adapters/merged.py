@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom_common.adapters.folds import Folds, add_product, write_arrays
-from fedloom_common.adapters.layout import Layout, Target, Values, read_values
+from fedloom_common.adapters.layout import Layout, Target, Values, head_name, read_values
 from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.files import atomic_file
 from fedloom_common.floats import encode
@@ -60,7 +60,8 @@ def write_merged(files: AdapterFiles, out: Path, dtype: str) -> None:
                 if not info.is_float:
                     file.write(_raw(base, info).data)
                     continue
-                weight = read_values(base, info.name)
+                is_head = info.name in files.layout.heads
+                weight = read_values(*((adapter, head_name(info.name)) if is_head else (base, info.name)))
                 folds.apply(info.name, weight)
                 if info.name in targets:
                     add_product(weight, *files.factors(targets[info.name], adapter), info.name)
@@ -93,7 +94,9 @@ def write_whole_adapter(files: AdapterFiles, out: Path) -> tuple[Layout, int]:
             ]
         else:
             matrices = [half for target in layout.targets for half in files.halves(target, adapter)]
+        heads = [read_values(adapter, head_name(weight)) for weight in layout.heads]
     names = [name for target in layout.targets for name in (target.a, target.b)]
+    names, matrices = names + [head_name(weight) for weight in layout.heads], matrices + heads
     shapes = [(name, matrix.shape) for name, matrix in zip(names, matrices, strict=True)]
     write_arrays(out, shapes, matrices, durable=True)
     return layout, matrices[0].shape[0]

@@ -62,6 +62,8 @@ class Lora(Strict):
                 yield f"{exact}, but mode.kind is async: take merge ffa or fedit, or rounds"
             if spec.aggregation.rule.is_robust:
                 yield f"{exact}, but aggregation.rule is {spec.aggregation.rule.name}: take merge ffa"
+            if spec.aggregation.clip is not None:
+                yield f"{exact} as they came, but aggregation.clip is given: take merge ffa or fedit"
             if spec.aggregation.server_optimizer != FedAvg():
                 name = spec.aggregation.server_optimizer.name
                 yield f"{exact}, but aggregation.server_optimizer is {name}: take merge ffa or fedit"

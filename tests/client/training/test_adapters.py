@@ -11,7 +11,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+)
 
 from fedloom.v1.runs_pb2 import ExportResponse, Run
 from fedloom.v1.session_pb2 import Blob
@@ -21,6 +26,7 @@ from fedloom_common.errors import TrainingFailed
 from fedloom_common.runspec import Lora, RunSpec
 from fedloom_server.console.adapterfiles import make_files
 from fedloom_server.initialadapter import write_adapter
+from fedloom_server.initialmodel import write_model
 
 RANK, ALPHA = 3, 6.0
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -28,6 +34,13 @@ TOKENS = torch.arange(40).reshape(2, 20)
 
 class Adapter:
     """The files of an adapter's run, as its coordinator makes them."""
+
+    @classmethod
+    def of(cls, folder: Path, spec: RunSpec) -> "Adapter":
+        """Those in a folder."""
+        adapter = cls.__new__(cls)
+        adapter.folder, adapter.spec = folder, spec
+        return adapter
 
     def __init__(self, folder: Path, assets: Path, model: Path, adapter: dict[str, Any]) -> None:
         self.folder = folder
@@ -69,7 +82,7 @@ class Adapter:
             assets_dir=str(self.folder), spec={}, frozen=self.frozen,
         )  # fmt: skip
         assert self.spec.model.adapter is not None
-        model = AdapterModel(self.spec.model.adapter, "AutoModelForCausalLM", order, torch.device("cpu"))
+        model = AdapterModel(self.spec.model.adapter, self.spec.task.model_class, order, torch.device("cpu"))
         model.fold(folds)
         model.load(path)
         model.module.eval()
@@ -285,6 +298,44 @@ def export(adapter: Adapter, folds: tuple[str, ...], trained: Path, to: Path, as
     if as_adapter:
         assert json.loads((to / "adapter_config.json").read_text())["base_model_name_or_path"] == "the/base"
     return to
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_classifiers_head_is_trained_whole_and_travels_and_is_exported(tmp_path):
+    config = {
+        "model_type": "bert", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    task = {"kind": "classification", "labels": ["bad", "good"], "context_tokens": 32}
+    model = {"config": config, "adapter": {"rank": RANK, "target_modules": "all-linear"}}
+    spec = {"name": "t", "model": model, "task": task, "data": "t", "rounds": 1, "local": {"steps": 1}}
+    folder = tmp_path / "adapter"
+    write_model(RunSpec.model_validate(spec), folder)
+    adapter = Adapter.of(folder, RunSpec.model_validate(spec))
+    trained, tokens = adapter.random_adapter(), TOKENS
+    names = load_file(trained).keys()
+    assert {name for name in names if "lora" not in name} == {
+        "base_model.model.classifier.weight",
+        "base_model.model.classifier.bias",
+    }
+    site = adapter.model((), trained)
+    assert {name for name, tensor in site.module.named_parameters() if tensor.requires_grad} == {
+        name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+        if "lora" in name
+        else name.removeprefix("base_model.model.")
+        for name in names
+    }
+    merged = export(adapter, (), trained, tmp_path / "merged", as_adapter=False)
+    alone = export(adapter, (), trained, tmp_path / "alone", as_adapter=True)
+    shutil.copy(folder / "base.safetensors", folder / "model.safetensors")
+    (folder / "adapter_config.json").unlink()
+    with torch.no_grad():
+        wanted = site.module(input_ids=tokens).logits
+        whole = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+        torch.testing.assert_close(whole(input_ids=tokens).logits, wanted, rtol=1e-4, atol=1e-5)
+        base = AutoModelForSequenceClassification.from_pretrained(folder)
+        with_adapter = PeftModel.from_pretrained(base, alone).eval()
+        torch.testing.assert_close(with_adapter(input_ids=tokens).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
