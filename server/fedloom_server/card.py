@@ -8,7 +8,7 @@ from pathlib import PurePath
 import yaml
 
 from fedloom_common.codecs.spec import AS_IS, AnyStage
-from fedloom_common.runspec import RunSpec
+from fedloom_common.runspec import Aggregation, FedAvg, RunSpec
 from fedloom_server.stopping import RoundResult
 
 _RULES = {
@@ -104,7 +104,7 @@ def _what(facts: CardFacts) -> str:
         f"- Initial weights: {_origin(spec)}",
         *_adapter(facts),
         f"- Data set: {_escaped(spec.data)}",
-        f"- Aggregation: {_RULES[spec.aggregation.rule.name]}",
+        f"- Aggregation: {_aggregation(spec.aggregation)}",
         f"- Transport: updates {_chain(spec.transport.up)}, models {_chain(spec.transport.down)}",
         f"- Seed: {spec.seed}",
     ]
@@ -114,6 +114,16 @@ def _what(facts: CardFacts) -> str:
 def _what_it_is(spec: RunSpec) -> str:
     task = _TASKS.get(spec.task.kind)
     return f"A model of class {_escaped(spec.task.model_class)}" if task is None else f"A {task.name}"
+
+
+def _aggregation(spec: Aggregation) -> str:
+    clip, optimizer = spec.clip, spec.server_optimizer
+    parts = [_RULES[spec.rule.name]]
+    if clip is not None:
+        parts.append(f"updates clipped to {clip.factor:g} median norms of {clip.rounds} rounds")
+    if optimizer != FedAvg():
+        parts.append(f"server optimizer {optimizer.name}")
+    return "; ".join(parts)
 
 
 def _chain(stages: Sequence[AnyStage]) -> str:

@@ -86,6 +86,7 @@ class CoordinatorConfig(Strict):
 
     Four are folded at a time, or half as many as may lie here. Beside them lie their sum in float64, a new
     one while it is written, and up to four old files to overwrite; a deterministic round may need a few more.
+    Updates of a rule that looks at all of a round at once all lie here, and do not count.
     """
     keep_models: Annotated[KeepModels, BeforeValidator(_policy)] = KeepModels()
     """Global models kept of each run; a number is short for ``last`` alone."""

@@ -118,3 +118,13 @@ def test_the_loading_example_is_python_of_three_lines():
     code = re.search(r"```python\n(.*?)\n```", model_card(FACTS), re.DOTALL)[1]
     assert len(code.splitlines()) == 3
     compile(code, "card", "exec")
+
+
+def test_an_aggregation_that_is_no_plain_mean_is_told_whole():
+    aggregation = {"rule": "median", "clip": {"factor": 2}, "server_optimizer": "diloco"}
+    spec = RunSpec.model_validate(
+        SPEC.model_dump() | {"aggregation": aggregation, "cohort": {"min_sites": 3}}
+    )
+    card = model_card(replace(FACTS, spec=spec))
+    assert "median of the sites' models, value by value (arXiv:1803.01498)" in card
+    assert "updates clipped to 2 median norms of 10 rounds; server optimizer diloco" in card

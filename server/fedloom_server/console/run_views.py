@@ -1,6 +1,8 @@
 """What the commands show of runs: from protobuf messages to rich renderables, and nothing else."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -81,6 +83,8 @@ def run_facts(run: Run, now_s: float) -> Table:
     facts.add_row("name", Text(plain(run.name)))
     facts.add_row("state", state)
     facts.add_row("rounds", f"{run.rounds_done} of at most {run.rounds_total}")
+    if aggregation := _aggregation(run.spec_json):
+        facts.add_row("aggregation", Text(plain(aggregation)))
     if run.priority:
         facts.add_row("priority", str(run.priority))
     if run.cloned_from:
@@ -118,6 +122,23 @@ def failures_view(failures: Iterable[RunFailure]) -> RenderableType:
                 Text("\n".join(f"    {plain(line)}" for line in failure.log.splitlines()), style="dim")
             )
     return Group(*parts)
+
+
+def _aggregation(spec_json: str) -> str:
+    """The rule, the bound on updates and the server optimizer of a run, with what each was told."""
+    told = json.loads(spec_json).get("aggregation", {}) if spec_json else {}
+    parts = [_told(told[key]) for key in ("rule", "server_optimizer") if key in told]
+    if told.get("clip"):
+        parts.insert(1, _told({"name": "clip", **told["clip"]}))
+    return ", ".join(parts)
+
+
+def _told(part: Mapping[str, Any]) -> str:
+    """A name with its parameters that are set, those of a schedule left out."""
+    told = {key: value for key, value in part.items() if value is not None and not isinstance(value, dict)}
+    name = told.pop("name", "")
+    parameters = ", ".join(f"{key} {value}" for key, value in told.items())
+    return f"{name} ({parameters})" if parameters else str(name)
 
 
 def _attempt(failure: RunFailure) -> str:

@@ -1,6 +1,9 @@
+import io
 import json
+import re
 
 import pytest
+from rich.console import Console
 
 from fedloom.v1 import runs_pb2 as pb
 from fedloom.v1.session_pb2 import PHASE_TRAIN, WORK_TRAIN, Progress
@@ -15,6 +18,7 @@ from fedloom_server.console.formats import (
     seconds_text,
     time_text,
 )
+from fedloom_server.console.run_views import run_facts
 
 
 @pytest.mark.parametrize(
@@ -96,3 +100,16 @@ def test_data_leaves_out_what_is_absent():
         "done": 3,
         "total": 9,
     }
+
+
+def test_a_run_tells_how_its_updates_are_aggregated():
+    aggregation = {
+        "rule": {"name": "multi_krum", "byzantine": 2, "selected": None},
+        "clip": {"factor": 1.5, "rounds": 10},
+        "server_optimizer": {"name": "diloco", "lr": 0.7, "momentum": 0.9, "schedule": {"kind": "constant"}},
+    }
+    run = pb.Run(id="a1", spec_json=json.dumps({"aggregation": aggregation}))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(run_facts(run, 0.0))
+    wanted = "multi_krum (byzantine 2), clip (factor 1.5, rounds 10), diloco (lr 0.7, momentum 0.9)"
+    assert re.search(rf"aggregation +{re.escape(wanted)}", console.export_text())
