@@ -73,6 +73,8 @@ class Policy(Strict):
 
     tasks: tuple[TaskKind, ...] = get_args(TaskKind)
     """Kinds of task; all that fedloom brings if not given."""
+    task_plugins: tuple[Name, ...] = ()
+    """Tasks that this site has installed itself, by the names of their entry points; none if not given."""
     data_sets: tuple[Name, ...] | None = None
     """Data sets that runs may use; all of ``data`` if not given."""
     model_types: tuple[str, ...] | None = None

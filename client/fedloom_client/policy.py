@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, time
 
 from fedloom_client.config import Policy, Privacy
-from fedloom_common.runspec import Local, RunSpec
+from fedloom_common.runspec import Local, Plugin, RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,11 @@ def is_within(hours: str, moment: time) -> bool:
 
 def objections(spec: RunSpec, policy: Policy, here: Circumstances) -> Iterator[str]:
     """Every rule that a run breaks, and how."""
-    if spec.task.kind not in policy.tasks:
+    if isinstance(spec.task, Plugin):
+        if spec.task.name not in policy.task_plugins:
+            permitted = _listed(policy.task_plugins)
+            yield f"policy.task_plugins permits {permitted}, the run's task is the plug-in {spec.task.name}"
+    elif spec.task.kind not in policy.tasks:
         yield f"policy.tasks permits {_listed(policy.tasks)}, the run's task is {spec.task.kind}"
     if spec.data not in here.data_sets:
         yield f"data has {_listed(here.data_sets)}, the run wants {spec.data}"

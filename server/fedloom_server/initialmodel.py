@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import storage_errors, sync_folder
-from fedloom_common.runspec import RunSpec
+from fedloom_common.runspec import Classification, RunSpec
 from fedloom_common.tensors import read_tensors, write_tensors
 from fedloom_server.bytelevel import byte_tokenizer
 from fedloom_server.models import MODEL_FILE
@@ -69,7 +69,7 @@ def write_model(spec: RunSpec, into: Path) -> list[str]:
     with _mistakes_as_bad_spec("the model as saved cannot be loaded again; choose another model"):
         _require_loadable(into, spec, tokenizer)
     if spec.model.adapter is not None:
-        if drawn:
+        if drawn and not isinstance(spec.task, Classification):
             raise BadSpec(
                 f"model.path lacks the head of a {model_name(spec.task)} ({', '.join(drawn)}), which would "
                 "begin anew, and adapters leave it as it is: train the whole model, or give one with a head"

@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import CausalLM, Classification, Instruction, MaskedLM, Plugin, Seq2Seq, Task
 
-PLAIN_CHAT = """\
-{%- for message in messages %}### {{ message['role'] }}
-{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
-
-{% endfor %}{% if add_generation_prompt %}### assistant
-{% endif %}"""
+PLAIN_CHAT = (
+    "{% for message in messages %}{{ ('' if loop.first else '\\n\\n') + '### ' + message['role'] + '\\n' }}"
+    "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n### assistant\\n' }}{% endif %}"
+)
 """The chat template of tokenizers that have none."""
 
 _NAMES = {

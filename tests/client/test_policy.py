@@ -70,6 +70,31 @@ def test_what_is_beyond_the_policy_is_refused_with_rule_and_value(
     assert reason in str(answer)
 
 
+WORDTAGS = {"kind": "plugin", "name": "wordtags", "auto_class": "AutoModelForTokenClassification"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "task", "reason"),
+    [
+        pytest.param({}, {"kind": "masked_lm"}, None, id="all-of-fedlooms-own"),
+        pytest.param(
+            {"tasks": ("causal_lm",)}, {"kind": "masked_lm"}, "the run's task is masked_lm", id="own"
+        ),
+        pytest.param(
+            {}, WORDTAGS, "permits nothing, the run's task is the plug-in wordtags", id="no-plug-in"
+        ),
+        pytest.param({"task_plugins": ("other",)}, WORDTAGS, "task_plugins permits other", id="another"),
+        pytest.param({"tasks": (), "task_plugins": ("wordtags",)}, WORDTAGS, None, id="the-plug-in"),
+    ],
+)
+def test_a_site_runs_fedlooms_tasks_and_those_plug_ins_that_it_names(
+    policy: dict[str, Any], task: dict[str, Any], reason: str | None
+) -> None:
+    run = RunSpec.model_validate(spec().model_dump() | {"task": task})
+    refusal = refusal_of_run(run, Policy(**policy), here())
+    assert refusal is None if reason is None else reason in str(refusal)
+
+
 @pytest.mark.parametrize(
     ("policy", "local"),
     [

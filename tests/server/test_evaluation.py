@@ -13,6 +13,38 @@ def site(examples, tokens, **metrics):
     return SiteMetrics(examples=examples, tokens=tokens, metrics=metrics)
 
 
+def labelled(hits, predicted, actual, **metrics):
+    return SiteMetrics(
+        examples=sum(actual), tokens=sum(actual), metrics=metrics,
+        counts={"hits": hits, "predicted": predicted, "actual": actual},
+    )  # fmt: skip
+
+
+def test_macro_f1_is_that_of_the_pooled_data_and_not_a_mean_of_the_sites():
+    # site a: actual 0 0 0 1, predicted 0 0 1 1; site b: actual 1 1, predicted 0 1
+    first = labelled([2, 1], [2, 2], [3, 1], macro_f1=(4 / 5 + 2 / 3) / 2, accuracy=3 / 4)
+    second = labelled([0, 1], [1, 1], [0, 2], macro_f1=(0 + 2 / 3) / 2, accuracy=1 / 2)
+    combined = combine([first, second])
+    # pooled: label 0 has 2 hits, 3 predicted, 3 actual; label 1 has 2, 3, 3
+    assert combined["macro_f1"] == pytest.approx(4 / 6)
+    assert combined["accuracy"] == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("lacking", [site(2, 2, macro_f1=1.0), labelled([1], [1], [1], macro_f1=1.0)])
+def test_macro_f1_of_sites_that_do_not_tell_the_same_counts_is_a_mean_over_examples(lacking):
+    whole = labelled([0, 1], [1, 1], [0, 2], macro_f1=0.25)
+    expected = np.average([0.25, 1.0], weights=[2, lacking.examples])
+    assert combine([whole, lacking])["macro_f1"] == pytest.approx(expected)
+
+
+def test_a_metric_is_weighted_by_what_its_site_says_it_is_a_mean_of():
+    def measured(bits, size):
+        metrics, weights = {"bits_per_byte": bits}, {"bits_per_byte": size}
+        return SiteMetrics(examples=1, tokens=10, metrics=metrics, weights=weights)
+
+    assert combine([measured(2.0, 300), measured(4.0, 100)]) == {"bits_per_byte": 2.5}
+
+
 def test_loss_is_a_mean_over_tokens():
     assert combine([site(1, 300, loss=2.0), site(99, 100, loss=4.0)]) == {"loss": 2.5}
 

@@ -59,7 +59,7 @@ def gpt2(tmp_path_factory):
 
 
 async def test_a_child_process_writes_the_same_files_for_the_same_seed(tmp_path, gpt2):
-    await prepare_model(spec_of({"config": GPT2}), tmp_path / "by-child")
+    assert await prepare_model(spec_of({"config": GPT2}), tmp_path / "by-child") == []
     assert contents(tmp_path / "by-child") == contents(gpt2)
     assert set(contents(gpt2)) == ASSETS | {MODEL_FILE}
 

@@ -1,5 +1,7 @@
+import pytest
+
 from fedloom_server.records import Assignment, Work
-from fedloom_server.results import Result, objection
+from fedloom_server.results import Result, objection, update_weight
 
 
 def test_tokens_beyond_what_a_database_counts_are_refused_however_many_examples_are_claimed(spec):
@@ -15,3 +17,47 @@ def test_tokens_beyond_what_a_database_counts_are_refused_however_many_examples_
     wrong = objection(claim, assignment, unbounded, most_update_bytes=100, data_bytes=100)
     assert wrong is not None
     assert f"it claims {1 << 63} tokens" in wrong
+
+
+def training_of(site="a", **counted):
+    return Assignment(
+        id=f"a1.1.1.train.{site}", run_id="a1", round=1, attempt=1, work=Work.TRAIN, site=site,
+        model_digest="blake3:00", model_bytes=10, **counted,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [("causal_lm", 8), ("masked_lm", 31), ("instruction", 31), ("seq2seq", 31)],
+)
+def test_an_update_counts_by_targets_where_examples_have_different_numbers_of_them(spec, kind, weight):
+    run = spec(task={"kind": kind})
+    assert update_weight(run.task, training_of(examples=8, tokens=31)) == weight
+
+
+@pytest.mark.parametrize(
+    ("claim", "wrong"),
+    [
+        (
+            {"weights": {"accuracy": 1000}},
+            "its metric accuracy is the mean of 1000 things, it has measured 20",
+        ),
+        ({"counts": {"hits": [15, 6]}}, "its hits are counts of 21 things, it has measured 20 targets"),
+        ({"counts": {"hits": [0] * 4097}}, "its hits are counts of 4097 labels, wanted at most 4096"),
+        ({"weights": {"accuracy": 20}, "counts": {"hits": [15, 5]}}, None),
+    ],
+)
+def test_a_site_cannot_claim_to_have_measured_more_than_there_is(spec, claim, wrong):
+    measured = Assignment(
+        id="a1.1.1.evaluate.a", run_id="a1", round=1, attempt=1, work=Work.EVALUATE, site="a",
+        model_digest="blake3:00", model_bytes=10,
+    )  # fmt: skip
+    result = Result(examples=10, tokens=20, metrics={}, phase_seconds={}, **claim)
+    told = objection(result, measured, spec(), most_update_bytes=100, data_bytes=100)
+    assert told is None if wrong is None else wrong in told
+
+
+def test_an_update_that_would_count_by_no_targets_is_refused(spec):
+    claim = Result(examples=8, tokens=0, metrics={}, phase_seconds={})
+    run = spec(task={"kind": "masked_lm"})
+    assert "no tokens" in objection(claim, training_of(), run, most_update_bytes=100, data_bytes=100)

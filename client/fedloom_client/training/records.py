@@ -114,7 +114,9 @@ class Records:
         # streaming reads the files where they are; otherwise datasets copies them into its own cache first
         options = {"text": {"sample_by": "document"}}.get(self.source.format, {})
         kind = {"text": "text", "jsonl": "json", "parquet": "parquet"}[self.source.format]
-        names = [glob.escape(str(path)) for path in paths]
+        names = [glob.escape(str(path)) for path in paths if path.stat().st_size]
+        if not names:  # datasets fails on a file without a record
+            return []
         stream: Iterable[dict[str, Any]] = load_dataset(
             kind, data_files={"train": names}, split="train", streaming=True, **options
         )

@@ -1,0 +1,234 @@
+"""How records become examples, what bad ones are told, and what the metrics are: by hand."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedloom_client.training.tasks import IGNORED, new_task
+from fedloom_client.training.tasks.seq2seq import rouge_l
+from fedloom_client.training.tasks.tokenizers import bytes_of_tokens
+from fedloom_common.errors import TrainingFailed
+from fedloom_common.runspec import Classification
+from fedloom_common.scores import macro_f1
+
+TINY_GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 200}
+CLASSES = {"kind": "classification", "labels": ["neg", "neu", "pos"], "context_tokens": 8}
+PAIRS = {"kind": "seq2seq", "source_tokens": 10, "target_tokens": 8, "prefix": "up: "}
+CHAT = {"kind": "instruction", "context_tokens": 64}
+END = 256  # of the tokenizer of bytes
+
+
+def values_of(run: Any, record: Mapping[str, Any]) -> Any:
+    return new_task(run.spec.task, run.assets).example(record).values
+
+
+@pytest.mark.parametrize(("label", "number"), [("neu", 1), (2, 2)])
+def test_a_label_is_a_name_or_its_number(new_run: Callable[..., Any], label: object, number: int) -> None:
+    run = new_run("bert", CLASSES)
+    values = values_of(run, {"text": "good", "label": label})
+    assert values == {"input_ids": list(b"good"), "labels": [number]}
+
+
+def test_a_target_ends_with_the_end_token_and_a_source_begins_with_the_prefix(
+    new_run: Callable[..., Any],
+) -> None:
+    values = values_of(new_run("t5", PAIRS), {"source": "sea", "target": "SEA"})
+    assert values == {"input_ids": list(b"up: sea"), "labels": [*b"SEA", END]}
+
+
+def test_the_decoder_reads_the_target_one_token_later(new_run: Callable[..., Any]) -> None:
+    run = new_run("t5", PAIRS)
+    pad = AutoTokenizer.from_pretrained(run.assets).pad_token_id
+    labels = np.array([[65, 66, END], [67, END, IGNORED]])
+    batch = new_task(run.spec.task, run.assets).batch({"labels": labels}, iter(()))
+    assert batch["decoder_input_ids"].tolist() == [[pad, 65, 66], [pad, 67, END]]
+
+
+def answers_of(run: Any, record: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The whole text of a conversation, and its parts on which the loss is taken."""
+    tokenizer, values = AutoTokenizer.from_pretrained(run.assets), values_of(run, record)
+    parts, part = [], []
+    for label in [*values["labels"], IGNORED]:
+        if label != IGNORED:
+            part.append(label)
+        elif part:
+            parts.append(tokenizer.decode(part))
+            part = []
+    return tokenizer.decode(values["input_ids"]), parts
+
+
+def test_only_the_answer_is_learnt(new_run: Callable[..., Any]) -> None:
+    text, answers = answers_of(new_run("gpt2", CHAT), {"prompt": "Hi", "response": "Hello"})
+    assert text == "### user\nHi\n\n### assistant\nHello<|endoftext|>"
+    assert answers == ["Hello<|endoftext|>"]
+
+
+def test_every_answer_of_a_conversation_is_learnt(new_run: Callable[..., Any]) -> None:
+    run = new_run("gpt2", CHAT | {"context_tokens": 200}, model={"config": TINY_GPT2})
+    messages = [
+        {"role": "system", "content": "Be brief"}, {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "b"}, {"role": "user", "content": "c?"},
+        {"role": "assistant", "content": "d"}, {"role": "user", "content": "e?"},
+    ]  # fmt: skip
+    _, answers = answers_of(run, {"messages": messages})
+    assert answers == ["b<|endoftext|>", "d<|endoftext|>"]
+
+
+def test_the_tokenizers_own_chat_template_is_used(new_run: Callable[..., Any]) -> None:
+    run = new_run("gpt2", CHAT)
+    tokenizer = AutoTokenizer.from_pretrained(run.assets)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(run.assets)
+    assert answers_of(run, {"prompt": "Hi", "response": "Yo"}) == ("<user>Hi</><assistant>Yo</>", ["Yo</>"])
+
+
+def test_long_records_are_cut_and_counted_and_those_without_an_answer_left_out(
+    new_run: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = new_run("gpt2", CHAT, local={"steps": 1, "batch_examples": 2})
+    long_answer, long_prompt = ({"prompt": "a", "response": "b" * 99}, {"prompt": "a" * 99, "response": "b"})
+    site = run.site("a", [{"prompt": "a", "response": "b"}] * 20 + [long_answer] * 3 + [long_prompt] * 2)
+    with caplog.at_level(logging.WARNING, logger="fedloom_client"):
+        site.train()
+    [told] = [record for record in caplog.records if "do not fit" in record.message]
+    facts = vars(told)
+    assert (facts["examples"], facts["shortened"], facts["left_out"]) == (23, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "record", "message"),
+    [
+        ("bert", CLASSES, {"text": "x", "label": "bad"}, "label is .bad.; wanted one of neg, neu, pos"),
+        ("bert", CLASSES, {"text": "x", "label": 3}, "its label is 3; wanted one of .*from 0 to 2"),
+        ("bert", CLASSES, {"text": None, "label": 1}, "record 2 .*its text is NoneType, wanted text"),
+        ("t5", PAIRS, {"source": "x", "target": 7}, "its target is int, wanted text"),
+        ("gpt2", CHAT, {"body": "x"}, "it has body; wanted prompt and response, or messages"),
+        ("gpt2", CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "its messages are no list of"),
+    ],
+)  # fmt: skip
+def test_a_bad_record_is_named_with_what_was_wanted(
+    new_run: Callable[..., Any], family: str, task: dict[str, Any], record: dict[str, Any], message: str
+) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    good = {"text": "a", "label": 0, "source": "a", "target": "b", "messages": turns, "body": "a"}
+    first = {name: good[name] for name in record}
+    with pytest.raises(TrainingFailed, match=message):
+        new_run(family, task).site("a", [first, record]).train()
+
+
+def test_a_missing_field_an_empty_file_and_plain_texts_say_what_to_do(
+    new_run: Callable[..., Any],
+) -> None:
+    run = new_run("bert", CLASSES)
+    with pytest.raises(TrainingFailed, match="have no field label: they have mood, text; name the one"):
+        run.site("a", [{"text": "x", "mood": "neg"}]).train()
+    with pytest.raises(TrainingFailed, match="make no example: there are none"):
+        run.site("b", []).train()
+    with pytest.raises(TrainingFailed, match=r"needs records with the fields text and label, and .*is text"):
+        run.site("c", [{"text": "x", "label": 1}], format="text").train()
+
+
+def test_fields_may_have_other_names_at_a_site(new_run: Callable[..., Any]) -> None:
+    run = new_run("bert", CLASSES)
+    data = [{"body": "good", "mood": "pos"}] * 10
+    site = run.site("a", data, fields={"text": "body", "label": "mood"})
+    assert site.evaluate().counts["actual"] == [0, 0, 2]
+
+
+def test_a_model_with_other_labels_than_the_tasks_is_refused(new_run: Callable[..., Any]) -> None:
+    run = new_run("bert", CLASSES)
+    with pytest.raises(TrainingFailed, match="the task has 2 labels, the model's config has 3"):
+        new_task(Classification(labels=("a", "b")), run.assets)
+
+
+def test_macro_f1_by_hand() -> None:
+    # actual 0 0 0 1 1 2, predicted 0 0 1 1 2 2: F1 of 4/5, 2/4, 2/3; a label that nobody has is left out
+    assert macro_f1([2, 1, 1, 0], [2, 2, 2, 0], [3, 2, 1, 0]) == pytest.approx((4 / 5 + 2 / 4 + 2 / 3) / 3)
+    assert macro_f1([0, 0], [0, 0], [0, 0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("came", "wanted", "score"),
+    [
+        # two examples of Lin 2004, section 3.1: 3 and 2 of 4 words are in the longest common subsequence
+        ("police kill the gunman", "police killed the gunman", 3 / 4),
+        ("the gunman kill police", "police killed the gunman", 2 / 4),
+        ("Der Bär schläft.", "der bär schläft", 1),
+        ("солнце встаёт", "солнце садится", 1 / 2),
+        ("", "word", 0),
+    ],
+)
+def test_rouge_l_by_hand(came: str, wanted: str, score: float) -> None:
+    assert rouge_l(came, wanted) == pytest.approx(score)
+
+
+def test_exact_match_and_rouge_are_of_what_the_model_writes(
+    new_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run("t5", PAIRS | {"generate_examples": 4, "target_tokens": 16})
+    site = run.site("a", [{"source": "sun", "target": "the sea"}] * 40)
+
+    def write(self: Any, **_: Any) -> torch.Tensor:
+        """As four examples come in one batch: right, half right, wrong, right with padding."""
+        texts = [b"the sea", b"the sun", b"moon", b"the sea"]
+        rows = [[self.config.decoder_start_token_id, *text, END] for text in texts]
+        return torch.tensor([row + [self.config.pad_token_id] * (12 - len(row)) for row in rows])
+
+    monkeypatch.setattr("transformers.T5ForConditionalGeneration.generate", write)
+    result = site.evaluate()
+    assert result.metrics["exact_match"] == 2 / 4
+    assert result.metrics["rouge_l"] == pytest.approx((1 + 1 / 2 + 0 + 1) / 4)
+    assert (result.weights["exact_match"], result.weights["loss"]) == (4, 8 * 8)
+
+
+def test_bits_per_byte_is_the_loss_in_bits_over_the_bytes_it_stands_for(new_run: Callable[..., Any]) -> None:
+    run = new_run("gpt2", {"kind": "causal_lm", "context_tokens": 16})
+    text = "ä" * 40  # two bytes each, of which the tokenizer makes two tokens
+    result = run.site("a", [{"text": text}] * 10).evaluate()
+    blocks = torch.tensor(([*text.encode(), END] * 2)[: 2 * 81 // 16 * 16]).reshape(-1, 16)
+    model = AutoModelForCausalLM.from_pretrained(run.assets)
+    with torch.no_grad():
+        loss = model(input_ids=blocks, labels=blocks).loss.item()
+    size = int((blocks[:, 1:] != END).sum())
+    assert result.weights == {"bits_per_byte": size}
+    assert result.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    bits = loss * blocks[:, 1:].numel() / math.log(2)
+    assert result.metrics["bits_per_byte"] == pytest.approx(bits / size, rel=1e-5)
+
+
+def test_tokens_of_sentencepiece_stand_for_the_bytes_that_they_write() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0, "▁the": 1, "ä": 2, "<0xC3>": 3, "</s>": 4, "▁": 5}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    assert bytes_of_tokens(fast) == [0, 4, 2, 1, 0, 1]
+
+
+def test_masks_hide_8_in_10_targets_replace_1_and_leave_1(new_run: Callable[..., Any]) -> None:
+    run = new_run("bert", {"kind": "masked_lm", "context_tokens": 64, "masked_share": 0.2})
+    task = new_task(run.spec.task, run.assets)
+    tokens = np.random.default_rng(0).integers(0, 256, (500, 64))
+    tokens[:, 10] = END
+    batch = task.batch({"input_ids": tokens}, (np.random.default_rng([1, row]) for row in range(500)))
+    inputs, labels = batch["input_ids"], batch["labels"]
+    is_target = labels != IGNORED
+    mask = AutoTokenizer.from_pretrained(run.assets).mask_token_id
+    assert not is_target[:, 10].any()
+    assert (labels[is_target] == tokens[is_target]).all()
+    assert (inputs[~is_target] == tokens[~is_target]).all()
+    assert is_target.mean() == pytest.approx(0.2 * 63 / 64, abs=0.01)
+    hidden, kept = inputs[is_target] == mask, inputs[is_target] == tokens[is_target]
+    assert hidden.mean() == pytest.approx(0.8, abs=0.02)
+    assert kept.mean() == pytest.approx(0.1, abs=0.015)
