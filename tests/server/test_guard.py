@@ -1,6 +1,7 @@
 """Claims about what stands before and behind every handler, with handlers made for the purpose."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -115,3 +116,29 @@ async def test_a_message_that_cannot_be_sent_on_a_line_that_holds_is_an_error(ca
         with pytest.raises(grpc.aio.AioRpcError, match="the coordinator's log has its cause"):
             await asyncio.wait_for(channel.stream_stream(ATTACH)(iter([b""])).read(), 20)
     assert "two messages at once" in caplog.text
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_headers_of_a_call_that_is_ended_are_seen_through(is_there):
+    sent = asyncio.Event()
+    told: list[str] = []
+
+    class Line:
+        async def send_initial_metadata(self, metadata: object) -> None:
+            await sent.wait()
+            told.append("whole")
+            if not is_there:
+                raise grpc.aio.InternalError("the line has broken")
+
+    lost: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: lost.append(context))
+    sending: asyncio.Task[None] = asyncio.create_task(guard._send_headers(Line()))
+    await asyncio.sleep(0)
+    sending.cancel()
+    await asyncio.sleep(0)
+    sent.set()
+    await asyncio.wait([sending])
+    assert sending.cancelled()
+    del sending
+    gc.collect()  # a task's error that nobody asked for is told when the task goes
+    assert (told, lost) == (["whole"], [])

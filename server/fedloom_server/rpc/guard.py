@@ -182,7 +182,7 @@ class _Messages:
 
     def __init__(self, call: _Call, raw: AsyncIterator[bytes], pace: Pace) -> None:
         self._call = call
-        self._raw = aiter(raw)
+        self._raw = raw  # not yet iterated: gRPC complains of an iterator that a call never came to read
         self._pace = pace
 
     def __aiter__(self) -> "_Messages":
@@ -203,7 +203,7 @@ async def _send_headers(context: Context) -> None:
     try:
         await asyncio.shield(sending)
     except asyncio.CancelledError:
-        await asyncio.wait([sending])
+        await asyncio.gather(sending, return_exceptions=True)  # it fails on a line that has broken
         raise
 
 
