@@ -1,12 +1,14 @@
 """A run's model for the outside: which files, and a card of the facts behind it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from fedloom_common.errors import NotFound
 from fedloom_server.adapters.parts import Parts, parts_of
+from fedloom_server.best import best_of, final_round
 from fedloom_server.card import CardFacts, SiteFacts, model_card
+from fedloom_server.evaluation import before_of
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work
 from fedloom_server.stopping import RoundResult
@@ -22,24 +24,35 @@ class Export:
     parts: Parts
     """What makes the model, if its file is an adapter."""
     card: str
+    round: int
+    """The round that the model came of; 0 for the initial one."""
 
 
-def export(store: Store, run_id: str, round_number: int | None, *, as_adapter: bool = False) -> Export:
-    """A run's latest model, or the one after a round; round 0 is the initial model.
+def export(
+    store: Store, run_id: str, round_number: int | Literal["best"] | None, *, as_adapter: bool = False
+) -> Export:
+    """A run's final model, or the one after a round, or the best; round 0 is the initial model.
 
     Raises:
-        NotFound: there is no such run or round, or its model is no longer kept.
+        NotFound: there is no such run or round, or its model is no longer kept, or none is measured yet.
     """
     run = store.run(run_id)
+    history = store.history(run.id)
+    best = best_of(run.spec, history)
+    if round_number == "best":
+        round_number = _require_measured(run, best).number
+    elif round_number is None:
+        final = final_round(run, history)
+        round_number = None if final == run.rounds_done else final
     rounds = rounds_up_to(store, run, round_number)
     digest = kept_model(store, run, rounds)
     size = rounds[-1].model_bytes if rounds else run.model_bytes
     model = {"name": MODEL_FILE, "digest": digest, "size_bytes": size}
     parts = parts_of(store, run, digest)
-    facts = _facts(run, rounds, store.assignments(run.id))
+    facts = _facts(run, rounds, store.assignments(run.id), best)
     if parts.frozen:
         facts = replace(facts, base_digest=parts.base_digest(), is_adapter=as_adapter)
-    return Export(run, [model, *run.assets], parts, model_card(facts))
+    return Export(run, [model, *run.assets], parts, model_card(facts), facts.rounds_done)
 
 
 def rounds_up_to(store: Store, run: Run, round_number: int | None) -> list[Round]:
@@ -75,7 +88,18 @@ def kept_model(store: Store, run: Run, rounds: Sequence[Round]) -> str:
     )
 
 
-def _facts(run: Run, rounds: Sequence[Round], assignments: Sequence[Assignment]) -> CardFacts:
+def _require_measured(run: Run, best: RoundResult | None) -> RoundResult:
+    if best is None:
+        raise NotFound(
+            f"no model of run {run.id} is measured by {run.spec.goal.metric} yet, so none is the best; "
+            "give a round"
+        )
+    return best
+
+
+def _facts(
+    run: Run, rounds: Sequence[Round], assignments: Sequence[Assignment], best: RoundResult | None
+) -> CardFacts:
     last = rounds[-1].number if rounds else 0
     final_attempts = {(record.number, record.attempt) for record in rounds}
     counted = [
@@ -83,12 +107,16 @@ def _facts(run: Run, rounds: Sequence[Round], assignments: Sequence[Assignment])
         for a in assignments
         if a.state is AssignmentState.DONE and (a.round, a.attempt) in final_attempts and not a.is_late
     ]
-    whole = last == run.rounds_done
+    reason = run.reason if run.state.is_end else ""
+    if reason and last != run.rounds_done:
+        is_best = best is not None and best.number == last
+        which = f"its best model by {run.spec.goal.metric}, " if is_best else ""
+        reason += f"; this is {which}that of round {last}"
     return CardFacts(
         run_id=run.id,
         spec=run.spec,
         rounds_done=last,
-        reason=run.reason if whole and run.state.is_end else "",
+        reason=reason,
         sites=[_site(name, counted) for name in sorted({assignment.site for assignment in counted})],
         history=[RoundResult(number=record.number, metrics=record.metrics) for record in rounds],
     )
@@ -96,8 +124,7 @@ def _facts(run: Run, rounds: Sequence[Round], assignments: Sequence[Assignment])
 
 def _site(name: str, counted: Sequence[Assignment]) -> SiteFacts:
     trained = [a for a in counted if a.site == name and a.work is Work.TRAIN]
-    measured = [a for a in counted if a.site == name and a.work is Work.EVALUATE]
-    latest = measured[-1].metrics if measured else {}
+    latest = _latest_measured([a for a in counted if a.site == name])
     return SiteFacts(
         site=name,
         rounds=len(trained),
@@ -106,3 +133,14 @@ def _site(name: str, counted: Sequence[Assignment]) -> SiteFacts:
         loss=latest.get("loss"),
         perplexity=latest.get("perplexity"),
     )
+
+
+def _latest_measured(of_site: Sequence[Assignment]) -> Mapping[str, float]:
+    """What a site last measured, by an evaluation or before it trained."""
+    latest: Mapping[str, float] = {}
+    for assignment in of_site:
+        if assignment.work is Work.EVALUATE:
+            latest = assignment.metrics
+        elif (before := before_of(assignment)) is not None:
+            latest = before.metrics
+    return latest

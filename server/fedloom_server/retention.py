@@ -5,7 +5,6 @@ run, and of unfinished rounds and assignments the models that they start from, m
 """
 
 import logging
-import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 
@@ -13,8 +12,10 @@ from sqlalchemy import Select, or_, select
 
 from fedloom_common.runspec import RunSpec
 from fedloom_server.adapters.parts import part_digests
+from fedloom_server.best import ranked, restores_best
 from fedloom_server.config import KeepModels
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, RunState
+from fedloom_server.stopping import RoundResult
 from fedloom_server.store import Store
 
 ORPHAN_S = 3600.0  # long enough for an operator who restores a database beside newer files to see it
@@ -25,17 +26,14 @@ logger = logging.getLogger(__name__)
 def kept_rounds(spec: RunSpec, metrics: Mapping[int, Mapping[str, float]], keep: KeepModels) -> set[int]:
     """Numbers of the rounds whose model the policy keeps, of those with ``metrics``, which may be empty.
 
-    Best by the metric that stops the run, if one does, and else by the loss of evaluations.
+    Of a run that is to end with its best model this is kept whatever the policy says.
     """
     numbers = sorted(metrics)
     kept = set(numbers[-keep.last :])
     if keep.every:
         kept |= {number for number in numbers if number and number % keep.every == 0}
-    goal = spec.stop.target or spec.stop.patience
-    name, sign = (goal.metric, -1 if goal.higher_is_better else 1) if goal else ("loss", 1)
-    measured = [number for number in numbers if math.isfinite(metrics[number].get(name, math.nan))]
-    measured.sort(key=lambda number: sign * metrics[number][name])
-    return kept | set(measured[: keep.best])
+    best = ranked(spec, [RoundResult(number=number, metrics=metrics[number]) for number in numbers])
+    return kept | {result.number for result in best[: max(keep.best, int(restores_best(spec)))]}
 
 
 def drop_old_models(store: Store, run: Run, keep: KeepModels) -> None:

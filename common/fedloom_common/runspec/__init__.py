@@ -23,7 +23,7 @@ from fedloom_common.runspec.adapter import Lora
 from fedloom_common.runspec.aggregation import Aggregation, Clip
 from fedloom_common.runspec.algorithms import FedProx, Plain, Scaffold
 from fedloom_common.runspec.cohort import Cohort, Staleness
-from fedloom_common.runspec.evaluation import Evaluation, Patience, Stop, Target
+from fedloom_common.runspec.evaluation import Evaluation, Goal, Patience, Stop, Target
 from fedloom_common.runspec.local import SGD, AdamW, Local, Schedule
 from fedloom_common.runspec.mode import Async, Sync
 from fedloom_common.runspec.model import ModelSpec
@@ -80,6 +80,7 @@ __all__ = [
     "FedProx",
     "FedYogi",
     "GeometricMedianRule",
+    "Goal",
     "Instruction",
     "KrumRule",
     "Local",

@@ -7,6 +7,15 @@ from pydantic import Field
 from fedloom_common.strict import Strict
 
 
+class Goal(Strict):
+    """By what one model is better than another."""
+
+    metric: str = "loss"
+    """Metric of the round, as ``fedloom run show`` names it."""
+    higher_is_better: bool = False
+    """Direction of the metric."""
+
+
 class Evaluation(Strict):
     """Measuring the global model on the sites' held-out data."""
 
@@ -18,6 +27,9 @@ class Evaluation(Strict):
     """Rounds between evaluations; 0 for none. The last round is always evaluated otherwise."""
     initial: bool = True
     """Whether the initial model is evaluated too."""
+    best: Goal | None = None
+    """By what a run's best model is told, kept and exported; by what stops the run if not given, which is
+    ``stop.target`` or ``stop.patience``, and else by the loss."""
     max_examples: int | None = Field(default=None, ge=1)
     """Most held-out examples that each site measures; all if not given."""
     deadline_s: float = Field(default=3600, gt=0)
@@ -46,6 +58,8 @@ class Patience(Strict):
     """Smallest change that counts as improvement."""
     higher_is_better: bool = False
     """Direction of the metric."""
+    restore_best: bool = True
+    """Whether the finished run's model is its best one, or the last."""
 
 
 class Stop(Strict):

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from fedloom_common.runspec.aggregation import Aggregation
 from fedloom_common.runspec.algorithms import Scaffold
 from fedloom_common.runspec.cohort import Cohort
-from fedloom_common.runspec.evaluation import Evaluation, Stop
+from fedloom_common.runspec.evaluation import Evaluation, Goal, Stop
 from fedloom_common.runspec.local import Local
 from fedloom_common.runspec.mode import Async, Sync
 from fedloom_common.runspec.model import ModelSpec
@@ -65,6 +65,14 @@ class RunSpec(Strict):
         if isinstance(data, dict) and isinstance(data.get("task"), dict):
             return data | {"task": {"kind": "causal_lm"} | data["task"]}
         return data
+
+    @property
+    def goal(self) -> Goal:
+        """By what a model of the run is better than another."""
+        stops = self.stop.target or self.stop.patience
+        if self.evaluation.best is not None or stops is None:
+            return self.evaluation.best or Goal()
+        return Goal(metric=stops.metric, higher_is_better=stops.higher_is_better)
 
     @model_validator(mode="after")
     def _nothing_contradicts_the_mode(self) -> Self:

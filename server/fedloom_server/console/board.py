@@ -92,7 +92,7 @@ class Board:
             parts += [
                 Text(),
                 *_left_out(len(rounds) - len(shown), "earlier rounds"),
-                rounds_table(shown, now_s),
+                rounds_table(shown, now_s, self.run),
             ]
         troubles = list(_troubles(rounds))
         if troubles:

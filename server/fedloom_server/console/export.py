@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedloom.v1.runs_pb2 import ExportRequest, ExportResponse
 from fedloom.v1.session_pb2 import Blob
@@ -40,6 +40,8 @@ class Export:
     """A finished export."""
 
     run_id: str
+    round: int
+    """The round that the model came of."""
     directory: Path
     size_bytes: int
 
@@ -49,7 +51,7 @@ async def export(
     run_id: str,
     directory: Path,
     *,
-    round_number: int | None = None,
+    round_number: int | Literal["best"] | None = None,
     adapter: AsAdapter | None = None,
     on_bytes: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Export:
@@ -69,8 +71,11 @@ async def export(
     """
     answer: ExportResponse = await coordinator.call(
         coordinator.runs.Export,
-        ExportRequest(run_id=run_id, round=round_number, as_adapter=adapter is not None),
-    )
+        ExportRequest(
+            run_id=run_id, round=None if round_number == "best" else round_number,
+            best=round_number == "best", as_adapter=adapter is not None,
+        ),
+    )  # fmt: skip
     _require_adapter(answer, adapter)
     full_id = answer.run.id
     earlier = _earlier_files(directory, full_id)
@@ -89,7 +94,7 @@ async def export(
         for name in earlier - names:
             (directory / name).unlink(missing_ok=True)
         _write_marker(directory, full_id, names)
-    return Export(run_id=full_id, directory=directory, size_bytes=total)
+    return Export(run_id=full_id, round=answer.round, directory=directory, size_bytes=total)
 
 
 def check_names(files: Iterable[Blob]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.v1.runs_pb2 import Round, RoundState, SiteRound
+from fedloom.v1.runs_pb2 import Round, RoundState, Run, SiteRound
 from fedloom.v1.session_pb2 import Work
 from fedloom_server.console.formats import (
     FittingTable,
@@ -35,17 +35,17 @@ SITE_STYLE = {"open": "cyan", "done": "green", "cancelled": "dim"}
 TROUBLE_STYLE = "red"
 
 
-def rounds_table(rounds: Sequence[Round], now_s: float) -> Table:
-    """One line a round, with every metric by the name that run specs use; the best loss stands out."""
+def rounds_table(rounds: Sequence[Round], now_s: float, run: Run | None = None) -> Table:
+    """One line a round, with every metric by the name that run specs use; what is best stands out."""
     names = _metric_names(rounds)
     headers = [f">{plain(name)}".replace("_", "_\n") for name in names]
     unit = "version" if any(map(is_version, rounds)) else "round"
     table = FittingTable(f">{unit}", "state", ">sites", ">examples", *headers, ">down", ">up", ">time")
-    best = min((item.metrics["loss"] for item in rounds if "loss" in item.metrics), default=None)
     for item in rounds:
         metrics = [_metric(item, name) for name in names]
-        if "loss" in item.metrics and item.metrics["loss"] == best:
-            metrics[names.index("loss")].stylize("bold green")
+        is_best = run is not None and run.HasField("best_round") and run.best_round == item.number
+        if run is not None and is_best and run.best_metric in names:
+            metrics[names.index(run.best_metric)].stylize("bold green")
         table.add_row(
             round_name(item),
             round_state(item),

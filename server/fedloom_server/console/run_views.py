@@ -15,6 +15,7 @@ from fedloom_server.console.formats import (
     duration_text,
     enum_word,
     first_line,
+    metric_text,
     plain,
     time_text,
 )
@@ -62,7 +63,7 @@ def run_view(run: Run, rounds: Sequence[Round], chosen: Round | None, now_s: flo
         return Group(run_facts(run, now_s), Text(), round_view(chosen, now_s))
     parts: list[RenderableType] = [run_facts(run, now_s)]
     if rounds:
-        parts += [Text(), rounds_table(rounds, now_s), Text(), totals_table(rounds)]
+        parts += [Text(), rounds_table(rounds, now_s, run), Text(), totals_table(rounds)]
     if troubles := troubles_table(rounds):
         parts += [Text(), troubles]
     return Group(*parts)
@@ -95,6 +96,11 @@ def run_facts(run: Run, now_s: float) -> Table:
     facts.add_row("ended", time_text(run.ended_at_s))
     facts.add_row("time", duration_text(run.started_at_s, run.ended_at_s, now_s))
     facts.add_row("model", Text(plain(model)))
+    if run.HasField("best_round"):
+        value = f"{plain(run.best_metric)} {metric_text(run.best_value)}"
+        facts.add_row("best", f"round {run.best_round}, {value}")
+    if run.final_round != run.rounds_done:
+        facts.add_row("final", f"the model of round {run.final_round}, which export gives")
     return facts
 
 

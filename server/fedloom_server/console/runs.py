@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import yaml
@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from fedloom.v1.runs_pb2 import ListFailuresRequest, Round, Run, SubmitRequest
-from fedloom_common.errors import NotFound
+from fedloom_common.errors import BadSpec, NotFound
 from fedloom_common.runspec import parse_run_spec, run_spec_schema
 from fedloom_server.console import runcontrol  # noqa: F401 (its commands join the group)
 from fedloom_server.console.board import ENDED
@@ -155,9 +155,13 @@ async def export(
         Path, typer.Option(help="Directory for the model: new, empty, or an earlier export of this run.")
     ],
     round_number: Annotated[
-        int | None,
-        typer.Option("--round", min=0, help="Take the model after this round; the latest if not given."),
-    ] = None,
+        str,
+        typer.Option(
+            "--round",
+            metavar="N|best",
+            help="Take the model after this round; the run's final one if not given.",
+        ),
+    ] = "",
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Of a run with model.adapter: the adapter, as peft loads it.")
     ] = False,
@@ -167,10 +171,13 @@ async def export(
 ) -> None:
     """Fetch a run's model as a directory that transformers loads, with a model card.
 
+    The final model is the latest, or, of a finished run with stop.patience.restore_best, the best.
+
     Adapters are merged into the frozen weights, unless --adapter asks for them alone.
 
     An export that broke off goes on where it was when called again.
     """
+    number = _wanted_round(round_number)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -188,7 +195,7 @@ async def export(
                 coordinator,
                 run,
                 to,
-                round_number=round_number,
+                round_number=number,
                 adapter=AsAdapter(base_name=base) if adapter else None,
                 on_bytes=lambda held, total: progress.update(bar, completed=held, total=total),
             )
@@ -196,10 +203,24 @@ async def export(
         "PeftModel.from_pretrained(base, " if adapter else f"{_class_of(done.directory)}.from_pretrained("
     )
     console_for_output().print(
-        f"Exported run {plain(done.run_id)} to {done.directory} ({bytes_text(done.size_bytes)}).\n"
+        f"Exported run {plain(done.run_id)} to {done.directory} ({bytes_text(done.size_bytes)}), "
+        f"the model of round {done.round}.\n"
         f"Load it: {loader}{str(done.directory)!r})",
         soft_wrap=True,
     )
+
+
+def _wanted_round(text: str) -> int | Literal["best"] | None:
+    """The round that ``--round`` names; None for the final one.
+
+    Raises:
+        BadSpec: it is neither a number nor "best".
+    """
+    if text in ("", "best"):
+        return "best" if text else None
+    if not text.isdecimal():
+        raise BadSpec(f"--round {text}: wanted a round's number, or best")
+    return int(text)
 
 
 def _class_of(directory: Path) -> str:

@@ -6,10 +6,13 @@ from typing import Any
 
 from fedloom.v1 import runs_pb2, session_pb2
 from fedloom_server.adapters.parts import Parts
+from fedloom_server.best import best_of, final_round
 from fedloom_server.downlink import Delta
 from fedloom_server.evaluation import before_of
 from fedloom_server.records import Assignment, Failure, Round, Run, Work
 from fedloom_server.roster import Site
+from fedloom_server.stopping import RoundResult
+from fedloom_server.store import Store
 from fedloom_server.watching import Change, RoundChange, SiteProgress
 
 DELTA_FILE = "delta.safetensors"
@@ -43,8 +46,9 @@ def delta_message(delta: Delta) -> session_pb2.Delta:
     return session_pb2.Delta(file=file, base_digest=delta.base_digest)
 
 
-def run_message(run: Run, model_name: str) -> runs_pb2.Run:
-    """A run."""
+def run_message(run: Run, history: Sequence[RoundResult], model_name: str) -> runs_pb2.Run:
+    """A run; ``history`` has every finished round."""
+    best = best_of(run.spec, history)
     return runs_pb2.Run(
         id=run.id,
         name=run.name,
@@ -60,6 +64,10 @@ def run_message(run: Run, model_name: str) -> runs_pb2.Run:
         priority=run.priority,
         cloned_from=run.cloned_from,
         cloned_round=run.cloned_round,
+        best_round=None if best is None else best.number,
+        best_metric=run.spec.goal.metric,
+        best_value=None if best is None else best.metrics[run.spec.goal.metric],
+        final_round=final_round(run, history),
         frozen=[blob(asdict(file)) for file in Parts.from_json(run.adapter).frozen],
     )
 
@@ -127,11 +135,11 @@ def failure_message(failure: Failure) -> runs_pb2.RunFailure:
     )
 
 
-def change_message(change: Change, model_name: str) -> runs_pb2.WatchEvent:
+def change_message(change: Change, store: Store, model_name: str) -> runs_pb2.WatchEvent:
     """A change for a watcher."""
     match change:
         case Run():
-            return runs_pb2.WatchEvent(run=run_message(change, model_name))
+            return runs_pb2.WatchEvent(run=run_message(change, store.history(change.id), model_name))
         case RoundChange():
             return runs_pb2.WatchEvent(round=round_message(change.round, change.assignments, model_name))
         case SiteProgress():

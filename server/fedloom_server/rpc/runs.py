@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import asdict
 from itertools import dropwhile
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -45,7 +45,7 @@ class RunEdge(RunServiceServicer):
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.Run:  # noqa: N802
         """Check a run spec and queue the run."""
         run = await self._runs.submissions.submit(request.spec, priority=request.priority)
-        return run_message(run, MODEL_FILE)
+        return self._run(run)
 
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:  # noqa: N802
         """Runs, newest first, in pages."""
@@ -53,13 +53,13 @@ class RunEdge(RunServiceServicer):
         if request.after:
             last = self._store.run(request.after)
             runs = list(dropwhile(lambda run: run.id != last.id, runs))[1:]
-        kept = list(_fitting((run_message(run, MODEL_FILE) for run in runs), PAGE_BYTES))
+        kept = list(_fitting((self._run(run) for run in runs), PAGE_BYTES))
         return pb.ListResponse(runs=kept, next_after=kept[-1].id if len(kept) < len(runs) else "")
 
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:  # noqa: N802
         """One run with its rounds."""
         run = self._store.run(request.run_id)
-        answer = pb.GetResponse(run=run_message(run, MODEL_FILE))
+        answer = pb.GetResponse(run=self._run(run))
         rounds = [message for message in self._rounds(run) if message.number >= request.from_round]
         answer.rounds.extend(_fitting(rounds, PAGE_BYTES))
         if len(answer.rounds) < len(rounds):
@@ -74,13 +74,13 @@ class RunEdge(RunServiceServicer):
         ) as watcher:  # before the first look, so that nothing falls between
             run = self._store.run(run.id)
             has_ended = run.state.is_end
-            yield pb.WatchEvent(run=run_message(run, MODEL_FILE))
+            yield pb.WatchEvent(run=self._run(run))
             for message in self._rounds(run):
                 yield pb.WatchEvent(round=message)
             while not has_ended:
                 change = await watcher.get()
                 has_ended = isinstance(change, Run) and change.state.is_end  # it may change while we yield
-                yield change_message(change, MODEL_FILE)
+                yield change_message(change, self._store, MODEL_FILE)
 
     async def Clone(self, request: pb.CloneRequest, context: Context) -> pb.Run:  # noqa: N802
         """Queue a new run like another one."""
@@ -91,19 +91,19 @@ class RunEdge(RunServiceServicer):
             )
         else:
             run = await self._runs.submissions.clone(request.run_id, request.spec, priority=request.priority)
-        return run_message(run, MODEL_FILE)
+        return self._run(run)
 
     async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.Run:  # noqa: N802
         """Hold a run where it is."""
-        return run_message(await self._runs.pause(request.run_id, request.reason), MODEL_FILE)
+        return self._run(await self._runs.pause(request.run_id, request.reason))
 
     async def Stop(self, request: pb.StopRequest, context: Context) -> pb.Run:  # noqa: N802
         """End a run."""
-        return run_message(await self._runs.stop(request.run_id, request.reason), MODEL_FILE)
+        return self._run(await self._runs.stop(request.run_id, request.reason))
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.Run:  # noqa: N802
         """Queue a run again."""
-        return run_message(self._runs.resume(request.run_id), MODEL_FILE)
+        return self._run(self._runs.resume(request.run_id))
 
     async def ListFailures(  # noqa: N802
         self, request: pb.ListFailuresRequest, context: Context
@@ -116,13 +116,16 @@ class RunEdge(RunServiceServicer):
 
     async def Export(self, request: pb.ExportRequest, context: Context) -> pb.ExportResponse:  # noqa: N802
         """Name the files of a run's model."""
-        number = request.round if request.HasField("round") else None
-        found = export(self._store, request.run_id, number, as_adapter=request.as_adapter)
+        wanted: int | Literal["best"] | None = "best" if request.best else None
+        if request.HasField("round") and not request.best:
+            wanted = request.round
+        found = export(self._store, request.run_id, wanted, as_adapter=request.as_adapter)
         files = [blob(file) for file in found.files]
         return pb.ExportResponse(
             files=files,
             model_card=found.card,
-            run=run_message(found.run, MODEL_FILE),
+            round=found.round,
+            run=self._run(found.run),
             frozen=[blob(asdict(file)) for file in found.parts.frozen],
             folds=[blob(asdict(file)) for file in found.parts.folds],
         )
@@ -136,6 +139,9 @@ class RunEdge(RunServiceServicer):
         sites = [site for site in self._sites.all() if site.name > request.after]
         kept = list(_fitting((site_message(it, by_site.get(it.name, ())) for it in sites), PAGE_BYTES))
         return pb.ListSitesResponse(sites=kept, next_after=kept[-1].name if len(kept) < len(sites) else "")
+
+    def _run(self, run: Run) -> pb.Run:
+        return run_message(run, self._store.history(run.id), MODEL_FILE)
 
     def _rounds(self, run: Run) -> list[pb.Round]:
         assignments = self._store.assignments(run.id)
