@@ -32,7 +32,7 @@ async def test_a_kill_before_any_transaction_changes_no_result(
     evaluation = {"initial": True, "every_rounds": 2}
     exact = spec(
         name="exact", rounds=3, cohort={"min_sites": 3}, evaluation=evaluation,
-        aggregation={"deterministic": True, "server_optimizer": "diloco"},
+        aggregation={"deterministic": True, "server_optimizer": "diloco", "clip": {}},
     )  # fmt: skip
     cohort = {"min_sites": 3, "quorum": 1, "deadline_s": 0.2, "late": "carry"}
     carried = spec(name="carried", rounds=3, cohort=cohort, evaluation=evaluation)

@@ -85,13 +85,15 @@ class KrumRule(_Robust):
 
 
 class MultiKrumRule(_Robust):
-    """The mean of the updates that lie closest to their neighbours, unweighted."""
+    """The mean of the updates that lie closest to their neighbours."""
 
     name: Literal["multi_krum"] = "multi_krum"
     byzantine: int = Field(ge=0, le=10_000)
     """f, updates that may be bad."""
     selected: int | None = Field(default=None, ge=1, le=10_000)
     """m, updates that are averaged, at most n − f − 2; as many as that if not given."""
+    weighted: bool = False
+    """Whether these weigh by their examples; if not, all weigh the same."""
 
     def needed_updates(self) -> int:
         """n > 2f + 2 and m ≤ n − f − 2, for the proof to hold."""

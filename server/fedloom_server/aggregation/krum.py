@@ -1,7 +1,8 @@
 """Krum and multi-Krum: the updates that lie closest to their neighbours."""
 
+from collections.abc import Sequence
+
 import numpy as np
-from numpy.typing import NDArray
 
 from fedloom_common.runspec import KrumRule, MultiKrumRule
 from fedloom_server.aggregation.gram import squared_distances
@@ -23,8 +24,8 @@ def krum_scores(gram: Values, byzantine: int) -> Values:
     return scores
 
 
-def krum_shares(gram: Values, rule: KrumRule | MultiKrumRule) -> NDArray[np.float64]:
-    """1 for the updates with the least scores, 0 for the others; of equal ones the first in order.
+def krum_shares(gram: Values, examples: Sequence[int], rule: KrumRule | MultiKrumRule) -> Values:
+    """1, or nₖ if weighted, for the updates with the least scores, 0 for the others; of equals the first.
 
     Krum takes one. Multi-Krum takes m; with m ≤ n − f − 2 the bad ones among them lie so near to good
     ones that the mean is one of good updates but for a bounded part.
@@ -36,5 +37,6 @@ def krum_shares(gram: Values, rule: KrumRule | MultiKrumRule) -> NDArray[np.floa
         selected = rule.selected or len(gram) - rule.byzantine - 2
     best = np.argsort(krum_scores(gram, rule.byzantine), kind="stable")[:selected]
     shares = np.zeros(len(gram))
-    shares[best] = 1
+    is_weighted = isinstance(rule, MultiKrumRule) and rule.weighted
+    shares[best] = np.asarray(examples)[best] if is_weighted else 1
     return shares

@@ -57,7 +57,7 @@ class SharedMean:
     def _shares(self, gram: Values, examples: Sequence[int]) -> Values:
         if isinstance(self._rule, GeometricMedianRule):
             return geometric_median_shares(gram, examples, self._rule)
-        return krum_shares(gram, self._rule)
+        return krum_shares(gram, examples, self._rule)
 
 
 class _Mean:

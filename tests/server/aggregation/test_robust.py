@@ -47,8 +47,12 @@ def krum_of(f):
     return lambda vectors, _examples: vectors[np.argmin(krum_scores_of(vectors, f))]
 
 
-def multi_krum_of(f, m):
-    return lambda vectors, _examples: vectors[np.argsort(krum_scores_of(vectors, f))[:m]].mean(axis=0)
+def multi_krum_of(f, m, weighted=False):
+    def of(vectors, examples):
+        best = np.argsort(krum_scores_of(vectors, f))[:m]
+        return np.average(vectors[best], axis=0, weights=np.array(examples)[best] if weighted else None)
+
+    return of
 
 
 def weiszfeld_of(weights_of, smoothing):
@@ -70,6 +74,10 @@ RULES = {
     "trimmed-mean-by-share": ({"name": "trimmed_mean", "trim": 0.15}, trimmed_mean_of(1)),
     "krum": ({"name": "krum", "byzantine": 2}, krum_of(2)),
     "multi-krum": ({"name": "multi_krum", "byzantine": 1, "selected": 3}, multi_krum_of(1, 3)),
+    "multi-krum-weighted": (
+        {"name": "multi_krum", "byzantine": 1, "selected": 4, "weighted": True},
+        multi_krum_of(1, 4, weighted=True),
+    ),
     "multi-krum-n-f-2": ({"name": "multi_krum", "byzantine": 2}, multi_krum_of(2, 5)),
     "geometric-median": (
         {"name": "geometric_median"},
