@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/fedloom/v1/*.proto)
 PEERS ?= $(filter --quick,$(BENCH))
 IDLE ?= $(filter --quick,$(BENCH))
+PROFILE ?= short
 
 SECONDS ?= 60
 MINUTES ?= 60
 SEED ?= 1
 
-.PHONY: setup demo test test-slow test-faults soak test-docker test-gpu fuzz deploy-check bench bench-peers check protos clean help
+.PHONY: setup demo test test-slow test-faults soak test-docker test-gpu fuzz deploy-check bench bench-peers bench-learning check protos clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -59,6 +60,9 @@ bench: $(READY) ## transport, codecs, idle sites and the peers, measured; BENCH=
 
 bench-peers: $(READY) ## the same rounds with Flower and NVIDIA FLARE, which it installs; PEERS=--quick
 	$(BIN)/python benchmarks/peers.py $(PEERS)
+
+bench-learning: $(READY) ## federated beside pooled training, half an hour; PROFILE=full for all, CORPUS=folder of .txt files
+	PYTHONPATH=benchmarks $(BIN)/python -m learning --profile $(PROFILE) $(if $(CORPUS),--corpus $(CORPUS)) $(LEARNING)
 
 check: $(READY) ## lint, types, layers, generated code
 	$(BIN)/ruff check .

@@ -1,0 +1,128 @@
+"""The language model that several sites' texts train: the arms, and how much of them a profile tries."""
+
+from dataclasses import replace
+
+from learning.arms import ALONE, POOL, SGD_RATES, Arm, Setting
+from learning.trials import Experiment
+
+DILOCO = {"name": "diloco", "lr": 0.7, "momentum": 0.9}
+MOMENTUM_RATES = (0.3, 0.5, 0.7)
+ADAPTIVE_RATES = (1e-3, 3e-3, 1e-2)
+
+CENTRAL = Arm(name="central", told="all text on one machine", data=POOL)
+ALONE_ARM = Arm(name="alone", told="the site with the most text, alone", data=ALONE)
+FEDAVG = Arm(name="fedavg-h10", told="FedAvg, H = 10")
+DILOCO_H10 = Arm(name="diloco-h10", told="DiLoCo (Nesterov), H = 10", server=DILOCO)
+DILOCO_H50 = replace(DILOCO_H10, name="diloco-h50", told="DiLoCo (Nesterov), H = 50", local_steps=50)
+INT8 = replace(
+    DILOCO_H10, name="diloco-h10-int8", told="DiLoCo, H = 10, int8 both ways", rates_of="diloco-h10",
+    transport={"up": "int8", "down": "int8"},
+)  # fmt: skip
+EACH_STEP = Arm(
+    name="fedavg-h1", told="an exchange after each step", local_steps=1, rates_of="central", steps=20, seeds=1
+)  # only its bytes are of interest
+
+
+def small_setting(sites: int, steps: int) -> Setting:
+    """A GPT-2 of 0.4 million parameters that reads bytes."""
+    return Setting(
+        model={
+            "config": {
+                "model_type": "gpt2", "n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 64,
+                "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+            },
+            "tokenizer": "bytes",
+        },
+        task={"kind": "causal_lm", "context_tokens": 64},
+        sites=sites,
+        steps=steps,
+        batch_examples=8,
+        warmup_steps=max(1, steps // 20),
+        evaluations=5,
+        curve_examples=64,
+        final_examples=512,
+    )  # fmt: skip
+
+
+def large_setting(sites: int, steps: int) -> Setting:
+    """A GPT-2 of 0.8 million parameters that reads bytes; the same tokens a step for 4 and for 16 sites."""
+    small = small_setting(sites, steps)
+    config = {**small.model["config"], "n_layer": 4, "n_positions": 128}
+    return replace(
+        small,
+        model={**small.model, "config": config},
+        task={"kind": "causal_lm", "context_tokens": 128},
+        batch_examples=32 // sites,
+        evaluations=20,
+        curve_examples=256 // sites,
+        final_examples=None,
+    )
+
+
+def gates_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
+    """The arms that the gates are about."""
+    return Experiment(
+        name="gates",
+        title="4 sites: federated beside pooled training",
+        setting=small_setting(4, steps),
+        arms=(CENTRAL, ALONE_ARM, DILOCO_H10, DILOCO_H50, INT8, EACH_STEP),
+        seeds=seeds,
+    )
+
+
+def rules_experiment(sites: int, steps: int, seeds: tuple[int, ...]) -> Experiment:
+    """Every server step and site algorithm at the same token budget, H = 10."""
+    sgd = Arm(name="fedavg-sgd-h10", told="FedAvg, SGD at the sites", inner="sgd", rates=SGD_RATES)
+    arms = (
+        CENTRAL,
+        ALONE_ARM,
+        FEDAVG,
+        Arm(name="fedavgm-h10", told="FedAvgM", server={"name": "fedavgm"}, server_rates=(0.1, 0.3, 1.0)),
+        replace(DILOCO_H10, server_rates=MOMENTUM_RATES),
+        Arm(name="fedadam-h10", told="FedAdam", server={"name": "fedadam"}, server_rates=ADAPTIVE_RATES),
+        Arm(name="fedprox-h10", told="FedProx, μ = 0.01", algorithm={"name": "fedprox", "mu": 0.01}),
+        sgd,
+        replace(sgd, name="scaffold-h10", told="SCAFFOLD, SGD at the sites", algorithm={"name": "scaffold"}),
+    )
+    return Experiment(
+        name=f"rules-{sites}",
+        title=f"{sites} sites: rules at the same token budget, H = 10",
+        setting=large_setting(sites, steps),
+        arms=arms,
+        seeds=seeds,
+    )
+
+
+def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
+    """How often sites exchange, through which codecs, and with how many of them gone."""
+    hs = (1, 10, 50, 250)
+    averaged = [
+        Arm(
+            name=f"fedavg-h{h}",
+            told=f"FedAvg, H = {h}",
+            local_steps=h,
+            rates_of="" if h == 1 else "fedavg-h1",
+        )
+        for h in hs
+    ]
+    nesterov = [
+        replace(DILOCO_H10, name=f"diloco-h{h}", told=f"DiLoCo, H = {h}", local_steps=h) for h in hs[1:]
+    ]
+    codecs = [
+        replace(INT8, name=f"diloco-h10-{'-'.join(up)}", told=f"DiLoCo, H = 10, {' + '.join(up)} up",
+                transport={"up": list(up), "down": down})
+        for up, down in ((("bf16",), "bf16"), (("int8",), "int8"), (("int4",), "int8"),
+                         (("topk", "int8", "zstd"), "int8"))
+    ]  # fmt: skip
+    dropout = [
+        replace(FEDAVG, name=f"fedavg-h10-gone{share}", told=f"FedAvg, H = 10, {share} % of the sites gone",
+                rates_of="fedavg-h10", dropout=share / 100)
+        for share in (30, 50)
+    ]  # fmt: skip
+    return Experiment(
+        name="exchange",
+        title="4 sites: how often, how small, and with sites gone",
+        setting=large_setting(4, steps),
+        arms=(CENTRAL, *averaged, *nesterov, *codecs, *dropout),
+        seeds=seeds,
+    )

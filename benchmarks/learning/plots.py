@@ -1,0 +1,64 @@
+"""Plots of the results."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learning.results import Result
+from learning.tables import arms_of
+from learning.trials import Experiment
+
+MB = 1e6
+COLOURS = ("#111111", "#8a8f98", "#1f5fa8", "#d1495b", "#2e8b57", "#e6a117", "#7b4fa6", "#00868b", "#a0522d")
+
+
+def save_curves(experiment: Experiment, results: Sequence[Result], path: Path) -> bool:
+    """Loss over tokens and over bytes, the mean of the seeds and their range; says whether there was any."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    by_arm = {name: found for name, found in arms_of(experiment, results).items() if _has_curve(found)}
+    if not by_arm:
+        return False
+    colours = dict(zip(by_arm, COLOURS * 3, strict=False))
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained", sharey=True)
+    for arm in experiment.arms:
+        if arm.name not in by_arm:
+            continue
+        found = by_arm[arm.name]
+        style: Mapping[str, Any] = {"color": colours[arm.name], "linewidth": 1.6}
+        style |= {} if arm.is_federated else {"linestyle": "--"}
+        _draw(panels[0], [[p.tokens / MB for p in r.curve] for r in found], found, arm.told, style)
+        if arm.is_federated:
+            _draw(panels[1], [[p.wire_bytes / MB for p in r.curve] for r in found], found, "", style)
+    panels[0].set(xlabel="million tokens, all sites together", ylabel="validation loss, nats a token")
+    panels[1].set(xlabel="MB on the wire, all sites, both ways", xscale="log")
+    low = min(point.metrics["loss"] for found in by_arm.values() for r in found for point in r.curve)
+    panels[0].set_ylim(low * 0.97, low * 1.6)
+    panels[0].legend(frameon=False, fontsize=8)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(experiment.title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _draw(
+    panel: Any, xs: Sequence[Sequence[float]], found: Sequence[Result], told: str, style: Mapping[str, Any]
+) -> None:
+    losses = np.array([[point.metrics["loss"] for point in result.curve] for result in found])
+    x = np.mean(np.array(xs), axis=0)
+    panel.plot(x, losses.mean(axis=0), label=told or None, **style)
+    if len(found) > 1:
+        panel.fill_between(
+            x, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.15, linewidth=0
+        )
+
+
+def _has_curve(found: Sequence[Result]) -> bool:
+    return bool(found) and len(found[0].curve) > 2

@@ -1,0 +1,119 @@
+"""Results as files: one JSON line a trial, which appears whole, and is not done again."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from learning.arms import Rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A model on the way."""
+
+    round: int
+    steps: int
+    """Optimizer steps of each site so far."""
+    tokens: int
+    """Trained on by all sites so far."""
+    wire_bytes: int
+    """Models down and updates up, of all sites so far."""
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of a trial."""
+
+    experiment: str
+    arm: str
+    seed: int
+    lr: float
+    server_lr: float | None
+    key: str
+    """Digest of the run spec, the data and the setting: a result is used again as long as it stays."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the final model, over all sites' held-out data."""
+    sites: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same at each site."""
+    curve: list[Point] = field(default_factory=list)
+    local_steps: int = 0
+    steps: int = 0
+    tokens: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    model_bytes: int = 0
+    seconds: float = 0.0
+    failed: str = ""
+    """Why there is no model, such as a loss that was not finite."""
+
+    @property
+    def rates(self) -> Rates:
+        """The trial's learning rates."""
+        return Rates(local=self.lr, server=self.server_lr)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Both ways, all sites."""
+        return self.bytes_up + self.bytes_down
+
+    def figure(self, metric: str, *, higher_is_better: bool = False) -> float:
+        """The metric of the final model; the worst there is if the trial failed."""
+        worst = -math.inf if higher_is_better else math.inf
+        return worst if self.failed else self.metrics.get(metric, worst)
+
+
+class Results:
+    """The results in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, experiment: str, arm: str, seed: int, rates: Rates, key: str) -> Result | None:
+        """What a trial came to, if it was done with the same spec and data."""
+        path = self._path(experiment, arm, seed, rates)
+        if not path.exists():
+            return None
+        result = _read(path.read_text())
+        return result if result.key == key else None
+
+    def add(self, result: Result) -> None:
+        """Write a result, whole or not at all."""
+        path = self._path(result.experiment, result.arm, result.seed, result.rates)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(line_of(result))
+        partial.replace(path)
+
+    def __iter__(self) -> Iterator[Result]:
+        """All of them, in the order of their names."""
+        for path in sorted(self._folder.glob("*/*/*.json")):
+            yield _read(path.read_text())
+
+    def _path(self, experiment: str, arm: str, seed: int, rates: Rates) -> Path:
+        return self._folder / experiment / arm / f"seed{seed}-lr{rates}.json"
+
+
+def line_of(result: Result) -> str:
+    """A result as a line of JSON."""
+    return json.dumps(asdict(result), sort_keys=True) + "\n"
+
+
+def read_lines(text: str) -> list[Result]:
+    """Results of a file of lines."""
+    return [_read(line) for line in text.splitlines() if line.strip()]
+
+
+def best(results: Iterable[Result], metric: str, *, higher_is_better: bool = False) -> Result:
+    """The one with the best figure; of ties the first."""
+    listed = list(results)
+    sign = -1 if higher_is_better else 1
+    return min(listed, key=lambda r: sign * r.figure(metric, higher_is_better=higher_is_better))
+
+
+def _read(line: str) -> Result:
+    content = json.loads(line)
+    return Result(**content | {"curve": [Point(**point) for point in content["curve"]]})

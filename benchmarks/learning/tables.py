@@ -1,0 +1,136 @@
+"""Tables of the results, in Markdown, and the page that they stand in."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+
+from learning.gates import Gate, chosen_rates
+from learning.results import Result
+from learning.trials import Experiment
+
+MB = 1e6
+TARGET_RATIO = 1.05
+"""Of pooled training's final loss: the loss to which bytes are counted."""
+
+
+def comparison(experiment: Experiment, results: Sequence[Result]) -> str:
+    """One line an arm: final loss over the seeds, bytes in all and to the target, the chosen rates."""
+    by_arm = arms_of(experiment, results)
+    target = target_of(experiment, by_arm)
+    metric = experiment.setting.metric
+    rows = []
+    for arm in experiment.arms:
+        found = by_arm.get(arm.name, [])
+        if not found:
+            continue
+        rows.append(
+            [
+                arm.told,
+                _mean_text([result.figure(metric) for result in found]),
+                f"{found[0].tokens / MB:.2f}",
+                f"{mean(result.wire_bytes for result in found) / MB:,.0f}" if arm.is_federated else "–",
+                _target_text(arm.is_federated, found, target),
+                str(found[0].rates).replace("-", ", server ", 1),
+                str(len(found)),
+            ]
+        )
+    if (each_step := _each_step(experiment, by_arm, target)) is not None:
+        rows.append(each_step)
+    head = ["arm", metric, "million tokens", "MB on the wire", "MB to the target", "learning rate", "seeds"]
+    told = "" if target is None else (
+        f"\nTarget: {TARGET_RATIO} x the pooled training's final {metric}, {target:.4f}.\n"
+    )  # fmt: skip
+    return markdown(head, rows) + told
+
+
+def gates_table(gates: Iterable[Gate]) -> str:
+    """One line a gate."""
+    rows = [
+        [gate.claim, gate.figure, gate.limit, "pass" if gate.holds else "**FAIL**", gate.noise]
+        for gate in gates
+    ]
+    return markdown(["gate", "figure", "limit", "", "seeds"], rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def replace_section(page: Path, name: str, text: str) -> None:
+    """Put a text between a page's marks of that name.
+
+    Raises:
+        SystemExit: the page has no such marks.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    content = page.read_text()
+    if begin not in content or end not in content:
+        raise SystemExit(f"{page} has no marks {begin.strip()} and {end.strip()}")
+    before, rest = content.split(begin)
+    page.write_text(before + begin + "\n" + text + "\n" + end + rest.split(end)[1])
+
+
+def arms_of(experiment: Experiment, results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results of the chosen rates that have a model, by arm."""
+    by_arm: dict[str, list[Result]] = {}
+    for arm in experiment.arms:
+        mine = [r for r in results if r.experiment == experiment.name and r.arm == arm.name]
+        is_chosen = chosen_rates(mine, experiment.setting.metric)
+        by_arm[arm.name] = sorted((r for r in mine if is_chosen(r) and not r.failed), key=lambda r: r.seed)
+    return by_arm
+
+
+def target_of(experiment: Experiment, by_arm: Mapping[str, Sequence[Result]]) -> float | None:
+    """The loss to which bytes are counted."""
+    central = by_arm.get("central")
+    if not central or experiment.setting.metric != "loss":
+        return None
+    return TARGET_RATIO * mean(result.curve[-1].metrics["loss"] for result in central)
+
+
+def bytes_to(result: Result, target: float) -> float | None:
+    """Bytes on the wire when the curve first was at the target or below; it is straight between points."""
+    return _cross([(point.wire_bytes, point.metrics["loss"]) for point in result.curve], target)
+
+
+def ddp_bytes_to(result: Result, target: float, sites: int) -> float | None:
+    """What per-step DDP would have sent by then: in each step a gradient up and the mean down, in fp32."""
+    a_step = 2 * sites * result.model_bytes
+    return _cross([(point.steps * a_step, point.metrics["loss"]) for point in result.curve], target)
+
+
+def _cross(points: Sequence[tuple[float, float]], target: float) -> float | None:
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y1 <= target:
+            return x1 if y0 <= target else x0 + (x1 - x0) * (y0 - target) / (y0 - y1)
+    return None
+
+
+def _each_step(
+    experiment: Experiment, by_arm: Mapping[str, Sequence[Result]], target: float | None
+) -> list[str] | None:
+    """Per-step DDP: pooled training's curve, with the bytes that its gradients would take."""
+    central, sites = by_arm.get("central"), experiment.setting.sites
+    if not central or target is None:
+        return None
+    reached = [ddp_bytes_to(result, target, sites) for result in central]
+    total = 2 * sites * central[0].model_bytes * central[0].steps
+    text = "–" if None in reached else f"{mean(x for x in reached if x is not None) / MB:,.0f}"
+    return ["per-step DDP over the sites, computed", "as pooled", "", f"{total / MB:,.0f}", text, "", ""]
+
+
+def _target_text(is_federated: bool, found: Sequence[Result], target: float | None) -> str:
+    if target is None or not is_federated:
+        return "–"
+    reached = [bytes_to(result, target) for result in found]
+    known = [x for x in reached if x is not None]
+    if len(known) < len(reached):
+        return "not reached" if not known else f"reached by {len(known)} of {len(reached)}"
+    return f"{mean(known) / MB:,.0f}"
+
+
+def _mean_text(values: Sequence[float]) -> str:
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
