@@ -34,6 +34,8 @@ class FakeSite:
         self.fault = fault
         self.gate: asyncio.Semaphore | None = None
         """Lets so many trainings end; all do at once without it."""
+        self.alone_gate: asyncio.Event | None = None
+        """Lets trainings alone end; they do at once without it."""
         self.seconds = 0.0
         """How long a training takes."""
         self.learn: Callable[[Tensors, int], Tensors] | None = None
@@ -119,6 +121,8 @@ class FakeSite:
                 self.downloads += 1
         if assignment.work == pb.WORK_TRAIN:
             await self._train(assignment, model)
+        elif assignment.work == pb.WORK_ALONE:
+            await self._train_alone(assignment, load_file(model))
         elif self.fault is not Fault.NEVER_EVALUATES:
             self._evaluate(assignment, load_file(model))
 
@@ -143,6 +147,21 @@ class FakeSite:
             metrics=metrics,
             phase_seconds=seconds,
         )
+        self.send(outcome=outcome)
+
+    async def _train_alone(self, assignment: pb.Assignment, tensors: Tensors) -> None:
+        if self.fault is Fault.REFUSES_ALONE:
+            self.send(refusal=pb.Refusal(assignment_id=assignment.id, reason="policy.alone is false"))
+            return
+        if self.alone_gate is not None:
+            await self.alone_gate.wait()
+        before = pb.Measurement(examples=self.examples, tokens=10, metrics=self._measured(tensors))
+        step = np.float32(self.step * assignment.alone_rounds)
+        trained = {name: tensor + step for name, tensor in tensors.items()}
+        outcome = pb.Outcome(
+            assignment_id=assignment.id, examples=self.examples, tokens=10, metrics=self._measured(trained),
+            before=before, data_examples=self.examples,
+        )  # fmt: skip
         self.send(outcome=outcome)
 
     async def _train(self, assignment: pb.Assignment, model: Path) -> None:

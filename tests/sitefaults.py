@@ -35,6 +35,7 @@ class Fault(Enum):
     ODD_NAMES = auto()
     NO_DIGEST = auto()
     EVALUATES_THE_WORLD = auto()
+    REFUSES_ALONE = auto()
 
 
 def spoil(tensors: dict[str, np.ndarray], fault: Fault) -> None:

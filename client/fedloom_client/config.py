@@ -90,6 +90,9 @@ class Policy(Strict):
     """Most passes over the data in one round."""
     max_rounds_per_day: int | None = Field(default=None, ge=0)
     """Most trainings that begin on one day, from midnight to midnight UTC, whatever is restarted."""
+    alone: bool = True
+    """Whether the site also trains by itself at the end of a run with ``evaluation.alone``, for as many steps
+    as the run gave it; that counts as one training of the day."""
     hours_utc: str | None = Field(default=None, pattern=HOURS)
     """When trainings may begin, such as ``20:00-06:00``, in UTC; always if not given."""
     codecs: tuple[StageName, ...] | None = None

@@ -15,6 +15,7 @@ from fedloom_client.policy import (
     Circumstances,
     names_model,
     objections,
+    refusal_of_alone,
     refusal_of_model,
     refusal_of_run,
     refusal_of_training,
@@ -56,7 +57,7 @@ class Consent:
             return str(error)
 
     def _judge(self, policy: Policy, assignment: Assignment, spec: RunSpec) -> str | None:
-        now, is_training = datetime.now(UTC), assignment.work == "train"
+        now, is_training = datetime.now(UTC), assignment.work != "evaluate"
         done = self._trainings.read(now)
         files = (assignment.model, *assignment.frozen)
         digests = {file.digest for file in (*files, *assignment.assets)}
@@ -69,6 +70,8 @@ class Consent:
         reason = refusal_of_run(spec, policy, here)
         if reason is None and is_training:
             reason = refusal_of_training(policy, here)
+        if reason is None and assignment.work == "alone":
+            reason = refusal_of_alone(policy)
         if reason is None and (is_training or names_model(policy, digests)):
             done.add(assignment, is_training=is_training, is_named=names_model(policy, digests))
         return reason

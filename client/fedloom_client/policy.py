@@ -45,6 +45,11 @@ def refusal_of_training(policy: Policy, here: Circumstances) -> str | None:
     return None
 
 
+def refusal_of_alone(policy: Policy) -> str | None:
+    """Why this site does not train by itself for the report at a run's end."""
+    return None if policy.alone else "policy.alone is false: this site does not train alone for the report"
+
+
 def refusal_of_model(model_type: str, *, policy: Policy) -> str | None:
     """Why this site does not train a family of models."""
     if policy.model_types is None or model_type in policy.model_types:

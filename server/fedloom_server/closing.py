@@ -1,10 +1,15 @@
 """What is done once a run has made its last model, before the run ends."""
 
+from collections import Counter
+
+from fedloom_server.adapters.parts import PartFile, model_for, parts_of
 from fedloom_server.batches import evaluations, terms_of_evaluation
 from fedloom_server.evaluation import combine, metrics_of
 from fedloom_server.federation import Federation
 from fedloom_server.measuring import tell_round
-from fedloom_server.records import AssignmentState, Run
+from fedloom_server.pending import Terms
+from fedloom_server.records import Assignment, AssignmentState, Run, Work, assignment_id
+from fedloom_server.retention import drop_old_models
 
 
 async def measure_last(run: Run, federation: Federation) -> bool:
@@ -29,3 +34,56 @@ async def measure_last(run: Run, federation: Federation) -> bool:
         federation.store.save(record)
         tell_round(run, record, federation)
     return is_news
+
+
+async def train_alone(run: Run, federation: Federation) -> None:
+    """Have each site that took part train by itself, from the initial model, if the run asks for it.
+
+    A site that is not there, or falls silent, is given up after ``cohort.stall_s``.
+    """
+    if not run.spec.evaluation.alone:
+        return
+    store = federation.store
+    stored = [a for a in store.assignments(run.id, run.rounds_done) if a.work is Work.ALONE]
+    batch = stored or await _trainings_alone(run, federation)
+    if not batch:
+        return
+    parts = parts_of(store, run, _initial_digest(run, federation))
+    terms = Terms(needed=0, deadline_s=None, stall_s=run.spec.cohort.stall_s, folds=parts.folds)
+    record = store.round(run.id, run.rounds_done)
+    assert record is not None, "somebody has trained"
+    tell_round(run, record, federation)
+    await federation.assignments.carry_out(
+        run, batch, terms, on_end=lambda: tell_round(run, record, federation)
+    )
+    drop_old_models(store, run, federation.keep_models)
+
+
+async def _trainings_alone(run: Run, federation: Federation) -> list[Assignment]:
+    """One for each site whose updates counted, for as many rounds as they did."""
+    store, digest = federation.store, _initial_digest(run, federation)
+    await store.files.bring(digest)
+    whole = PartFile("model", digest, store.files.path(digest).stat().st_size)
+    attempts = {record.number: record.attempt for record in store.rounds(run.id)}
+    counted = Counter(
+        a.site for a in store.assignments(run.id)
+        if a.work is Work.TRAIN and a.state is AssignmentState.DONE and not a.is_late
+        and attempts.get(a.round) == a.attempt
+    )  # fmt: skip
+    parts = parts_of(store, run, digest)
+    models = {site: model_for(site, run, whole, parts) for site in counted}
+    batch = [
+        Assignment(
+            id=assignment_id(run.id, run.rounds_done, 1, Work.ALONE, site), run_id=run.id,
+            round=run.rounds_done, attempt=attempts[run.rounds_done], work=Work.ALONE, site=site,
+            model_digest=models[site].digest, model_bytes=models[site].size_bytes, measures=True,
+            alone_rounds=rounds,
+        )
+        for site, rounds in sorted(counted.items())
+    ]  # fmt: skip
+    store.save(*batch)
+    return batch
+
+
+def _initial_digest(run: Run, federation: Federation) -> str:
+    return federation.store.rounds(run.id)[0].base_digest

@@ -141,6 +141,6 @@ def _latest_measured(of_site: Sequence[Assignment]) -> Mapping[str, float]:
     for assignment in of_site:
         if assignment.work is Work.EVALUATE:
             latest = assignment.metrics
-        elif (before := before_of(assignment)) is not None:
+        elif assignment.work is Work.TRAIN and (before := before_of(assignment)) is not None:
             latest = before.metrics
     return latest

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedloom_common.errors import AttemptFailed
+from fedloom_server.evaluation import before_of
 from fedloom_server.records import AssignmentState, MetricPoint, Run, Work
 from fedloom_server.store import Store
 from fedloom_server.watching import Change, SiteProgress
@@ -23,6 +24,7 @@ SLOWER_AFTER_POINTS = 20_000
 FLUSH_SAMPLES = 500
 """Of one flush; a thousand sites take two."""
 LARGEST_STEP = 1 << 53
+_LEADS = {Work.TRAIN: "train_", Work.EVALUATE: "", Work.ALONE: "alone_"}
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +54,15 @@ def points_of(store: Store, run: Run) -> Iterator[Point]:
         for result in results:
             if (result.round, result.attempt) != (number, record.attempt):
                 continue
-            lead = "train_" if result.work is Work.TRAIN else ""
+            lead = _LEADS[result.work]
             for name, value in result.metrics.items():
                 yield Point(round=number, site=result.site, name=lead + name, step=0, value=value, at_s=at_s)
+        for training in results:
+            before = before_of(training) if training.base_round == number else None
+            if before is None or training.work is not Work.TRAIN:
+                continue
+            for name, value in before.metrics.items():
+                yield Point(round=number, site=training.site, name=name, step=0, value=value, at_s=at_s)
         for sample in samples:
             if sample.round == number:
                 yield Point(
@@ -104,9 +112,10 @@ class Samples:
 
 
 def _points(run_id: str, progress: SiteProgress, at_s: float) -> Iterator[MetricPoint]:
+    lead = "alone_" if progress.work is Work.ALONE else ""
     for name, value in (("step_loss", progress.loss), ("step_tokens_per_s", progress.tokens_per_s)):
         if value is not None and math.isfinite(value) and progress.done <= LARGEST_STEP:
             yield MetricPoint(
-                run_id=run_id, round=progress.round, site=progress.site, name=name, step=progress.done,
+                run_id=run_id, round=progress.round, site=progress.site, name=lead + name, step=progress.done,
                 value=value, at_s=at_s,
             )  # fmt: skip

@@ -228,6 +228,8 @@ class Assignment(Base):
     @property
     def base_round(self) -> int:
         """The round that made the model from which a training starts; 0 for the initial one."""
+        if self.work is Work.ALONE:
+            return 0
         return self.round - self.staleness - 1
 
     @property

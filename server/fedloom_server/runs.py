@@ -17,6 +17,7 @@ from fedloom_common.errors import (
 from fedloom_common.runspec import Sync
 from fedloom_server.batches import require_sites
 from fedloom_server.buffered import run_buffered
+from fedloom_server.closing import train_alone
 from fedloom_server.cohorts import sites_needed, wanted
 from fedloom_server.failures import failure_of_run
 from fedloom_server.federation import Federation
@@ -174,6 +175,10 @@ class Runs:
             await bring_models(self._store, run)
             play = run_rounds if isinstance(run.spec.mode, Sync) else run_buffered
             reason = await play(run, self._federation)
+            if run.spec.evaluation.alone:
+                run.reason = f"{reason}; now each site trains alone, for the report"
+                self._save(run)
+                await train_alone(run, self._federation)
         except asyncio.CancelledError:
             if run.id not in self._asked_for:
                 raise  # the coordinator shuts down: the run goes on after the next start

@@ -253,11 +253,11 @@ class Store:
                 record.state, record.cohort = RoundState.TRAINING, []
                 record.attempt = record.first_attempt = record.attempt + 1
                 record.sum_digest = ""
-            if record.state is RoundState.EVALUATING:
+            if record.state is RoundState.EVALUATING or record.number == run.rounds_done:
                 cancelled = [
                     assignment
                     for assignment in self.assignments(run.id, record.number)
-                    if assignment.work is Work.EVALUATE and assignment.state is AssignmentState.CANCELLED
+                    if assignment.work is not Work.TRAIN and assignment.state is AssignmentState.CANCELLED
                 ]
                 for assignment in cancelled:
                     assignment.state, assignment.reason = AssignmentState.OPEN, ""

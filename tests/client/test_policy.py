@@ -190,6 +190,16 @@ def test_trainings_of_a_day_are_counted_once_each_and_over_restarts(tmp_path: Pa
     assert consent(config).refusal(second, spec()) is None
 
 
+def test_a_site_may_refuse_to_train_alone_and_else_it_counts_as_a_training(tmp_path: Path) -> None:
+    asked = assignment("r1.3.1.alone.a", work="alone")
+    refusing = site(tmp_path / "refusing", policy={"alone": False})
+    assert str(consent(refusing).refusal(asked, spec())).startswith("policy.alone is false")
+    assert consent(refusing).refusal(assignment(), spec()) is None
+    config = site(tmp_path, policy={"max_rounds_per_day": 1})
+    assert consent(config).refusal(asked, spec()) is None
+    assert "1 have begun" in str(consent(config).refusal(assignment(), spec()))
+
+
 def test_the_next_day_begins_at_midnight_utc_and_a_clock_set_back_does_not_begin_one_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

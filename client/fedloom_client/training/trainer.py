@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fedloom_client.training import loop
-from fedloom_client.training.algorithms import begin_round
+from fedloom_client.training.algorithms import PlainRound, begin_round
+from fedloom_client.training.alone import better, is_measured_after, told_on
 from fedloom_client.training.checkpoints import Checkpoint
 from fedloom_client.training.controls import SiteControls
 from fedloom_client.training.data import PackedData
@@ -88,7 +89,7 @@ class Trainer:
             return replace(self._evaluate(), phase_seconds={"evaluate": time.monotonic() - started})
         before = self._evaluate() if order.measures and self._has_held_out() else None
         measured = time.monotonic()
-        result = self._train(order)
+        result = self._train_alone(order) if order.work == "alone" else self._train(order)
         seconds = {"train": time.monotonic() - (started if before is None else measured)}
         if before is not None:
             seconds["evaluate"] = measured - started
@@ -129,6 +130,33 @@ class Trainer:
             metrics={"loss": trained.loss},
             update_path=order.update_path,
         )
+
+    def _train_alone(self, order: Order) -> WorkerResult:
+        """Take the steps of so many rounds in one go; the best of what is measured on the way.
+
+        Nothing of the run is touched: the optimizer is a new one, and none is kept.
+        """
+        spec, group, data, rounds = self._spec, self._group, self._data.train, order.alone_rounds
+        self._optimizer = None
+        optimizer = new_optimizer(spec.local.optimizer, self._model.module)
+        stream = ExampleStream(len(data), seed=spec.seed, rank=group.rank, world=group.world)
+        best: WorkerResult | None = None
+        for round_ in range(1, rounds + 1):
+            plan = plan_round(
+                spec.local, round=round_, rounds=rounds, train_examples=len(data), world=group.world
+            )
+            seed = self._seeder(replace(order, round=round_))
+            checkpoint = Checkpoint(self._directory, order.id, None, group, seed)
+            course = loop.Course(
+                plan=plan, stream=stream, optimizer=optimizer, algorithm=PlainRound(), checkpoint=checkpoint,
+                earlier=checkpoint.begin(self._model, optimizer),
+            )  # fmt: skip
+            report = told_on(self._rank.report, plan.first_step, plan.total_steps)
+            loop.train(replace(self._rank, report=report), spec.local, data, course)
+            if is_measured_after(spec, round_, rounds):
+                best = better(spec, best, self._evaluate())
+        assert best is not None, "the last round is measured"
+        return best
 
     def _evaluate(self) -> WorkerResult:
         data = self._data.held_out

@@ -27,6 +27,10 @@ class Evaluation(Strict):
     """Rounds between evaluations; 0 for none. The last round is always evaluated otherwise."""
     initial: bool = True
     """Whether the initial model is evaluated too."""
+    alone: bool = False
+    """Whether each site that took part trains by itself at the end, from the initial model for as many steps
+    as the run gave it: ``fedloom run report`` then says whether it was worth joining. It takes every site
+    about as long as its part in the run."""
     best: Goal | None = None
     """By what a run's best model is told, kept and exported; by what stops the run if not given, which is
     ``stop.target`` or ``stop.patience``, and else by the loss."""

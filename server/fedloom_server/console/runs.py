@@ -31,6 +31,7 @@ from fedloom_server.console.export import export as export_model
 from fedloom_server.console.formats import as_data, bytes_text, console_for_output, json_text, plain
 from fedloom_server.console.metrics import metrics
 from fedloom_server.console.overrides import apply_overrides, read_spec_text
+from fedloom_server.console.report import goal_of, report_data, report_view, site_reports
 from fedloom_server.console.run_views import failures_table, run_view, runs_table
 from fedloom_server.console.runapp import AsJson, Overrides, Priority, Quiet, RunId, app
 from fedloom_server.console.watch import EXIT_STATUS, HELD_UP
@@ -123,6 +124,29 @@ async def show(
         if failures:
             hint = f"Last log lines: fedloom run failures {plain(answer.run.id)}"
             console_for_output().print(hint, soft_wrap=True)
+
+
+@operator_command(app, "report")
+async def report(
+    operator: Operator,
+    run: RunId,
+    metric: Annotated[
+        str, typer.Option(help="Judge by this metric; by that of the run's best model if not given.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show what the run was to each site: its data's share, and the metric of the initial model, of the one
+    that it trained alone (evaluation.alone) and of the federated one. Was it worth joining?"""
+    async with operator.connect() as coordinator:
+        answer = await coordinator.run_with_rounds(run)
+    goal = goal_of(answer.run, metric)
+    reports = site_reports(answer.run, answer.rounds, goal)
+    if as_json:
+        typer.echo(json_text(report_data(answer.run, reports, goal)))
+    elif reports:
+        console_for_output().print(report_view(answer.run, reports, goal))
+    else:
+        console_for_output().print("No site's update counts yet.")
 
 
 @operator_command(app, "watch")

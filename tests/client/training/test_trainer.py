@@ -133,6 +133,31 @@ def test_a_training_that_measures_first_tells_what_an_evaluation_would_and_train
     assert evaluated.data_examples == 0
 
 
+@pytest.mark.parametrize("algorithm", ["plain", "fedprox"])
+def test_training_alone_is_a_federation_of_one_in_one_go(
+    alone: Any, make_order: MakeOrder, tmp_path: Path, algorithm: str
+) -> None:
+    spec = {"rounds": 3, "evaluation": {"every_rounds": 2}}
+    plain = {"steps": 3, "batch_examples": 8, "optimizer": {"lr": 1e-3}}
+    model, seen = make_order().model_path, {}
+    for round_ in (1, 2, 3):
+        order = make_order(round_=round_, local=plain, spec=spec, model_path=str(model))
+        alone.perform(order)
+        model = tmp_path / f"update-{round_}.safetensors"
+        evaluated = alone.perform(
+            make_order("evaluate", round_, local=plain, spec=spec, model_path=str(model))
+        )
+        seen[round_] = evaluated.metrics["loss"]
+    alone.restart()
+    local = plain | {"algorithm": algorithm}
+    result = alone.perform(make_order("alone", 3, local=local, spec=spec, alone_rounds=3, measures=True))
+    assert seen[3] < seen[2]
+    assert result.metrics["loss"] == pytest.approx(seen[3], rel=1e-6)
+    assert result.update_path is None
+    initial = alone.perform(make_order("evaluate", 0, local=local, spec=spec))
+    assert result.before.metrics == initial.metrics
+
+
 def test_a_site_without_held_out_examples_trains_all_the_same(alone: Any, make_order: MakeOrder) -> None:
     alone.source = alone.source.model_copy(update={"held_out": 1e-6})
     alone.restart()

@@ -1,0 +1,44 @@
+"""What each site measured of each round's model, out of the messages that tell it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from fedloom.v1.runs_pb2 import Round, SiteRound
+from fedloom.v1.session_pb2 import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What one site measured of one model."""
+
+    round: int
+    """The round that made the model; 0 for the initial one."""
+    site: str
+    is_central: bool
+    examples: int
+    metrics: Mapping[str, float]
+
+
+def measured(rounds: Iterable[Round]) -> Iterator[Told]:
+    """Every measurement by a site of a run's models, as far as it counts."""
+    for item in rounds:
+        for work in item.sites:
+            if work.state == "done" and work.HasField("before"):
+                before = work.before
+                yield _told(work, work.before_round, before.examples, before.metrics)
+            if work.state == "done" and work.work == Work.WORK_EVALUATE:
+                yield _told(work, item.number, work.examples, work.metrics)
+
+
+def by_site(rounds: Iterable[Round]) -> dict[str, dict[int, Told]]:
+    """The latest measurement of each model by each site, sites and rounds in order."""
+    found: dict[str, dict[int, Told]] = {}
+    for told in measured(rounds):
+        found.setdefault(told.site, {})[told.round] = told
+    return {site: dict(sorted(found[site].items())) for site in sorted(found)}
+
+
+def _told(work: SiteRound, number: int, examples: int, metrics: Mapping[str, float]) -> Told:
+    return Told(
+        round=number, site=work.site, is_central=work.is_central, examples=examples, metrics=dict(metrics)
+    )

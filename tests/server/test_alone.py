@@ -1,0 +1,137 @@
+"""What a site would have without the federation (evaluation.alone), and the report of it."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from fedloom_common.runspec import Goal
+from fedloom_server.app import coordinator
+from fedloom_server.console.report import goal_of, report_data, site_reports
+from fedloom_server.models import MODEL_FILE
+from fedloom_server.rpc.messages import round_message, run_message
+
+ALONE = {"when": "before_training", "alone": True}
+
+
+def told(running, run):
+    """The run and its rounds as messages."""
+    store = running.store
+    run, assignments = store.run(run.id), store.assignments(run.id)
+    rounds = [
+        round_message(record, [a for a in assignments if a.round == record.number], MODEL_FILE)
+        for record in store.rounds(run.id)
+    ]
+    return run_message(run, store.history(run.id), MODEL_FILE), rounds
+
+
+def reports(running, run, goal=None):
+    message, rounds = told(running, run)
+    return {report.site: report for report in site_reports(message, rounds, goal or goal_of(message))}
+
+
+def alone(bench, run):
+    return {a.site: a for a in bench.running.store.assignments(run.id) if a.work == "alone"}
+
+
+async def test_each_site_trains_alone_for_as_many_rounds_as_counted_and_the_report_compares(
+    bench, spec, initial
+):
+    """The fake sites' loss is 10 less the mean value, to which a training adds the site's step."""
+    bench.site("quick", step=3.0, examples=30)
+    bench.site("slow", step=1.0, examples=10)
+    wanted = spec(rounds=2, cohort={"min_sites": 2}, evaluation=ALONE)
+    run = await bench.ended(await bench.enqueue(wanted))
+    assert (run.state, run.reason) == ("finished", "all 2 rounds are done")
+    start = 10 - float(np.mean([tensor.mean() for tensor in initial.values()]))
+    found = reports(bench.running, run)
+    step = (30 * 3.0 + 10 * 1.0) / 40  # of the weighted mean, in each round
+    for site, own_step, share in (("quick", 3.0, 0.75), ("slow", 1.0, 0.25)):
+        report = found[site]
+        assert report.rounds == 2
+        assert report.data_share == share
+        assert report.initial == pytest.approx(start, abs=1e-5)
+        assert report.alone == pytest.approx(start - 2 * own_step, abs=1e-5)
+        assert report.federated == pytest.approx(start - 2 * step, abs=1e-5)
+        assert report.gain == pytest.approx(2 * (step - own_step), abs=1e-5)
+    assert (found["quick"].worth_joining, found["slow"].worth_joining) == (False, True)
+    assert [a.alone_rounds for a in alone(bench, run).values()] == [2, 2]
+    assert not any(a.bytes_up for a in alone(bench, run).values())
+
+
+async def test_a_site_that_refuses_or_is_gone_is_shown_with_the_reason(bench, spec, fault):
+    bench.site("stays")
+    bench.site("refuses", fault=fault.REFUSES_ALONE)
+    leaves = bench.site("leaves")
+    leaves.alone_gate = asyncio.Event()
+    wanted = spec(cohort={"min_sites": 3, "stall_s": 1}, evaluation=ALONE)
+    run = await bench.enqueue(wanted)
+    await bench.until(lambda: len(alone(bench, run)) == 3)
+    await bench.detach("leaves")
+    run = await bench.ended(run)
+    assert run.state == "finished"
+    found = reports(bench.running, run)
+    assert found["stays"].gain is not None
+    assert found["refuses"].why_not == "alone: refused, policy.alone is false"
+    assert found["leaves"].why_not.startswith("alone: lost, no progress for 1 s")
+    assert found["leaves"].worth_joining is None
+    assert found["leaves"].federated is not None
+
+
+@pytest.mark.parametrize("mode", [{"kind": "sync"}, {"kind": "async", "buffer": 1}])
+async def test_a_restart_meanwhile_goes_on_with_the_trainings_alone(config, bench_of, spec, mode):
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        site = bench.site("a")
+        site.alone_gate = asyncio.Event()
+        run = await bench.enqueue(spec(rounds=2, mode=mode, evaluation=ALONE))
+        await bench.until(lambda: alone(bench, run))
+        assert "trains alone" in running.store.run(run.id).reason
+        await bench.detach("a")
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        site.alone_gate.set()
+        bench.attach(site)
+        run = await bench.ended(run)
+        assert run.state == "finished"
+        assert [a.state for a in alone(bench, run).values()] == ["done"]
+        assert len([name for name in site.trained if f"{run.id}." in name]) == 2
+        assert reports(running, run)["a"].rounds == 2
+
+
+async def test_a_run_that_is_stopped_meanwhile_can_be_resumed(bench, spec):
+    site = bench.site("a")
+    site.alone_gate = asyncio.Event()
+    run = await bench.enqueue(spec(evaluation=ALONE))
+    await bench.until(lambda: alone(bench, run))
+    await bench.running.runs.stop(run.id, "enough")
+    assert alone(bench, run)["a"].state == "cancelled"
+    site.alone_gate.set()
+    bench.running.runs.resume(run.id)
+    run = await bench.ended(run)
+    assert run.state == "finished"
+    assert alone(bench, run)["a"].state == "done"
+
+
+async def test_without_trainings_alone_the_report_says_why_it_does_not_know(bench, spec):
+    bench.site("a")
+    run = await bench.ended(await bench.enqueue(spec()))
+    report = reports(bench.running, run)["a"]
+    assert (report.alone, report.worth_joining) == (None, None)
+    assert "evaluation.alone" in report.why_not
+    message, rounds = told(bench.running, run)
+    goal = Goal(metric="accuracy", higher_is_better=True)
+    data = report_data(message, site_reports(message, rounds, goal), goal)
+    assert data["sites"][0]["federated"] is None
+
+
+async def test_the_final_model_that_is_compared_is_the_best_where_it_is_restored(bench, spec, initial):
+    site = bench.site("a")
+    start = float(initial["layer.bias"].mean())
+    by_round = {0: 5.0, 1: 2.0, 2: 3.0, 3: 4.0}
+    site.measure = lambda tensors: by_round[round(float(tensors["layer.bias"].mean()) - start)]
+    wanted = spec(rounds=50, stop={"patience": {"evaluations": 1}}, evaluation=ALONE)
+    run = await bench.ended(await bench.enqueue(wanted))
+    report = reports(bench.running, run)["a"]
+    assert (report.rounds, report.initial, report.federated, report.alone) == (3, 5.0, 2.0, 4.0)
+    assert report.gain == 2.0
