@@ -10,6 +10,7 @@ from fedloom_common.runspec.tasks import MOST_LABELS
 from fedloom_server.evaluation import SiteMetrics
 from fedloom_server.records import Assignment, Work
 
+LARGEST_RATIO = 64  # bytes of text that a token, or a byte of a compressed file, may stand for
 LARGEST_COUNT = 1 << 53  # beyond it a count is no longer exact as a float, nor ever honest
 
 
@@ -91,7 +92,7 @@ def _objection_to_weights(told: SiteMetrics, data_bytes: int) -> str | None:
     """What is wrong with what metrics are means of: nobody may measure more than there is."""
     most = max(told.examples, told.tokens)
     for name, weight in told.weights.items():
-        if weight > max(most, 2 * data_bytes):
+        if weight > LARGEST_RATIO * max(most, data_bytes):
             return f"its metric {name} is the mean of {weight} things, it has measured {most} targets"
     for name, counts in told.counts.items():
         if len(counts) > MOST_LABELS:

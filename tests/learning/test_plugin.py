@@ -54,7 +54,7 @@ def test_the_example_learns_at_a_site_that_has_installed_it(installed: None, exa
     after = site.evaluate(Path(site.train().update_path))
     assert after.metrics["loss"] < 0.75 * before.metrics["loss"]
     assert after.tokens == 3 * after.examples == sum(after.counts["actual"]) == after.weights["accuracy"]
-    assert set(after.metrics) == {"loss", "accuracy", "macro_f1"}
+    assert set(after.metrics) == {"loss", "accuracy", "macro_f1", "shortened_share"}
 
 
 def test_a_site_without_the_plug_in_says_what_to_install(example_run: Any) -> None:

@@ -1,6 +1,5 @@
 """How records become examples, what bad ones are told, and what the metrics are: by hand."""
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -92,16 +91,17 @@ def test_the_tokenizers_own_chat_template_is_used(new_run: Callable[..., Any]) -
 
 
 def test_long_records_are_cut_and_counted_and_those_without_an_answer_left_out(
-    new_run: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    new_run: Callable[..., Any],
 ) -> None:
     run = new_run("gpt2", CHAT, local={"steps": 1, "batch_examples": 2})
     long_answer, long_prompt = ({"prompt": "a", "response": "b" * 99}, {"prompt": "a" * 99, "response": "b"})
     site = run.site("a", [{"prompt": "a", "response": "b"}] * 20 + [long_answer] * 3 + [long_prompt] * 2)
-    with caplog.at_level(logging.WARNING, logger="fedloom_client"):
-        site.train()
-    [told] = [record for record in caplog.records if "do not fit" in record.message]
-    facts = vars(told)
-    assert (facts["examples"], facts["shortened"], facts["left_out"]) == (23, 3, 2)
+    result = site.evaluate()
+    assert result.metrics["shortened_share"] == pytest.approx((3 + 2) / 25)
+    assert result.weights["shortened_share"] == 25
+    (folder,) = (site.folder / "packed").iterdir()
+    made = sum((folder / part / "labels.ends").stat().st_size // 8 for part in ("train", "held_out"))
+    assert made == 23
 
 
 @pytest.mark.parametrize(

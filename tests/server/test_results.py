@@ -39,8 +39,8 @@ def test_an_update_counts_by_targets_where_examples_have_different_numbers_of_th
     ("claim", "wrong"),
     [
         (
-            {"weights": {"accuracy": 1000}},
-            "its metric accuracy is the mean of 1000 things, it has measured 20",
+            {"weights": {"accuracy": 6401}},
+            "its metric accuracy is the mean of 6401 things, it has measured 20",
         ),
         ({"counts": {"hits": [15, 6]}}, "its hits are counts of 21 things, it has measured 20 targets"),
         ({"counts": {"hits": [0] * 4097}}, "its hits are counts of 4097 labels, wanted at most 4096"),

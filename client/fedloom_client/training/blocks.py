@@ -2,14 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from fedloom_client.training.documents import Piece, documents
-from fedloom_client.training.examples import Field
+from fedloom_client.training.examples import Field, Packed
 from fedloom_client.training.records import Records
 from fedloom_client.training.tasks import TextTask
 
@@ -20,8 +20,8 @@ _PARTS = {False: "train", True: "held_out"}
 
 def pack_blocks(
     records: Records, task: TextTask, folder: Path, on_progress: Callable[[int, int], None]
-) -> tuple[Sequence[Field], Mapping[str, int]]:
-    """Tokenise texts into ``train`` and ``held_out`` of a folder; the fields, and their largest values.
+) -> Packed:
+    """Tokenise texts into ``train`` and ``held_out`` of a folder.
 
     Raises:
         TrainingFailed: a file cannot be read, or holds no text.
@@ -34,7 +34,7 @@ def pack_blocks(
                 writer.add(piece, tokens)
             on_progress(batch[-1].done, records.total)
         writer.sync()
-    return [field], {field.name: writer.largest_token}
+    return Packed(fields=[field], largest={field.name: writer.largest_token})
 
 
 class _Writer:

@@ -2,17 +2,16 @@
 
 import fcntl
 import hashlib
-import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedloom_client.training.blocks import pack_blocks
-from fedloom_client.training.examples import Examples, fields_as_json, fields_of_json
+from fedloom_client.training.examples import Examples, Packed
 from fedloom_client.training.records import Records
 from fedloom_client.training.rows import pack_rows
 from fedloom_client.training.tasks import AnyTask, RecordTask
@@ -30,18 +29,16 @@ class PackedData:
 
     train: Examples
     held_out: Examples
-    largest: Mapping[str, int]
-    """Largest value of each field."""
+    packed: Packed
 
     @classmethod
     def open(cls, folder: Path) -> "PackedData":
         """Map what ``pack`` wrote."""
-        facts = json.loads((folder / "facts.json").read_text())
-        fields = fields_of_json(facts["fields"])
+        packed = Packed.from_json((folder / "facts.json").read_text())
         return cls(
-            train=Examples(folder / "train", fields),
-            held_out=Examples(folder / "held_out", fields),
-            largest=facts["largest"],
+            train=Examples(folder / "train", packed.fields),
+            held_out=Examples(folder / "held_out", packed.fields),
+            packed=packed,
         )
 
 
@@ -70,12 +67,10 @@ def pack(
 
 def _build(records: Records, task: AnyTask, folder: Path, on_progress: Callable[[int, int], None]) -> None:
     if isinstance(task, RecordTask):
-        fields, largest = pack_rows(records, task, folder, on_progress)
+        packed = pack_rows(records, task, folder, on_progress)
     else:
-        fields, largest = pack_blocks(records, task, folder, on_progress)
-    write_text(
-        folder / "facts.json", json.dumps({"fields": fields_as_json(fields), "largest": dict(largest)})
-    )
+        packed = pack_blocks(records, task, folder, on_progress)
+    write_text(folder / "facts.json", packed.to_json())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A field's values lie one after the other in a file of its own. Where every examp
 is all; else a second file tells where each example's values end.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,29 @@ class Field:
     def ends_path(self, folder: Path) -> Path:
         """Where each example's values end, if they are of several lengths."""
         return folder / f"{self.name}.ends"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What there is to know of packed data, besides the examples."""
+
+    fields: Sequence[Field]
+    largest: Mapping[str, int]
+    """Largest value of each field."""
+    records: int = 0
+    """Records that examples were made of, one for one; 0 for texts, of which all is taken."""
+    shortened: int = 0
+    """Of those, how many were too long and lost something, or all."""
+
+    def to_json(self) -> str:
+        """What ``from_json`` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Packed":
+        """What ``to_json`` wrote."""
+        facts = json.loads(text)
+        return cls(**facts | {"fields": [Field(**field) for field in facts["fields"]]})
 
 
 class Examples:
@@ -119,16 +143,6 @@ class ExamplesWriter:
     def __exit__(self, *_: object) -> None:
         for file in (*self._files.values(), *self._ends.values()):
             file.close()
-
-
-def fields_as_json(fields: Sequence[Field]) -> list[dict[str, Any]]:
-    """What ``fields_of_json`` reads."""
-    return [asdict(field) for field in fields]
-
-
-def fields_of_json(fields: Sequence[Mapping[str, Any]]) -> list[Field]:
-    """What ``fields_as_json`` wrote."""
-    return [Field(**field) for field in fields]
 
 
 def _map(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -1,24 +1,21 @@
 """Records as examples, one for one: what tasks with labels, targets or answers train on."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedloom_client.training.examples import ExamplesWriter, Field
+from fedloom_client.training.examples import ExamplesWriter, Field, Packed
 from fedloom_client.training.records import Records, Row
 from fedloom_client.training.tasks import BadRecord, Example, RecordTask
 from fedloom_common.errors import TrainingFailed
 
 TOLD_EVERY = 100  # records between two looks at whether a stop is wanted
 
-logger = logging.getLogger(__name__)
-
 
 def pack_rows(
     records: Records, task: RecordTask, folder: Path, on_progress: Callable[[int, int], None]
-) -> tuple[Sequence[Field], Mapping[str, int]]:
-    """Write examples to ``train`` and ``held_out`` of a folder; the fields, and their largest values.
+) -> Packed:
+    """Write examples to ``train`` and ``held_out`` of a folder.
 
     Raises:
         TrainingFailed: a file cannot be read, or a record is unfit for the task.
@@ -46,9 +43,15 @@ def pack_rows(
                 on_progress(row.number, records.total)
         for writer in writers.values():
             writer.sync()
-    _tell(records, shortened, left_out, sum(writer.number for writer in writers.values()))
+    kept = sum(writer.number for writer in writers.values())
+    if not kept:
+        there = "none of them leaves anything to learn from" if left_out else "there are none"
+        raise TrainingFailed(
+            f"the records of {records.describe()} make no example: {there}; correct the data set's files, or "
+            "raise the task's number of tokens"
+        )
     largest = {field.name: max(w.largest[field.name] for w in writers.values()) for field in fields}
-    return fields, largest
+    return Packed(fields=fields, largest=largest, records=kept + left_out, shortened=shortened + left_out)
 
 
 def _example(task: RecordTask, row: Row, records: Records) -> Example | None:
@@ -56,20 +59,3 @@ def _example(task: RecordTask, row: Row, records: Records) -> Example | None:
         return task.example(row.values)
     except BadRecord as error:
         raise TrainingFailed(f"record {row.number} of {records.describe()}: {error}") from error
-
-
-def _tell(records: Records, shortened: int, left_out: int, kept: int) -> None:
-    """Raises TrainingFailed if nothing is left."""
-    if left_out or shortened:
-        logger.warning(
-            "records do not fit whole into an example",
-            extra={
-                "files": records.describe(), "examples": kept, "shortened": shortened, "left_out": left_out,
-            },
-        )  # fmt: skip
-    if not kept:
-        there = "none of them leaves anything to learn from" if left_out else "there are none"
-        raise TrainingFailed(
-            f"the records of {records.describe()} make no example: {there}; correct the data set's files, or "
-            "raise the task's number of tokens"
-        )

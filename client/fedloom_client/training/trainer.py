@@ -169,11 +169,13 @@ class Trainer:
         local = self._spec.local
         micro_examples = max(1, local.batch_examples // (self._group.world * local.accumulation_steps))
         measured, targets = evaluate(self._rank, self._model.module, data, numbers, micro_examples)
+        packed = self._data.packed
+        lost = {"shortened_share": packed.shortened / packed.records} if packed.records else {}
         return WorkerResult(
             examples=len(numbers),
             tokens=targets,
-            metrics=measured.metrics,
-            weights=measured.weights,
+            metrics=measured.metrics | lost,
+            weights=measured.weights | dict.fromkeys(lost, packed.records),
             counts=measured.counts,
         )
 
@@ -218,7 +220,7 @@ class Trainer:
     def _check_tokens(self) -> None:
         module: Any = self._model.module
         known = module.get_input_embeddings().num_embeddings
-        largest = max(self._data.largest[field] for field in self._rank.task.token_fields)
+        largest = max(self._data.packed.largest[field] for field in self._rank.task.token_fields)
         if largest >= known:
             raise TrainingFailed(
                 f"the tokenizer makes token {largest}, but the model has only {known} "

@@ -124,7 +124,8 @@ def as_data(message: Message) -> dict[str, Any]:
             continue
         value = getattr(message, field.name)
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            data[field.name] = {str(key): _json_value(item) for key, item in value.items()}
+            kind = field.message_type.fields_by_name["value"]
+            data[field.name] = {str(key): _field_value(kind, item) for key, item in value.items()}
         elif field.is_repeated:
             data[field.name] = [_field_value(field, item) for item in value]
         elif field.name.endswith("_json"):

@@ -59,7 +59,7 @@ def test_the_tail_of_each_file_is_held_out_and_documents_end_with_the_end_token(
     assert blocks(data.train).flatten().tolist() == expected_train[:16]
     assert blocks(data.held_out).flatten().tolist() == expected_held_out[:6]
     assert blocks(data.train).dtype == np.uint16
-    assert data.largest == {"input_ids": END}
+    assert data.packed.largest == {"input_ids": END}
 
 
 def test_records_are_held_out_whole(assets: Path, tmp_path: Path) -> None:

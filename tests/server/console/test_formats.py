@@ -1,12 +1,13 @@
 import io
 import json
+import math
 import re
 
 import pytest
 from rich.console import Console
 
 from fedloom.v1 import runs_pb2 as pb
-from fedloom.v1.session_pb2 import PHASE_TRAIN, WORK_TRAIN, Progress
+from fedloom.v1.session_pb2 import PHASE_TRAIN, WORK_TRAIN, Counts, Measurement, Progress
 from fedloom_server.console.formats import (
     as_data,
     bytes_text,
@@ -113,3 +114,13 @@ def test_a_run_tells_how_its_updates_are_aggregated():
     console.print(run_facts(run, 0.0))
     wanted = "multi_krum (byzantine 2), clip (factor 1.5, rounds 10), diloco (lr 0.7, momentum 0.9)"
     assert re.search(rf"aggregation +{re.escape(wanted)}", console.export_text())
+
+
+def test_a_map_of_messages_is_data_all_the_way_down():
+    told = Measurement(metrics={"loss": math.inf}, metric_counts={"hits": Counts(values=[1, 1 << 53])})
+    data = as_data(told)
+    assert (data["metrics"], data["metric_counts"]) == (
+        {"loss": "Infinity"},
+        {"hits": {"values": [1, 1 << 53]}},
+    )
+    assert json.loads(json_text(data)) == data
