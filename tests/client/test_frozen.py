@@ -1,0 +1,133 @@
+"""What lies under an adapter: found in the site's own directories, or fetched once."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from fedloom_client.frozen import Frozen
+from fedloom_client.localmodels import LocalModels
+from fedloom_client.messages import Assignment, Blob
+from fedloom_client.statedir import StateDir
+from fedloom_common.digests import digest_of_file
+from fedloom_common.errors import StorageFull
+
+
+class Source:
+    """Gives files by digest, and counts how often."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.contents: dict[str, bytes] = {}
+        self.fetched: list[str] = []
+
+    def add(self, name: str, content: bytes) -> Blob:
+        path = self.folder / "published"
+        path.write_bytes(content)
+        digest = digest_of_file(path)
+        self.contents[digest] = content
+        return Blob(name=name, digest=digest, size_bytes=len(content))
+
+    async def fetch(self, blob, path, on_bytes) -> None:
+        self.fetched.append(blob.name)
+        on_bytes(blob.size_bytes)
+        path.write_bytes(self.contents[blob.digest])
+
+
+class Site:
+    def __init__(self, folder: Path, **directories: Path) -> None:
+        self.source = Source(folder)
+        self.state = StateDir(folder / "state")
+        for place in (self.state.frozen, self.state.runs):
+            place.mkdir(parents=True, exist_ok=True)
+        self.directories = directories
+        self.restart()
+
+    def restart(self) -> None:
+        self.local = LocalModels(self.directories, self.state.local_models)
+        self.frozen = Frozen(self.state, self.source, self.local, kept=1)
+
+    def bring(self, frozen: list[Blob], folds: list[Blob] | None = None, run: str = "run"):
+        assignment = Assignment(
+            id="a", work="train", run_id=run, round=1, attempt=1,
+            model=Blob(name="m", digest="", size_bytes=1),
+            assets=(), spec_json="", deadline_s=0, frozen=tuple(frozen), folds=tuple(folds or ()),
+        )  # fmt: skip
+        return asyncio.run(self.frozen.bring(assignment, lambda done, total: None))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def test_a_base_is_downloaded_once_and_checked_after_a_restart(site):
+    blob = site.source.add("base.safetensors", b"base")
+    path = Path(site.bring([blob]).frozen["base.safetensors"])
+    site.restart()
+    assert site.bring([blob]).frozen["base.safetensors"] == str(path)
+    assert (path.read_bytes(), site.source.fetched) == (b"base", ["base.safetensors"])
+    path.write_bytes(b"spoilt")
+    site.restart()
+    site.bring([blob])
+    assert (path.read_bytes(), len(site.source.fetched)) == (b"base", 2)
+
+
+def test_a_base_in_a_directory_of_the_sites_own_is_used_where_it_lies(tmp_path):
+    own = tmp_path / "published-models"
+    own.mkdir()
+    (own / "weights.safetensors").write_bytes(b"base")
+    (own / "other.safetensors").write_bytes(b"ESAB")
+    site = Site(tmp_path, smollm2=own, missing=tmp_path / "nowhere")
+    blob = site.source.add("base.safetensors", b"base")
+    assert site.bring([blob]).frozen["base.safetensors"] == str(own / "weights.safetensors")
+    assert site.source.fetched == []
+
+
+def test_a_file_is_hashed_again_only_when_it_has_changed(tmp_path, monkeypatch):
+    own, hashed = tmp_path / "own", []
+    own.mkdir()
+    path = own / "model.safetensors"
+    path.write_bytes(b"base")
+    site = Site(tmp_path, own=own)
+    blob = site.source.add("base.safetensors", b"base")
+    count = lambda path: (hashed.append(path), digest_of_file(path))[1]  # noqa: E731
+    monkeypatch.setattr("fedloom_client.localmodels.digest_of_file", count)
+    site.bring([blob])
+    site.restart()
+    site.bring([blob])
+    assert len(hashed) == 1
+    path.write_bytes(b"esab")
+    os.utime(path, ns=(1, 1))
+    assert Path(site.bring([blob]).frozen["base.safetensors"]).parent == site.state.frozen
+    assert len(hashed) == 2
+
+
+def test_folds_come_in_their_order_and_leave_when_the_run_no_longer_names_them(site):
+    folds = [site.source.add("factors.safetensors", f"fold {number}".encode()) for number in range(3)]
+    came = site.bring([], folds[:2]).folds
+    assert [Path(path).read_bytes() for path in came] == [b"fold 0", b"fold 1"]
+    later = site.bring([], [folds[2]]).folds
+    assert [Path(path).read_bytes() for path in later] == [b"fold 2"]
+    assert not Path(came[0]).exists()
+    assert len(site.source.fetched) == 3
+
+
+def test_bases_that_nobody_needs_make_room_for_newer_ones(site):
+    first, second = (site.source.add("base.safetensors", content) for content in (b"one", b"two"))
+    with site.frozen.keeping([first]):
+        kept = Path(site.bring([first]).frozen["base.safetensors"])
+        os.utime(kept, ns=(1, 1))
+        site.bring([second])
+        assert kept.exists()
+    os.utime(kept, ns=(1, 1))
+    site.bring([second])
+    assert not kept.exists()
+
+
+def test_a_base_that_does_not_fit_on_the_disk_leaves_nothing_behind(site):
+    blob = Blob(name="base.safetensors", digest="blake3:" + "0" * 64, size_bytes=1 << 60)
+    with pytest.raises(StorageFull, match="no space left"):
+        site.bring([blob])
+    assert list(site.state.frozen.iterdir()) == []
