@@ -8,7 +8,8 @@
     trials.py        one trial: an arm, a seed, learning rates → a result
     federation.py    coordinator and sites in this process; workbench.py    their worker groups
     results.py       results as files, one a trial
-    corpora.py       text for language models; language.py    the experiments on it
+    language.py sentiment.py adapters.py sequences.py      the experiments
+    corpora.py records.py downloads.py       their data: a folder of texts, records, what pip fetches
     ddp.py           one DDP step by torch alone, to compare with
     gates.py tables.py plots.py      what is made of results
 """

@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,15 +27,15 @@ sys.path.append(str(Path(__file__).parents[1]))  # the modules beside this folde
 
 from machine import machine_facts
 
-from learning.corpora import EXAMPLE, SPLITS, split_corpus
+from learning.corpora import EXAMPLE, SPLITS
 from learning.ddp import difference_from_ddp
 from learning.federation import federation
 from learning.gates import Gate, gates_of
 from learning.plots import save_curves
-from learning.profiles import PROFILES
+from learning.profiles import PROFILES, Place, Plan, plans
 from learning.results import Results, line_of
-from learning.tables import comparison, gates_table
-from learning.trials import Experiment, digest_of_data, run_experiment
+from learning.tables import by_site, comparison, gates_table, replace_section
+from learning.trials import digest_of_data, run_experiment
 from learning.workbench import Workbench
 
 PACKAGES = ("fedloom", "torch", "transformers", "numpy")
@@ -46,13 +46,16 @@ def main(
     profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "short",
     corpus: Annotated[Path, typer.Option(help="Folder of .txt files.")] = EXAMPLE,
     split: Annotated[str, typer.Option(help=f"How sites share it: {', '.join(SPLITS)}.")] = "role",
-    results: Annotated[Path, typer.Option(help="Folder for results, tables and plots.")] = Path(
+    results: Annotated[Path, typer.Option(help="Folder for results, plots and what is fetched.")] = Path(
         "learning-results"
     ),
     only: Annotated[list[str] | None, typer.Option(help="Names of experiments; all if not given.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of a training; all cores if 0.", min=0)] = 0,
     scratch: Annotated[Path | None, typer.Option(help="Folder for what is not kept.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Try nothing; tell of what is there.")] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="A page whose tables, between its marks, are made anew.")
+    ] = None,
 ) -> None:
     """Federated beside pooled training."""
     if profile not in PROFILES or split not in SPLITS:
@@ -63,45 +66,59 @@ def main(
     logging.basicConfig(level=logging.ERROR)
     folder = results / profile
     folder.mkdir(parents=True, exist_ok=True)
-    experiments = [e for e in PROFILES[profile]().language if only is None or e.name in only]
-    if not report:
-        with _scratch(scratch) as place:
-            bench = Workbench(device=_device(), warm=32, threads=threads or len(os.sched_getaffinity(0)))
-            for experiment in experiments:
-                asyncio.run(_try(experiment, corpus, split, folder, place / experiment.name, bench))
+    with _scratch(scratch) as below:
+        place = Place(corpus=corpus, split=split, downloads=(results / "downloads").absolute(), scratch=below)
+        wanted = [plan for plan in plans(profile, place) if only is None or plan.experiment.name in only]
+        for plan in () if report else wanted:
+            bench = Workbench(
+                device=_device(), warm=plan.warm, threads=threads or len(os.sched_getaffinity(0))
+            )
+            there = replace(place, scratch=below / plan.experiment.name)
+            asyncio.run(_try(plan, there, folder, bench))
             bench.close()
-        (folder / "machine.json").write_text(json.dumps(machine_facts(PACKAGES), indent=2) + "\n")
-    raise SystemExit(0 if _report(experiments, folder) else 1)
+    if not report:
+        facts = machine_facts(PACKAGES) | {"corpus": corpus.name, "split": split}
+        (folder / "machine.json").write_text(json.dumps(facts, indent=2) + "\n")
+    raise SystemExit(0 if _report(wanted, folder, page) else 1)
 
 
-async def _try(
-    experiment: Experiment, corpus: Path, split: str, folder: Path, place: Path, bench: Workbench
-) -> None:
+async def _try(plan: Plan, place: Place, folder: Path, bench: Workbench) -> None:
     """Do an experiment's missing trials."""
+    experiment = plan.experiment
     print(f"\n{experiment.title}", flush=True)
-    sites = split_corpus(corpus, split, experiment.setting.sites, place / "texts")
-    digest = digest_of_data(sites)
-    async with federation(sites, bench, place / "federation") as running:
+    place.downloads.mkdir(parents=True, exist_ok=True)
+    place.scratch.mkdir()
+    sites = plan.sites(place)
+    async with federation(sites, bench, place.scratch / "federation") as running:
         exact = folder / f"{experiment.name}.exact.json"
         if experiment.name == "gates" and not exact.exists():
-            difference, step = await difference_from_ddp(running, experiment.setting, place / "ddp")
+            difference, step = await difference_from_ddp(running, experiment.setting, place.scratch / "ddp")
             exact.write_text(json.dumps({"difference": difference, "step": step}) + "\n")
-        await run_experiment(experiment, running, digest, Results(folder))
+        await run_experiment(experiment, running, digest_of_data(sites), Results(folder))
 
 
-def _report(experiments: Sequence[Experiment], folder: Path) -> bool:
+def _report(wanted: Sequence[Plan], folder: Path, page: Path | None) -> bool:
     """Print and save tables, gates and curves; says whether all gates hold."""
     results, gates = list(Results(folder)), list[Gate]()
     (folder / "results.jsonl").write_text("".join(map(line_of, results)))
-    for experiment in experiments:
+    for experiment in (plan.experiment for plan in wanted):
         mine = [result for result in results if result.experiment == experiment.name]
-        print(f"\n{experiment.title}\n\n{comparison(experiment, mine)}")
+        if not mine:
+            continue
+        table = comparison(experiment, mine)
+        if experiment.name == "sentiment":
+            table += "\n" + by_site(experiment, mine, ("accuracy", "macro_f1"))
+        print(f"\n{experiment.title}\n\n{table}")
         save_curves(experiment, mine, folder / f"{experiment.name}.png")
+        if page is not None:
+            replace_section(page, experiment.name, table)
         if experiment.name == "gates":
             gates += gates_of(mine, _exact(folder), {"diloco-h10": 10, "diloco-h50": 50})
     if gates:
         print(gates_table(gates))
         (folder / "gates.json").write_text(json.dumps([asdict(gate) for gate in gates], indent=2) + "\n")
+        if page is not None:
+            replace_section(page, "gates passed", gates_table(gates))
     print(f"Results, tables and plots: {folder}")
     return all(gate.holds for gate in gates)
 

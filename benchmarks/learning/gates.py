@@ -40,14 +40,18 @@ def gates_of(
     return made
 
 
-def chosen_rates(results: Sequence[Result], metric: str = "loss") -> Callable[[Result], bool]:
-    """Tells results of an arm's chosen rates from those of other rates that were tried."""
+def chosen_rates(
+    results: Sequence[Result], metric: str = "loss", *, higher_is_better: bool = False
+) -> Callable[[Result], bool]:
+    """Tells results of an arm's chosen rates, those of the most seeds, from other rates that were tried."""
+    sign = -1 if higher_is_better else 1
     counts: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         counts.setdefault((result.arm, str(result.rates)), []).append(result)
     best: dict[str, tuple[int, float, str]] = {}
     for (arm, rates), found in counts.items():
-        rank = (-len(found), min(result.figure(metric) for result in found), rates)
+        figures = [sign * result.figure(metric, higher_is_better=higher_is_better) for result in found]
+        rank = (-len(found), min(figures), rates)
         best[arm] = min(best.get(arm, rank), rank)
     return lambda result: str(result.rates) == best[result.arm][2]
 

@@ -44,6 +44,23 @@ def comparison(experiment: Experiment, results: Sequence[Result]) -> str:
     return markdown(head, rows) + told
 
 
+def by_site(experiment: Experiment, results: Sequence[Result], metrics: Sequence[str]) -> str:
+    """One line an arm: the metrics of its final model at each site, over the seeds."""
+    rows, head = [], list[str]()
+    for arm in experiment.arms:
+        found = arms_of(experiment, results)[arm.name]
+        if not found:
+            continue
+        sites = sorted(found[0].sites)
+        head = ["arm", *(f"{site}: {', '.join(metrics)}" for site in sites)]
+        cells = [
+            " / ".join(f"{mean(r.sites[site][metric] for r in found):.3f}" for metric in metrics)
+            for site in sites
+        ]
+        rows.append([arm.told, *cells])
+    return markdown(head, rows) if rows else ""
+
+
 def gates_table(gates: Iterable[Gate]) -> str:
     """One line a gate."""
     rows = [
@@ -78,7 +95,8 @@ def arms_of(experiment: Experiment, results: Sequence[Result]) -> dict[str, list
     by_arm: dict[str, list[Result]] = {}
     for arm in experiment.arms:
         mine = [r for r in results if r.experiment == experiment.name and r.arm == arm.name]
-        is_chosen = chosen_rates(mine, experiment.setting.metric)
+        setting = experiment.setting
+        is_chosen = chosen_rates(mine, setting.metric, higher_is_better=setting.higher_is_better)
         by_arm[arm.name] = sorted((r for r in mine if is_chosen(r) and not r.failed), key=lambda r: r.seed)
     return by_arm
 

@@ -1,5 +1,6 @@
 """The learning benchmark on models of a few thousand weights: what it counts, keeps and claims."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,16 @@ from learning.arms import ALONE, OWN, POOL, Arm, Rates, Setting, run_spec
 from learning.corpora import pieces, roles, split_corpus
 from learning.federation import federation
 from learning.gates import gates_of
+from learning.records import write_record_sites
 from learning.results import Point, Result, Results, best, line_of, read_lines
+from learning.sentiment import label_of
+from learning.sequences import passages
 from learning.tables import bytes_to, comparison, ddp_bytes_to, replace_section
 from learning.trials import Experiment, digest_of_data, grid_of, run_experiment
 from learning.workbench import Workbench, drops_out
 
 from fedloom_client.training.orders import Order
+from fedloom_client.training.records import held_out_records
 
 SETTING = Setting(
     model={
@@ -234,3 +239,58 @@ async def test_one_round_without_local_steps_is_one_step_of_ddp(corpus, tmp_path
     bench.close()
     assert difference <= 1e-6
     assert step > 0.01
+
+
+def test_the_pool_holds_out_what_the_sites_hold_out(tmp_path):
+    counts = {"a": 103, "b": 58}
+    records = {site: [{"text": f"{site}{n}"} for n in range(count)] for site, count in counts.items()}
+    sites = write_record_sites(records, tmp_path / "texts")
+    held = {}
+    for site, name in (("a", OWN), ("b", OWN), ("pool", POOL)):
+        rows = [json.loads(line) for line in Path(sites[site][name].files[0]).read_text().splitlines()]
+        flags = held_out_records(sites[site][name].held_out)
+        pairs = list(zip(rows, flags, strict=False))
+        held[site] = [{row["text"] for row, out in pairs if out == kind} for kind in (False, True)]
+    assert held["pool"][1] <= held["a"][1] | held["b"][1]
+    assert held["pool"][0] <= held["a"][0] | held["b"][0]
+    assert sum(map(len, held["pool"])) > 161 - 5
+
+
+def test_passages_keep_their_words_and_lose_the_rest():
+    text = "Ham.\nTo be, or not to be,\nthat's the Question!\n\nMar.\nNo.\n"
+    assert list(passages(text)) == [
+        {"source": "ham to be or not to be that's the question",
+         "target": "Ham. / To be, or not to be, / that's the Question!"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rating", "label"), [(-0.5, "negative"), (-0.49, "neutral"), (0.5, "positive"), (0.0, "neutral")]
+)
+def test_a_rating_half_a_point_off_zero_says_something(rating, label):
+    assert label_of(rating) == label
+
+
+def test_arms_of_which_more_is_better_are_chosen_by_the_most():
+    tried = ((1.0, 0.4), (2.0, 0.6))
+    rows = [replace(result("few", 1, 0.0), lr=lr, metrics={"macro_f1": f1}) for lr, f1 in tried]
+    setting = replace(SETTING, metric="macro_f1", higher_is_better=True)
+    experiment = Experiment(name="gates", title="", setting=setting, arms=(FEW,), seeds=(1,))
+    assert "| FedAvg | 0.6000 |" in comparison(experiment, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", ["fedex", "ffa", "fedit", "stack"])
+async def test_adapters_of_every_merge_are_trained_and_measured(corpus, tmp_path, merge):
+    sites = split_corpus(corpus, "file", 2, tmp_path / "texts")
+    bench = Workbench(device="cpu", warm=1, threads=1)
+    adapter = {"kind": "lora", "rank": 2, "alpha": 4, "merge": merge}
+    arm = replace(FEW, model={"adapter": adapter}, rates=(1e-2,))
+    experiment = Experiment(name="small", title="", setting=SETTING, arms=(arm,), seeds=(1,))
+    results = Results(tmp_path / "results")
+    async with federation(sites, bench, tmp_path / "federation") as running:
+        await run_experiment(experiment, running, digest_of_data(sites), results)
+    bench.close()
+    (done,) = results
+    assert done.failed == ""
+    assert done.metrics["loss"] < done.curve[0].metrics["loss"]
