@@ -12,7 +12,7 @@ SECONDS ?= 60
 MINUTES ?= 60
 SEED ?= 1
 
-.PHONY: setup demo test test-slow test-faults soak test-docker test-gpu fuzz deploy-check bench bench-peers bench-learning check protos clean help
+.PHONY: setup demo test test-slow test-faults soak test-docker test-gpu fuzz deploy-check bench bench-peers bench-learning bench-training check protos clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -63,6 +63,9 @@ bench-peers: $(READY) ## the same rounds with Flower and NVIDIA FLARE, which it 
 
 bench-learning: $(READY) ## federated beside pooled training, half an hour; PROFILE=full for all, CORPUS=folder of .txt files
 	PYTHONPATH=benchmarks $(BIN)/python -m learning --profile $(PROFILE) $(if $(CORPUS),--corpus $(CORPUS)) $(LEARNING)
+
+bench-training: $(READY) ## tokens/s of a site's training beside plain torch and HF Trainer; TRAINING=--help
+	$(BIN)/python benchmarks/training.py $(TRAINING)
 
 check: $(READY) ## lint, types, layers, generated code
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Virtual environments for the peers, each of its own: made once, kept, and made anew for another version."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,22 @@ def make_environment(folder: Path, requirements: Sequence[str]) -> Environment:
         )
         ready.write_text(wanted)
     return Environment(folder)
+
+
+def make_packages(folder: Path, requirements: Sequence[str]) -> Path:
+    """Have packages, without what they need, in a folder for PYTHONPATH: beside this program's own ones.
+
+    Raises:
+        SystemExit: as for :func:`make_environment`.
+    """
+    wanted = "\n".join([sys.version, *requirements, ""])
+    ready = folder / READY
+    if not ready.is_file() or ready.read_text() != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        install = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+        _run([*install, "--target", folder, *requirements], f"{' and '.join(requirements)} in {folder}")
+        ready.write_text(wanted)
+    return folder
 
 
 def _run(command: Sequence[str | Path], wanted: str) -> None:

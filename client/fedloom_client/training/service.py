@@ -14,6 +14,7 @@ from fedloom_client.training.records import Records
 from fedloom_client.training.tasks import new_task, packing_key, refuse_remote_code
 from fedloom_client.training.trainer import Trainer
 from fedloom_common.errors import FederationError
+from fedloom_common.memory import give_memory_back
 from fedloom_common.runspec import RunSpec
 
 
@@ -39,6 +40,7 @@ def serve(group: Group, control_path: str | None) -> None:
         else:
             if control is not None:
                 control.result(result)
+        give_memory_back()  # a warm rank may wait for its next order for long
     group.leave()
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -62,6 +62,8 @@ def shard(module: nn.Module, group: Group) -> nn.Module:
             raise TrainingFailed(
                 f"this model cannot be cut into shards: {error}; set workers.sharding: ddp at this site"
             ) from error
+    if hasattr(module, "generate"):  # it calls parts of a model by themselves, such as an encoder
+        register_fsdp_forward_method(module, "generate")
     module._is_fsdp_managed_module = True  # type: ignore[assignment]  # generation then keeps the ranks in step
     return module
 

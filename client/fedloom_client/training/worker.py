@@ -30,7 +30,9 @@ def _reserve_port() -> socket.socket | None:
 def _work(listener: socket.socket | None) -> None:
     from fedloom_client.training.group import join
     from fedloom_client.training.service import serve
+    from fedloom_common.memory import keep_memory_between_steps
 
+    keep_memory_between_steps()
     serve(join(listener), os.environ.get(launcher.CONTROL))
 
 

@@ -75,7 +75,7 @@ class Local(Strict):
     """Autocast type; ``auto`` is bf16 on devices made for it and fp32 elsewhere. Weights stay as they are."""
     gradient_checkpointing: bool = False
     """Whether activations of the model's layers are computed again for the gradient instead of being kept:
-    the same numbers with less memory, in about a third more time."""
+    the same numbers with less memory, for one more forward pass."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """A rank of a test: does the jobs of a list, each in a trainer of its own, as after a restart.
 
-    python ranks.py RANK WORLD LIST
+    python ranks.py RANK WORLD LIST DEVICE
 
 LIST is a JSON file, a folder beside it the meeting point; each rank writes what came of a job there.
 """
@@ -28,11 +28,17 @@ def main() -> None:
     rank, world, jobs = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     store = distributed.FileStore(str(jobs.with_suffix(".store")), world)
+    device = torch.device("cuda", rank) if sys.argv[4] == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     distributed.init_process_group(
-        "gloo", store=distributed.PrefixStore("group", store), rank=rank, world_size=world,
+        "nccl" if device.type == "cuda" else "gloo",
+        store=distributed.PrefixStore("group", store),
+        rank=rank,
+        world_size=world,
         timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    group = Group(rank, world, torch.device("cpu"), store)
+    )
+    group = Group(rank, world, device, store)
     results = {}
     for name, entry in json.loads(jobs.read_text()).items():
         results[name] = perform(group, Job.from_json(json.dumps(entry["job"])), entry["cut_after"])
