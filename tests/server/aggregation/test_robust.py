@@ -125,12 +125,12 @@ def test_a_rule_is_its_definition(tmp_path_factory, name, seed):
     aggregator_for(Aggregation(rule=spec)).aggregate(base, updates, folder / "out")
     wanted = reference(np.stack([flat(update) for update in tensors]), examples)
     came = load_file(folder / "out")
-    place = 0
+    place, near = 0, 1e-6 if "geometric" in name else 1e-8  # iterations end near the median, not at it
     for tensor_name, shape in SHAPES.items():
         part = wanted[place : place + int(np.prod(shape))].reshape(shape)
         place += part.size
         rounding = torch.finfo(came[tensor_name].dtype).eps
-        np.testing.assert_allclose(came[tensor_name].double().numpy(), part, rtol=rounding, atol=1e-8)
+        np.testing.assert_allclose(came[tensor_name].double().numpy(), part, rtol=rounding, atol=near)
 
 
 @pytest.mark.parametrize("name", RULES)
