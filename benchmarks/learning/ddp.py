@@ -6,6 +6,7 @@ Each rank loads the initial model with transformers, takes one site's first batc
 torch.optim.SGD on gradients that DistributedDataParallel has averaged.
 """
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -49,7 +50,7 @@ async def difference_from_ddp(federation: Federation, setting: Setting, folder: 
         )
         first = np.array(list(sampler)[: spec.local.batch_examples])
         np.save(folder / f"batch-{site}.npy", data.take(first, {})["input_ids"].astype(np.int64))
-    _step_with_torch(folder, setting.sites)
+    await asyncio.to_thread(_step_with_torch, folder, setting.sites)
     before = dict(read_tensors(initial / "model.safetensors"))
     ours, theirs = dict(read_tensors(federation.model(run))), torch.load(folder / "ddp.pt", weights_only=True)
     difference = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)

@@ -92,11 +92,18 @@ class Federation:
         return folder
 
     async def _ended(self, run: Run) -> Run:
+        waits_since_s = None
         while not (run := self.store.run(run.id)).state.is_end:
-            if run.state is RunState.WAITING:
+            await asyncio.sleep(LOOK_S)
+            if run.state is not RunState.WAITING:
+                waits_since_s = None
+            elif not run.reason.startswith("waits for sites"):  # every site failed: there is no use in more
                 run = await self._running.runs.stop(run.id, run.reason)
                 break
-            await asyncio.sleep(LOOK_S)
+            else:  # on a busy machine a session may break, and comes back
+                waits_since_s = waits_since_s or time.monotonic()
+                if time.monotonic() - waits_since_s > ATTACH_S:
+                    raise SystemExit(f"the trial {run.reason}; its sites did not come back in {ATTACH_S} s")
         if run.state is not RunState.FINISHED:
             raise TrialFailed(run.reason)
         return run

@@ -1,5 +1,6 @@
 """What must hold, held against the results: figures, limits, and how far seeds are apart."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -27,13 +28,13 @@ def gates_of(
     """The gates that the results tell of."""
     arms = {name: _chosen(results, name) for name in {result.arm for result in results}}
     made = [] if exact is None else [_exact(*exact)]
-    for claim, make in (
-        ("diloco-h10", lambda: _ratio("Nesterov, H = 10", arms, "diloco-h10", POOLED_H10)),
-        ("diloco-h50", lambda: _ratio("Nesterov, H = 50", arms, "diloco-h50", POOLED_H50)),
-        ("diloco-h10-int8", lambda: _int8(arms)),
-        ("alone", lambda: _beats_alone(arms)),
+    for needed, make in (
+        (("diloco-h10", "central"), lambda: _ratio("Nesterov, H = 10", arms, "diloco-h10", POOLED_H10)),
+        (("diloco-h50", "central"), lambda: _ratio("Nesterov, H = 50", arms, "diloco-h50", POOLED_H50)),
+        (("diloco-h10-int8", "diloco-h10"), lambda: _int8(arms)),
+        (("diloco-h10", "alone"), lambda: _beats_alone(arms)),
     ):
-        if claim in arms and "central" in arms:
+        if _seeds(arms, needed[0]) & _seeds(arms, needed[1]):
             made.append(make())
     if "fedavg-h1" in arms:
         made += [_bytes(arms, name, steps) for name, steps in local_steps.items() if name in arms]
@@ -123,19 +124,27 @@ def _bytes_a_step(result: Result) -> float:
     return result.wire_bytes / result.steps
 
 
+def _seeds(arms: Arms, arm: str) -> set[int]:
+    return {result.seed for result in arms.get(arm, ())}
+
+
 def _by_seed(arms: Arms, arm: str, other: str) -> list[float]:
     others = {result.seed: result for result in arms[other]}
-    return [
-        result.figure("loss") / others[result.seed].figure("loss")
-        for result in arms[arm]
-        if result.seed in others
-    ]
+    pairs = [(result, others[result.seed]) for result in arms[arm] if result.seed in others]
+    return [_ratio_of(one.figure("loss"), other.figure("loss")) for one, other in pairs]
+
+
+def _ratio_of(loss: float, other: float) -> float:
+    """Of losses that a trial came to; what has no model to be compared with passes no gate."""
+    return loss / other if math.isfinite(other) else math.inf
 
 
 def _spread(values: Sequence[float], *, percent: bool = False) -> str:
     style = "+.2%" if percent else ".4f"
     if len(values) < 2:
         return "one seed: no telling"
+    if not all(map(math.isfinite, values)):
+        return "some trial has no model"
     return (
         f"{len(values)} seeds: {min(values):{style}} to {max(values):{style}}, "
         f"standard deviation {stdev(values):{style.lstrip('+')}}"

@@ -294,3 +294,14 @@ async def test_adapters_of_every_merge_are_trained_and_measured(corpus, tmp_path
     (done,) = results
     assert done.failed == ""
     assert done.metrics["loss"] < done.curve[0].metrics["loss"]
+
+
+def test_nothing_passes_beside_a_trial_without_a_model():
+    results = [
+        result("central", 1, 2.0, failed="the loss is nan"),
+        result("alone", 1, 3.0),
+        result("diloco-h10", 1, 2.0),
+        result("diloco-h50", 1, 2.0, failed="the loss is nan"),
+    ]
+    gates = gates_of(results, None, {})
+    assert [gate.holds for gate in gates] == [False, False, True]  # both ratios to pooled training; alone
