@@ -67,20 +67,29 @@ class Site:
         self.run, self.folder, self.source = run, folder, source
         self._rank = WarmRank(Group(0, 1, torch.device("cpu"), None))
 
+    def restarted(self) -> "Site":
+        """The same site after a restart of its processes."""
+        return Site(self.run, self.folder, self.source)
+
     def train(self, model: Path | None = None, round_: int = 1) -> WorkerResult:
         """One round."""
-        return self._perform("train", model or self.run.model, round_)
+        return self._perform("train", model, round_)
 
     def evaluate(self, model: Path | None = None) -> WorkerResult:
         """Measure a model."""
-        return self._perform("evaluate", model or self.run.model, 0)
+        return self._perform("evaluate", model, 0)
 
-    def _perform(self, work: Any, model: Path, round_: int) -> WorkerResult:
-        order = Order(
-            id=f"{work}-{round_}", work=work, run_id="run", round=round_, model_path=str(model),
-            assets_dir=str(self.run.assets), spec=self.run.spec.model_dump(mode="json"),
-            update_path=str(self.folder / f"update-{round_}.safetensors") if work == "train" else "",
+    def order(self, work: Any, model: Path | None = None, round_: int = 1, update_path: str = "") -> Order:
+        """What the daemon would ask for."""
+        return Order(
+            id=f"{work}-{round_}", work=work, run_id="run", round=round_,
+            model_path=str(model or self.run.model), assets_dir=str(self.run.assets),
+            spec=self.run.spec.model_dump(mode="json"), update_path=update_path,
         )  # fmt: skip
+
+    def _perform(self, work: Any, model: Path | None, round_: int) -> WorkerResult:
+        update = str(self.folder / f"update-{round_}.safetensors") if work == "train" else ""
+        order = self.order(work, model, round_, update)
         packed = str(self.folder / "packed")
         job = Job(order=order, source=self.source, directory=str(self.folder), packed=packed)
         return self._rank.perform(job)

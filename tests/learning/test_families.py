@@ -156,3 +156,35 @@ def test_a_masked_model_is_measured_on_the_same_masks_every_time(new_run: Callab
     run = new_run("bert", TASKS["masked_lm"])
     data = records("masked_lm", 60)
     assert run.site("a", data).evaluate().metrics == run.site("b", data).evaluate().metrics
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_a_masked_model_goes_on_from_a_checkpoint_as_if_nothing_had_been(
+    new_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = {
+        "steps": 5,
+        "batch_examples": 4,
+        "checkpoint_every": 2,
+        "optimizer": {"name": "adamw", "lr": 0.01},
+    }
+    run, data = new_run("bert", TASKS["masked_lm"], local=local), records("masked_lm", 40)
+    undisturbed = run.site("a", data).train()
+    site, real, taken = run.site("b", data), torch.optim.Optimizer.zero_grad, []
+
+    def zero_grad(self: Any, set_to_none: bool = True) -> None:
+        taken.append(1)
+        if len(taken) == 4:
+            raise Killed
+        real(self, set_to_none)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch.optim.Optimizer, "zero_grad", zero_grad)
+        site.train()
+    resumed = site.restarted().train()
+    assert (resumed.tokens, resumed.metrics) == (undisturbed.tokens, undisturbed.metrics)
+    updates = [Path(result.update_path).read_bytes() for result in (undisturbed, resumed)]
+    assert updates[0] == updates[1]

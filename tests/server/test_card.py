@@ -56,6 +56,30 @@ def test_the_metadata_is_what_the_hub_reads():
 
 
 @pytest.mark.parametrize(
+    ("task", "pipeline", "loader", "what"),
+    [
+        ({"kind": "masked_lm"}, "fill-mask", "AutoModelForMaskedLM", "A masked language model"),
+        (
+            {"kind": "classification", "labels": ["a", "b"]}, "text-classification",
+            "AutoModelForSequenceClassification", "A text classifier",
+        ),
+        ({"kind": "seq2seq"}, "text2text-generation", "AutoModelForSeq2SeqLM", "A sequence-to-sequence"),
+        (
+            {"kind": "plugin", "name": "x", "auto_class": "AutoModelForTokenClassification"}, None,
+            "AutoModelForTokenClassification", "A model of class AutoModelForTokenClassification",
+        ),
+    ],
+)  # fmt: skip
+def test_the_card_says_what_a_model_is_for_and_with_what_to_load_it(task, pipeline, loader, what):
+    spec = RunSpec.model_validate(FACTS.spec.model_dump() | {"task": task})
+    card = model_card(replace(FACTS, spec=spec))
+    metadata, _ = front_matter(card)
+    assert metadata.get("pipeline_tag") == pipeline
+    assert f"from transformers import {loader}, AutoTokenizer" in card
+    assert re.search(rf"^{what}.* trained by federated learning", card, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
     "fact",
     [
         "20260101-abc",
