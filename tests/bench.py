@@ -51,6 +51,12 @@ class Bench:
         )
         return self.attach(site)
 
+    def evaluator(self, name: str, loss: float) -> FakeSite:
+        """A site that only measures, always the same."""
+        site = FakeSite(self.running.port, name, self.folder / name, step=100.0, examples=5, fault=Fault.NONE)
+        site.evaluates_only, site.measure = True, lambda tensors: loss
+        return self.attach(site)
+
     def attach(self, site: FakeSite) -> FakeSite:
         site._port = self.running.port
         self.sites[site.name] = site

@@ -34,6 +34,8 @@ class FakeSite:
         self.fault = fault
         self.gate: asyncio.Semaphore | None = None
         """Lets so many trainings end; all do at once without it."""
+        self.evaluate_gate: asyncio.Event | None = None
+        """Lets evaluations end; they do at once without it."""
         self.alone_gate: asyncio.Event | None = None
         """Lets trainings alone end; they do at once without it."""
         self.seconds = 0.0
@@ -52,6 +54,7 @@ class FakeSite:
         self.open_assignments: list[str] = []
         self.kept_runs: list[str] = []
         self.labels: dict[str, str] = {}
+        self.evaluates_only = False
         self.assigned = asyncio.Event()
         self.cancelled: dict[str, str] = {}
         self.ended_runs: list[str] = []
@@ -75,6 +78,7 @@ class FakeSite:
                 open_assignments=self.open_assignments,
                 kept_runs=self.kept_runs,
                 labels=self.labels,
+                evaluates_only=self.evaluates_only,
             )
             self._outbox = asyncio.Queue()
             self.send(hello=hello)
@@ -124,6 +128,8 @@ class FakeSite:
         elif assignment.work == pb.WORK_ALONE:
             await self._train_alone(assignment, load_file(model))
         elif self.fault is not Fault.NEVER_EVALUATES:
+            if self.evaluate_gate is not None:
+                await self.evaluate_gate.wait()
             self._evaluate(assignment, load_file(model))
 
     def _measured(self, tensors: Tensors) -> dict[str, float]:

@@ -27,8 +27,9 @@ class DataSource(Strict):
     """Paths or globs, relative to the config file's folder."""
     fields: dict[str, str] = Field(default={})
     """What records call the fields that tasks read, where that is something else: ``{text: body}``."""
-    held_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share kept out of training, to measure models on: the tail of each text file, or records at random."""
+    held_out: float = Field(default=0.1, gt=0, le=1)
+    """Share kept out of training, to measure models on: the tail of each text file, or records at random;
+    1 at a site that only measures."""
 
 
 class Workers(Strict):
@@ -133,6 +134,8 @@ class SiteConfig(Strict):
     models: dict[Name, ConfigPath] = Field(default={})
     """Directories of models that this site has anyway, by a name for people: the frozen weights under an
     adapter are taken from a ``.safetensors`` file there that has their digest, and else downloaded."""
+    trains: bool = True
+    """Whether the site trains, or only measures models in runs that name it in ``evaluation.central``."""
     labels: dict[Label, Label] = Field(default={}, max_length=MOST_LABELS)
     """What runs may choose this site by, such as ``{ward: icu}``; operators may set others over them."""
     data: dict[Name, DataSource] = Field(min_length=1)

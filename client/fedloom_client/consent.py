@@ -68,6 +68,8 @@ class Consent:
             trainings_today=len(set(done.today) - {assignment.id}),
         )  # fmt: skip
         reason = refusal_of_run(spec, policy, here)
+        if is_training and not self._config.trains:
+            reason = "trains is false in site.yaml: this site only measures models"
         if reason is None and is_training:
             reason = refusal_of_training(policy, here)
         if reason is None and assignment.work == "alone":

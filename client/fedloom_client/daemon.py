@@ -195,6 +195,7 @@ class Daemon:
             held_digests=self._cache.held_digests(),
             open_assignments=self._assignments.open_ids(),
             kept_runs=self._assignments.kept_runs(),
+            evaluates_only=not self._config.trains,
         )
 
     def _connect(self) -> grpc.aio.Channel:

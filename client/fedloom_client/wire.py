@@ -39,6 +39,7 @@ def hello(
     held_digests: Iterable[str],
     open_assignments: Iterable[str],
     kept_runs: Iterable[str],
+    evaluates_only: bool,
 ) -> pb.SiteMessage:
     """The first message of a session; ``data_sets`` maps names to sizes in bytes."""
     return pb.SiteMessage(
@@ -52,6 +53,7 @@ def hello(
             held_digests=held_digests,
             open_assignments=open_assignments,
             kept_runs=kept_runs,
+            evaluates_only=evaluates_only,
         )
     )
 

@@ -39,7 +39,8 @@ async def evaluations(run: Run, record: Round, federation: Federation) -> list[A
         TooFewSites: none is connected, or fewer than ``cohort.min_sites`` if it is the initial model.
     """
     stored = federation.store.assignments(run.id, record.number)
-    batch = [assignment for assignment in stored if assignment.work is Work.EVALUATE]
+    central = run.spec.evaluation.central
+    batch = [a for a in stored if a.work is Work.EVALUATE and a.site not in central]
     if batch:
         return batch
     await _wait_for_return(run, record.number, federation)

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedloom_common.errors import TooFewUpdates
 from fedloom_common.runspec import Async
+from fedloom_server.central import Central
 from fedloom_server.closing import measure_last
 from fedloom_server.codecs import most_update_bytes
 from fedloom_server.federation import Federation
@@ -75,6 +76,7 @@ class _Flow:
         self._changed = asyncio.Event()
         self._sites_watch = self._watch_sites()
         self._has_news = True
+        self._central = Central(run, federation, on_end=self._hear_news)
 
     async def take_up(self) -> None:
         """Begin, or go on where a coordinator that was killed has stopped."""
@@ -142,6 +144,8 @@ class _Flow:
             making, self._making = self._making, None
             making.result()
             self._has_news = True
+            if not self._central.is_busy:  # one that takes longer than a version passes some over
+                self._central.begin(self._run.rounds_done)
 
     def make_versions(self) -> None:
         """Close a full buffer and have its version made; end a measurement that everybody has answered."""
@@ -165,10 +169,14 @@ class _Flow:
         if self._spec.evaluation.when == "before_training":
             self._federation.assignments.cancel(list(self._work.values()), f"the run ends: {reason}")
             await measure_last(self._run, self._federation)
+        await self._central.settled()
+        self._central.begin(self._run.rounds_done, is_last=True)
+        await self._central.settled()
         self._versions.end(reason)
 
     async def leave(self) -> None:
         """Let go of everything; what is open in the store stays so, to be taken up again."""
+        await self._central.leave()
         for task in (*self._work, self._sites_watch):
             task.cancel()
         making = [self._making] if self._making else []  # its threads would go on, so it ends first
@@ -205,6 +213,10 @@ class _Flow:
         if self._folding is not None:
             self._folding.look()
         self._versions.tell_open()
+        self._changed.set()
+
+    def _hear_news(self) -> None:
+        self._has_news = True
         self._changed.set()
 
     def _close(self) -> None:

@@ -28,6 +28,7 @@ async def measure_last(run: Run, federation: Federation) -> bool:
     await federation.assignments.carry_out(run, batch, terms_of_evaluation(run, record, federation))
     done = [metrics_of(assignment) for assignment in batch if assignment.state is AssignmentState.DONE]
     metrics = combine(done) if done else {}
+    record = federation.store.round(run.id, record.number) or record  # a central site may have told more
     is_news = not metrics.keys() <= record.metrics.keys()
     if is_news:
         record.metrics = record.metrics | metrics

@@ -13,7 +13,7 @@ from fedloom_server.store import Store
 
 def wanted(spec: RunSpec) -> Wanted:
     """What a run wants of a site."""
-    return Wanted(data=spec.data, require=spec.cohort.require)
+    return Wanted(data=spec.data, require=spec.cohort.require, central=spec.evaluation.central)
 
 
 def sites_needed(run: Run) -> int:

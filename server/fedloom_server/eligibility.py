@@ -1,7 +1,7 @@
 """Which sites fit a run, and what the others lack. Pure rules over what sites say of themselves."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,8 @@ class Description:
     devices: tuple[Device, ...] = ()
     data_sets: dict[str, int] = field(default_factory=dict)
     """Size in bytes by name."""
+    evaluates_only: bool = False
+    """Whether it measures models and never trains."""
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> "Description":
@@ -41,6 +43,8 @@ class Wanted:
     data: str
     """Name of the data set."""
     require: Require
+    central: Collection[str] = ()
+    """Sites that measure beside the others, and take no part in rounds."""
 
 
 class Candidate(Protocol):
@@ -62,6 +66,8 @@ class Candidate(Protocol):
 def lacks(site: Candidate, wanted: Wanted) -> Iterator[str]:
     """What a site lacks for a run, in the words of the run spec."""
     require, described = wanted.require, site.description
+    if described.evaluates_only:
+        yield "training (it only measures)"
     if wanted.data not in described.data_sets:
         yield f"data {wanted.data!r}"
     elif not described.data_sets[wanted.data]:

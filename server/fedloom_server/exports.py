@@ -112,12 +112,13 @@ def _facts(
         is_best = best is not None and best.number == last
         which = f"its best model by {run.spec.goal.metric}, " if is_best else ""
         reason += f"; this is {which}that of round {last}"
+    names = {assignment.site for assignment in counted}.difference(run.spec.evaluation.central)
     return CardFacts(
         run_id=run.id,
         spec=run.spec,
         rounds_done=last,
         reason=reason,
-        sites=[_site(name, counted) for name in sorted({assignment.site for assignment in counted})],
+        sites=[_site(name, counted) for name in sorted(names)],
         history=[RoundResult(number=record.number, metrics=record.metrics) for record in rounds],
     )
 

@@ -42,7 +42,9 @@ def is_measured_by_trainings(run: Run, number: int, store: Store) -> bool:
     """Whether those who train from the model of a round are to measure it first."""
     if run.spec.evaluation.when != "before_training" or not is_due(run.spec, number):
         return False
-    return not any(a.work is Work.EVALUATE for a in store.assignments(run.id, number))
+    central = run.spec.evaluation.central
+    asked = (a for a in store.assignments(run.id, number) if a.work is Work.EVALUATE)
+    return all(a.site in central for a in asked)
 
 
 def told_by(run: Run, trainings: Sequence[Assignment], store: Store) -> list[Round]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from fedloom_common.errors import TooFewUpdates
 from fedloom_server.batches import evaluations, still_late, terms_of_evaluation, terms_of_training, trainings
+from fedloom_server.central import Central
 from fedloom_server.closing import measure_last
 from fedloom_server.evaluation import combine, metrics_of
 from fedloom_server.failures import FAILURES_KEPT, failure_of_attempt
@@ -42,12 +43,20 @@ async def run_rounds(run: Run, federation: Federation) -> str:
         await _play(run, initial_round(run), federation)
     elif (begun := _round_begun(run, federation)) is not None and begun.cohort:
         await _play(run, begun, federation)  # stop conditions are for the ends of rounds
-    while True:
-        while (reason := _stop_reason(run, federation)) is None:
-            record = _round_begun(run, federation)
-            await _play(run, record or _new_round(run, run.rounds_done + 1), federation)
-        if not await measure_last(run, federation):
-            return reason  # else the last model may have given it reason to go on
+    central = Central(run, federation)
+    try:
+        while True:
+            while (reason := _stop_reason(run, federation)) is None:
+                record = _round_begun(run, federation)
+                central.begin(run.rounds_done)
+                await _play(run, record or _new_round(run, run.rounds_done + 1), federation)
+                await central.settled()
+            central.begin(run.rounds_done, is_last=True)
+            news = [await measure_last(run, federation), await central.settled()]
+            if not any(news):
+                return reason  # else the last model may have given it reason to go on
+    finally:
+        await central.leave()
 
 
 async def _play(run: Run, record: Round, federation: Federation) -> None:

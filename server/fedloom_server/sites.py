@@ -84,15 +84,15 @@ class Sites:
 
     def fitting(self, wanted: Wanted) -> list[str]:
         """Names of the connected sites that may be given a run's work, in order."""
-        return sorted(site.name for site in self.connected() if fits(site, wanted))
+        return sorted(site.name for site in self._of_rounds(wanted) if fits(site, wanted))
 
     def sessions(self, wanted: Wanted) -> dict[str, Link]:
         """The present session of each connected site that fits; a new one is another object."""
-        return {site.name: site.link for site in self.connected() if site.link and fits(site, wanted)}
+        return {site.name: site.link for site in self._of_rounds(wanted) if site.link and fits(site, wanted)}
 
     def shortfall(self, wanted: Wanted, needed: int) -> str:
         """How many of the connected sites fit, and what the others lack, for people."""
-        return shortfall(self.connected(), wanted, needed=needed)
+        return shortfall(self._of_rounds(wanted), wanted, needed=needed)
 
     def when_changed(self, notify: Callable[[], None]) -> None:
         """Have ``notify`` called whenever a site has come or gone, or may do other than before."""
@@ -116,6 +116,9 @@ class Sites:
             async with asyncio.timeout(self._began_at_s + RETURN_S - time.monotonic()):
                 while any(self._is_missed(name) for name in names):
                     await self.next_change().wait()
+
+    def _of_rounds(self, wanted: Wanted) -> list[Site]:
+        return [site for site in self.connected() if site.name not in wanted.central]
 
     def _is_missed(self, name: str) -> bool:
         site = self._roster.get(name)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import Patience, RunSpec, Target
 
+CENTRAL_PREFIX = "central_"
+"""Metrics of evaluation.central."""
 _TRAIN_PREFIX = "train_"  # metrics of training, reported in every round; all others come from evaluations
 
 
@@ -19,9 +21,10 @@ class RoundResult:
     metrics: Mapping[str, float]
 
 
-def is_measured(result: RoundResult) -> bool:
-    """Whether an evaluation has reported on the round's model."""
-    return any(not name.startswith(_TRAIN_PREFIX) for name in result.metrics)
+def is_measured(result: RoundResult, *, by_central: bool = False) -> bool:
+    """Whether an evaluation has reported on the round's model: of those who train, or of a central site."""
+    measured = [name for name in result.metrics if not name.startswith(_TRAIN_PREFIX)]
+    return any(name.startswith(CENTRAL_PREFIX) == by_central for name in measured)
 
 
 def stop_reason(spec: RunSpec, history: Sequence[RoundResult], elapsed_s: float) -> str | None:
@@ -51,7 +54,8 @@ def stop_reason(spec: RunSpec, history: Sequence[RoundResult], elapsed_s: float)
 def _require_known(metric: str, history: Sequence[RoundResult]) -> None:
     """Check a metric's name as soon as any evaluation has shown what there is."""
     names = {name for result in history for name in result.metrics}
-    if any(map(is_measured, history)) and metric not in names:
+    by_central = metric.startswith(CENTRAL_PREFIX)
+    if any(is_measured(result, by_central=by_central) for result in history) and metric not in names:
         raise BadSpec(
             f"a stop condition waits for metric {metric}, which no round reports; "
             f"metrics are: {', '.join(sorted(names))}"

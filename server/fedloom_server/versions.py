@@ -181,7 +181,9 @@ class Versions:
         stored = [
             assignment
             for assignment in self._store.assignments(run.id, record.number)
-            if assignment.work is Work.EVALUATE and assignment.attempt == record.attempt
+            if assignment.work is Work.EVALUATE
+            and assignment.attempt == record.attempt
+            and assignment.site not in self._spec.evaluation.central
         ]
         if stored or not sites:
             return stored
@@ -202,7 +204,8 @@ class Versions:
         record = self.measured.pop(0)
         done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
         if done:
-            record.metrics = record.metrics | _combined(done)
+            known = self._store.round(record.run_id, record.number)  # a central site may have told more
+            record.metrics = (known or record).metrics | _combined(done)
         else:
             logger.warning("no site evaluated the model", extra={"run": self._run.id, "round": record.number})
         record.state, record.ended_at_s = RoundState.FINISHED, time.time()

@@ -200,6 +200,13 @@ def test_a_site_may_refuse_to_train_alone_and_else_it_counts_as_a_training(tmp_p
     assert "1 have begun" in str(consent(config).refusal(assignment(), spec()))
 
 
+def test_a_site_that_only_measures_never_trains(tmp_path: Path) -> None:
+    config = site(tmp_path, trains=False)
+    assert "trains is false" in str(consent(config).refusal(assignment(), spec()))
+    evaluation = assignment("r1.1.1.evaluate.a", work="evaluate")
+    assert consent(config).refusal(evaluation, spec()) is None
+
+
 def test_the_next_day_begins_at_midnight_utc_and_a_clock_set_back_does_not_begin_one_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

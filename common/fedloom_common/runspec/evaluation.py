@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedloom_common.strict import Strict
+from fedloom_common.strict import Name, Strict
 
 
 class Goal(Strict):
@@ -27,6 +27,9 @@ class Evaluation(Strict):
     """Rounds between evaluations; 0 for none. The last round is always evaluated otherwise."""
     initial: bool = True
     """Whether the initial model is evaluated too."""
+    central: tuple[Name, ...] = ()
+    """Sites of the operator's own that only measure, each model as the others do and on data of their own:
+    metrics as ``central_loss``. A model is measured while the next round trains, whose end waits for it."""
     alone: bool = False
     """Whether each site that took part trains by itself at the end, from the initial model for as many steps
     as the run gave it: ``fedloom run report`` then says whether it was worth joining. It takes every site

@@ -29,6 +29,7 @@ from fedloom_server.console.connection import Coordinator, Operator, operator_co
 from fedloom_server.console.export import AsAdapter
 from fedloom_server.console.export import export as export_model
 from fedloom_server.console.formats import as_data, bytes_text, console_for_output, json_text, plain
+from fedloom_server.console.measured import sites_data, sites_table
 from fedloom_server.console.metrics import metrics
 from fedloom_server.console.overrides import apply_overrides, read_spec_text
 from fedloom_server.console.report import goal_of, report_data, report_view, site_reports
@@ -102,6 +103,12 @@ async def show(
     round_number: Annotated[
         int | None, typer.Option("--round", min=0, help="Show each site's work in this round.")
     ] = None,
+    sites: Annotated[
+        bool, typer.Option("--sites", help="Show what each site measured of each round's model.")
+    ] = False,
+    metric: Annotated[
+        str, typer.Option(help="With --sites: this metric; that of the run's best model if not given.")
+    ] = "",
     spec: Annotated[
         bool, typer.Option("--spec", help="Print the run's spec, with every default, as YAML.")
     ] = False,
@@ -115,7 +122,11 @@ async def show(
     if spec:
         typer.echo(yaml.safe_dump(json.loads(answer.run.spec_json), sort_keys=False), nl=False)
     elif as_json:
-        typer.echo(json_text(as_data(answer)))
+        typer.echo(json_text(sites_data(answer.rounds) if sites else as_data(answer)))
+    elif sites:
+        name = metric or answer.run.best_metric.removeprefix("central_")
+        console_for_output().print(f"{plain(name)} on each site's held-out part", style="dim")
+        console_for_output().print(sites_table(answer.rounds, name))
     else:
         chosen = None if round_number is None else _round(answer.run, answer.rounds, round_number)
         console_for_output().print(run_view(answer.run, answer.rounds, chosen, time.time()))

@@ -50,6 +50,7 @@ def description_of(hello: pb.Hello) -> Description:
         memory_bytes=hello.memory_bytes,
         devices=tuple(devices),
         data_sets={short(data.name): data.size_bytes for data in hello.data_sets[:DATA_SETS]},
+        evaluates_only=hello.evaluates_only,
     )
 
 

@@ -1,6 +1,6 @@
 """The coordinator's records as messages of the contract."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -72,8 +72,10 @@ def run_message(run: Run, history: Sequence[RoundResult], model_name: str) -> ru
     )
 
 
-def round_message(record: Round, assignments: Sequence[Assignment], model_name: str) -> runs_pb2.Round:
-    """A round with what each site did in it, every attempt."""
+def round_message(
+    record: Round, assignments: Sequence[Assignment], model_name: str, *, central: Collection[str] = ()
+) -> runs_pb2.Round:
+    """A round with what each site did in it, every attempt; ``central`` names those that only measure."""
     model = None
     if record.model_digest:
         model = session_pb2.Blob(name=model_name, digest=record.model_digest, size_bytes=record.model_bytes)
@@ -84,14 +86,14 @@ def round_message(record: Round, assignments: Sequence[Assignment], model_name: 
         reason=record.reason,
         model=model,
         metrics=record.metrics,
-        sites=[_site_round(assignment) for assignment in assignments],
+        sites=[_site_round(assignment, is_central=assignment.site in central) for assignment in assignments],
         started_at_s=record.started_at_s,
         ended_at_s=record.ended_at_s,
         target=record.target,
     )
 
 
-def _site_round(assignment: Assignment) -> runs_pb2.SiteRound:
+def _site_round(assignment: Assignment, *, is_central: bool) -> runs_pb2.SiteRound:
     before = None
     if (known := before_of(assignment)) is not None:
         before = session_pb2.Measurement(
@@ -114,6 +116,7 @@ def _site_round(assignment: Assignment) -> runs_pb2.SiteRound:
         bytes_up=assignment.bytes_up,
         phase_seconds=assignment.phase_seconds,
         is_late=assignment.is_late,
+        is_central=is_central,
         before=before,
         before_round=0 if before is None else assignment.base_round,
         data_examples=assignment.data_examples,
@@ -141,7 +144,9 @@ def change_message(change: Change, store: Store, model_name: str) -> runs_pb2.Wa
         case Run():
             return runs_pb2.WatchEvent(run=run_message(change, store.history(change.id), model_name))
         case RoundChange():
-            return runs_pb2.WatchEvent(round=round_message(change.round, change.assignments, model_name))
+            central = store.run(change.round.run_id).spec.evaluation.central
+            message = round_message(change.round, change.assignments, model_name, central=central)
+            return runs_pb2.WatchEvent(round=message)
         case SiteProgress():
             return runs_pb2.WatchEvent(site_progress=_progress_message(change))
 
@@ -174,6 +179,7 @@ def site_message(site: Site, open_assignments: Iterable[str]) -> runs_pb2.Site:
             session_pb2.DataSet(name=name, size_bytes=size) for name, size in described.data_sets.items()
         ],
         labels=record.own_labels,
+        evaluates_only=described.evaluates_only,
     )
     return runs_pb2.Site(
         name=site.name,

@@ -12,7 +12,7 @@ from fedloom.v1 import runs_pb2 as pb
 from fedloom.v1.runs_pb2_grpc import RunServiceServicer
 from fedloom_server.exports import export
 from fedloom_server.models import MODEL_FILE
-from fedloom_server.records import Run
+from fedloom_server.records import Assignment, Run
 from fedloom_server.rpc.messages import (
     blob,
     change_message,
@@ -144,9 +144,12 @@ class RunEdge(RunServiceServicer):
         return run_message(run, self._store.history(run.id), MODEL_FILE)
 
     def _rounds(self, run: Run) -> list[pb.Round]:
-        assignments = self._store.assignments(run.id)
+        central = run.spec.evaluation.central
+        by_round: dict[int, list[Assignment]] = {}
+        for assignment in self._store.assignments(run.id):
+            by_round.setdefault(assignment.round, []).append(assignment)
         return [
-            round_message(record, [a for a in assignments if a.round == record.number], MODEL_FILE)
+            round_message(record, by_round.get(record.number, []), MODEL_FILE, central=central)
             for record in self._store.rounds(run.id)
         ]
 

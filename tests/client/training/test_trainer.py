@@ -158,6 +158,15 @@ def test_training_alone_is_a_federation_of_one_in_one_go(
     assert result.before.metrics == initial.metrics
 
 
+def test_a_site_that_only_measures_measures_on_all_its_data(alone: Any, make_order: MakeOrder) -> None:
+    part = alone.perform(make_order("evaluate", 0)).examples
+    alone.source = alone.source.model_copy(update={"held_out": 1.0})
+    alone.restart()
+    result = alone.perform(make_order("evaluate", 0))
+    # 6,000 bytes and an end token after each of two texts, in blocks of 32
+    assert result.examples == 6002 // 32 > 5 * part
+
+
 def test_a_site_without_held_out_examples_trains_all_the_same(alone: Any, make_order: MakeOrder) -> None:
     alone.source = alone.source.model_copy(update={"held_out": 1e-6})
     alone.restart()
