@@ -1,5 +1,6 @@
 """Claims about a whole federation: real processes, real certificates, real training."""
 
+import json
 import os
 import signal
 import time
@@ -129,6 +130,24 @@ def test_the_loss_that_sites_report_is_that_of_the_exported_model(federation, tm
     card = (tmp_path / "model" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
     assert all(site in card for site in WORDS)
+
+
+def test_the_report_compares_each_site_with_its_own_training(federation):
+    local = {"steps": 4, "batch_examples": 4, "optimizer": {"lr": 0.003}}
+    run = federation.submit(spec_of("worth", rounds=2, local=local, evaluation={"alone": True}))
+    federation("run", "watch", run)
+    report = json.loads(federation("run", "report", run, "--json"))
+    assert [site["site"] for site in report["sites"]] == sorted(WORDS)
+    assert sum(site["data_share"] for site in report["sites"]) == pytest.approx(1)
+    shown = json.loads(federation("run", "show", run, "--sites", "--json"))
+    for site in report["sites"]:
+        known = {number: told["metrics"]["loss"] for number, told in shown[site["site"]]["rounds"].items()}
+        assert set(known) == {"0", "1", "2"}
+        assert (site["initial"], site["federated"]) == (known["0"], known["2"])
+        assert site["alone"] < site["initial"]
+        assert site["gain"] == pytest.approx(site["alone"] - site["federated"])
+        assert site["worth_joining"] == (site["gain"] > 0)
+    assert "worth joining" in federation("run", "report", run)
 
 
 def test_int8_both_ways_learns_with_less_than_a_third_of_the_bytes(federation):
