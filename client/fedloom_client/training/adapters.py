@@ -60,6 +60,7 @@ class AdapterModel(LocalModel):
         module = build_module(assets, torch.float32 if self._keeps_fp32 else torch.bfloat16, model_class)
         self._quantised = quantise(module, adapter.base_precision, device, besides=self._layout.heads)
         self.module = module.to(device)
+        self._quantised.prepare()
         self._weights = file_tensors(self.module, base, besides=self._quantised.names)
         _inject(self.module, assets, self._rank(), self._layout.heads)
         self.tensors = self._adapter_tensors()

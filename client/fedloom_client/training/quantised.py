@@ -21,16 +21,25 @@ class QuantisedWeights:
         self.names = frozenset(layers)
         """Names of the weights."""
 
+    def prepare(self) -> None:
+        """Make the weights those of bitsandbytes, still without values: peft looks at type and device."""
+        for layer in self._layers.values():
+            layer.weight = self._weight(torch.empty(0, device=self._device))
+
     def put(self, name: str, values: torch.Tensor) -> None:
         """Take over a weight's values, rounded to what its bits can tell."""
+        half = values.to(torch.bfloat16 if self._precision == "nf4" else torch.float16)
+        self._layers[name].weight = self._weight(half).to(self._device)  # the move is what rounds
+
+    def _weight(self, values: torch.Tensor) -> nn.Parameter:
         import bitsandbytes as bnb
 
-        half = values.to(torch.bfloat16 if self._precision == "nf4" else torch.float16)
+        weight: nn.Parameter
         if self._precision == "nf4":
-            weight = bnb.nn.Params4bit(half, requires_grad=False, quant_type="nf4")
+            weight = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4")
         else:
-            weight = bnb.nn.Int8Params(half, requires_grad=False, has_fp16_weights=False)
-        self._layers[name].weight = weight.to(self._device)
+            weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False)
+        return weight
 
 
 def require_quantisation(precision: Precision, device: torch.device) -> None:
@@ -78,7 +87,7 @@ def _replace(module: nn.Module, name: str, layer: nn.Linear, precision: Precisio
         new = bnb.nn.Linear4bit(*shape, bias=has_bias, compute_dtype=torch.bfloat16, quant_type="nf4")
     else:
         new = bnb.nn.Linear8bitLt(*shape, bias=has_bias, has_fp16_weights=False)
-    new.weight.data = torch.empty(0)  # put brings the values; until then they would cost the model once more
+    new.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # values would cost the model once more
     if has_bias:
         new.bias = layer.bias
     parent, _, last = name.rpartition(".")
