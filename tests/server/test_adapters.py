@@ -9,8 +9,17 @@ import pytest
 from bench import Bench
 from safetensors.numpy import load_file, save_file
 
+from fedloom_common.adapters.layout import Layout, Target
+from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.decoder import decode_model
+from fedloom_common.codecs.encoder import encode_model
+from fedloom_common.codecs.spec import Int8
+from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import parse_run_spec
+from fedloom_server.adapters.residual import write_residual
+from fedloom_server.adapters.updates import Given
+from fedloom_server.aggregation import BaseModel, Update
 from fedloom_server.app import coordinator
 from fedloom_server.config import KeepModels
 from fedloom_server.records import Round, Run
@@ -229,6 +238,32 @@ async def test_a_clone_goes_on_from_a_round_with_its_folds(spec, bench):
     assert distance(adapters.frozen(0), frozen) == 0
     assert distance(adapters.frozen(0), adapters.base) > 0.01
     assert distance(adapters.weights(2), adapters.exact(2)) < 1e-6
+
+
+def test_encoded_updates_are_merged_as_what_they_decode_to(tmp_path):
+    random, chain = np.random.default_rng(8), codec_chain((Int8(),))
+    model = {"w.A": random.normal(size=(3, 40)), "w.B": random.normal(size=(50, 3))}
+    save_file(fp32(model), tmp_path / "model")
+    base, changes = BaseModel(path=tmp_path / "model", digest="blake3:0"), []
+    updates = [Update(site=site, path=tmp_path / site, examples=examples) for site, examples in SITES.items()]
+    for update in updates:
+        trained = {name: tensor + random.normal(size=tensor.shape) for name, tensor in model.items()}
+        save_file(fp32(trained), tmp_path / "trained")
+        with TensorFile(tmp_path / "trained") as after, TensorFile(base.path) as before:
+            encode_model(chain, trained=after, base=before, base_digest=base.digest, out=update.path)
+            told = tmp_path / "told"
+            decode_model(update.path, chain, base=before, base_digest=base.digest, out=told)
+        changes.append({name: tensor.astype(float) for name, tensor in load_file(told).items()})
+    layout = Layout(alpha=6.0, targets=(Target(weight="w", a="w.A", b="w.B", is_transposed=False),))
+    given = Given(updates=updates, models=[base] * 3, stages=(Int8(),))
+    assert write_residual(given, layout, tmp_path / "fold")
+    fold = load_file(tmp_path / "fold")
+    share = [update.examples / 100 for update in updates]
+    mean = {name: sum(s * t[name] for s, t in zip(share, changes, strict=True)) for name in model}
+    products = sum(s * t["w.B"] @ t["w.A"] for s, t in zip(share, changes, strict=True))
+    wanted = 2 * (products - mean["w.B"] @ mean["w.A"])
+    assert fold["w/left"].shape == (50, 2 * 3)
+    np.testing.assert_allclose(fold["w/left"].astype(float) @ fold["w/right"], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

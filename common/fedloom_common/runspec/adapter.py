@@ -73,8 +73,6 @@ class Lora(Strict):
             new = "model.adapter.merge is stack, and each round begins with new adapters"
             if spec.local.algorithm.name == "scaffold":
                 yield f"{new}: control variates of old ones are of no use; take plain or fedprox"
-            if spec.aggregation.clip is not None:
-                yield f"{new}: there is no one adapter that all changes are from; drop aggregation.clip"
             if spec.transport.down != AS_IS:
                 yield f"{new}: there is no change for transport.down to tell; leave it at fp32"
             if any(getattr(stage, "error_feedback", False) for stage in spec.transport.up):
