@@ -11,7 +11,7 @@ from typing import Any
 
 from fedloom_common.controls import add_controls, drop_controls, has_controls
 from fedloom_common.errors import BadSpec
-from fedloom_common.runspec import RunSpec, Scaffold, parse_run_spec
+from fedloom_common.runspec import Classification, RunSpec, Scaffold, Task, parse_run_spec
 from fedloom_common.threads import until_done
 from fedloom_server.adapters.merging import put_ranked, read_layout
 from fedloom_server.adapters.parts import PartFile, parts_of, take_frozen
@@ -99,6 +99,11 @@ class Submissions:
                 f"model differs from that of run {origin.id}: a clone that goes on from a model keeps its "
                 "model; leave it as it was, or clone without a round"
             )
+        if _kind_of_model(spec.task) != _kind_of_model(origin.spec.task):
+            raise BadSpec(
+                f"task needs another kind of model than that of run {origin.id}: a clone that goes on from a "
+                "model keeps its class and labels; export the model, and give it as model.path"
+            )
         find_policy(spec.cohort.policy)
         rounds = rounds_up_to(self._store, origin, round_number)
         digest = kept_model(self._store, origin, rounds)
@@ -162,3 +167,8 @@ class Submissions:
             stored = self._store.files.put(path)
             files.append({"name": path.name, "digest": stored.digest, "size_bytes": stored.size_bytes})
         return files
+
+
+def _kind_of_model(task: Task) -> tuple[str, tuple[str, ...]]:
+    """What of a task its model is made for: the class, and the labels."""
+    return task.model_class, task.labels if isinstance(task, Classification) else ()

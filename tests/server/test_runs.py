@@ -257,6 +257,9 @@ async def test_a_clone_from_a_model_is_refused_another_model_or_round(bench, spe
     other = spec(model={"config": {"model_type": "llama"}}).model_dump_json()
     with pytest.raises(BadSpec, match="model differs from that of run"):
         await bench.running.runs.submissions.clone_from_model(run.id, other, None)
+    masked = spec(task={"kind": "masked_lm"}).model_dump_json()
+    with pytest.raises(BadSpec, match="task needs another kind of model than that of run"):
+        await bench.running.runs.submissions.clone_from_model(run.id, masked, None)
     with pytest.raises(NotFound, match="has no model of round 8; it has 0, 1"):
         await bench.running.runs.submissions.clone_from_model(run.id, spec().model_dump_json(), 8)
 
