@@ -1,9 +1,12 @@
 """What is done once a run has made its last model, before the run ends."""
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 from fedloom_server.adapters.parts import PartFile, model_for, parts_of
-from fedloom_server.batches import evaluations, terms_of_evaluation
+from fedloom_server.batches import assigned, evaluations, terms_of_evaluation
+from fedloom_server.best import best_of, restores_best
 from fedloom_server.evaluation import combine, metrics_of
 from fedloom_server.federation import Federation
 from fedloom_server.measuring import tell_round
@@ -49,6 +52,7 @@ async def train_alone(run: Run, federation: Federation) -> None:
     batch = stored or await _trainings_alone(run, federation)
     if not batch:
         return
+    await _have_final_measured(run, [assignment.site for assignment in batch], federation)
     parts = parts_of(store, run, _initial_digest(run, federation))
     terms = Terms(needed=0, deadline_s=None, stall_s=run.spec.cohort.stall_s, folds=parts.folds)
     record = store.round(run.id, run.rounds_done)
@@ -58,6 +62,22 @@ async def train_alone(run: Run, federation: Federation) -> None:
         run, batch, terms, on_end=lambda: tell_round(run, record, federation)
     )
     drop_old_models(store, run, federation.keep_models)
+
+
+async def _have_final_measured(run: Run, sites: Sequence[str], federation: Federation) -> None:
+    """Ask those of the sites that are there and have yet to measure the final model, so as to compare."""
+    store, best = federation.store, best_of(run.spec, federation.store.history(run.id))
+    number = best.number if best is not None and restores_best(run.spec) else run.rounds_done
+    record = store.round(run.id, number)
+    assert record is not None, "it has a model"
+    evaluated = [a for a in store.assignments(run.id, number) if a.work is Work.EVALUATE]
+    told = {a.site for a in evaluated if a.state is AssignmentState.DONE}
+    told |= {a.site for a in store.measured_first(run.id, number) if a.base_measured}
+    await store.files.bring(record.model_digest)
+    missing = [site for site in sites if site not in told and federation.sites.link(site)]
+    batch = assigned(run, record, Work.EVALUATE, missing, federation)
+    terms = replace(terms_of_evaluation(run, record, federation), elapsed_s=0.0)
+    await federation.assignments.carry_out(run, batch, terms)
 
 
 async def _trainings_alone(run: Run, federation: Federation) -> list[Assignment]:

@@ -135,3 +135,26 @@ async def test_the_final_model_that_is_compared_is_the_best_where_it_is_restored
     report = reports(bench.running, run)["a"]
     assert (report.rounds, report.initial, report.federated, report.alone) == (3, 5.0, 2.0, 4.0)
     assert report.gain == 2.0
+
+
+@pytest.mark.parametrize(("every_rounds", "federated"), [(1, 2.0), (0, 4.5)])
+async def test_who_has_yet_to_measure_the_final_model_is_asked_to(
+    bench, spec, initial, every_rounds, federated
+):
+    """Each round has one of two sites, so one at most has measured the best round's model."""
+    by_round = {0: 5.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 4.5}
+    start = float(initial["layer.bias"].mean())
+    for name in ("a", "b"):
+        site = bench.site(name)
+        site.measure = lambda tensors: by_round[round(float(tensors["layer.bias"].mean()) - start)]
+    await bench.until(lambda: len(bench.running.sites.connected()) == 2)
+    patience = {"stop": {"patience": {"evaluations": 10}}} if every_rounds else {}
+    wanted = spec(
+        rounds=4, cohort={"fraction": 0.5, "policy": "round_robin"},
+        evaluation=ALONE | {"every_rounds": every_rounds}, **patience,
+    )  # fmt: skip
+    run = await bench.ended(await bench.enqueue(wanted))
+    assert run.state == "finished"
+    found = reports(bench.running, run)
+    assert [found[site].federated for site in ("a", "b")] == [federated, federated]
+    assert [found[site].alone for site in ("a", "b")] == [3.0, 3.0]  # two rounds each
