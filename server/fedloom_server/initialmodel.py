@@ -212,6 +212,8 @@ def _require_fit(spec: RunSpec, model: PreTrainedModel, tokenizer: Tokenizer) ->
     """Check that the model has room for the tokenizer's ids and the task's context."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        positions -= _reserved_positions(model)
     if positions is not None and spec.task.longest > positions:
         key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
         raise BadSpec(
@@ -224,6 +226,16 @@ def _require_fit(spec: RunSpec, model: PreTrainedModel, tokenizer: Tokenizer) ->
             f"the tokenizer has {_tokens(tokenizer)} tokens, but the model has embeddings for {embeddings} "
             "(vocab_size); leave vocab_size out of model.config, or choose the model's own tokenizer"
         )
+
+
+def _reserved_positions(model: PreTrainedModel) -> int:
+    """Positions up to that of padding, which RoBERTa and its like give to no token."""
+    fillers = [
+        module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
+    ]
+    return max((filler + 1 for filler in fillers if filler is not None), default=0)
 
 
 def _save(model: PreTrainedModel, tokenizer: Tokenizer, into: Path) -> None:

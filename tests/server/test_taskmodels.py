@@ -151,3 +151,10 @@ def test_a_class_that_transformers_does_not_have_is_refused(tmp_path):
     task = {"kind": "plugin", "name": "x", "auto_class": "AutoModelForNothing"}
     with pytest.raises(BadSpec, match="AutoModelForNothing, which transformers does not have"):
         write_model(spec_of({"config": BERT}, task), tmp_path / "m")
+
+
+def test_positions_that_a_model_gives_to_padding_are_not_for_texts(tmp_path):
+    roberta = BERT | {"model_type": "roberta", "pad_token_id": 1}
+    with pytest.raises(BadSpec, match="reads 63 tokens at once, but the model has 62 positions"):
+        write_model(spec_of({"config": roberta}, MASKED | {"context_tokens": 63}), tmp_path / "m")
+    assert write_model(spec_of({"config": roberta}, MASKED | {"context_tokens": 62}), tmp_path / "n") == []
