@@ -89,6 +89,10 @@ MISTAKES = {
         "batch_examples is 10, which accumulation_steps .3. does not divide",
     ),
     "quorum": (GOOD + "cohort: {min_sites: 2, quorum: 3}", "quorum is 3 but min_sites is 2"),
+    "target-of-no-central-site": (
+        GOOD + "stop: {target: {metric: central_loss, value: 1}}",
+        "central_loss is measured by evaluation.central, which names no site",
+    ),
     "unmeasured-target": (
         GOOD + "evaluation: {every_rounds: 0}\nstop: {target: {value: 1}}",
         "need evaluation.every_rounds",
@@ -284,3 +288,17 @@ def test_a_rule_that_is_not_told_enough_is_a_mistake(rule, complaint):
 def test_a_share_of_the_updates_is_cut_exactly():
     rule = parse_run_spec(with_rule("{name: trimmed_mean, trim: 0.29}", "{min_sites: 100}")).aggregation.rule
     assert rule.cut(100) == 29  # 0.29 * 100 is 28.999999999999996 in floats
+
+
+@pytest.mark.parametrize(
+    ("text", "goal"),
+    [
+        ("", ("loss", False)),
+        ("stop: {target: {metric: f1, value: 1, higher_is_better: true}}", ("f1", True)),
+        ("stop: {patience: {metric: bits_per_byte, evaluations: 2}}", ("bits_per_byte", False)),
+        ("evaluation: {best: {metric: f1, higher_is_better: true}}\nstop: {wall_s: 9}", ("f1", True)),
+    ],
+)
+def test_models_are_judged_by_what_is_asked_for_or_by_what_stops_the_run(text, goal):
+    found = parse_run_spec(GOOD + text).goal
+    assert (found.metric, found.higher_is_better) == goal

@@ -123,6 +123,10 @@ class RunSpec(Strict):
     def _stop_metric_is_measured(self) -> Self:
         if self.evaluation.every_rounds == 0 and (self.stop.target or self.stop.patience):
             raise ValueError("stop.target and stop.patience need evaluation.every_rounds of 1 or more")
+        waited_for = (self.stop.target, self.stop.patience, self.evaluation.best)
+        central = [goal.metric for goal in waited_for if goal and goal.metric.startswith("central_")]
+        if central and not self.evaluation.central:
+            raise ValueError(f"{central[0]} is measured by evaluation.central, which names no site")
         return self
 
     @model_validator(mode="after")

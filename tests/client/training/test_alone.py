@@ -40,7 +40,8 @@ def test_the_best_is_the_best_by_the_runs_own_metric() -> None:
     by_f1 = spec(evaluation={"best": {"metric": "f1", "higher_is_better": True}})
     assert best_of(by_f1, first, second, third) is first
     assert best_of(by_f1, third, second) is second
-    central = spec(stop={"patience": {"metric": "central_loss", "evaluations": 1}})
+    stop = {"patience": {"metric": "central_loss", "evaluations": 1}}
+    central = spec(stop=stop, evaluation={"central": ["lab"]})
     assert best_of(central, first, second, third) is second
 
 
