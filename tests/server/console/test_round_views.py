@@ -8,6 +8,7 @@ from rich.table import Table
 from fedloom.v1 import runs_pb2 as pb
 from fedloom.v1.session_pb2 import WORK_TRAIN
 from fedloom_server.console.round_views import rounds_table, troubles_table
+from fedloom_server.console.run_views import run_facts
 
 
 def shown(table: Table | None) -> list[str]:
@@ -36,3 +37,19 @@ def test_a_late_update_is_not_among_those_of_the_round_that_went_on_without_it()
     finished = pb.Round(number=7, attempt=1, state=pb.ROUND_STATE_FINISHED, sites=works, target=1)
     row = next(line.split() for line in shown(rounds_table([finished], 0)) if "finished" in line)
     assert row[:4] == ["7", "finished", "1/2", "80"]
+
+
+def test_the_best_round_and_the_final_model_are_named() -> None:
+    run = pb.Run(
+        id="a1", rounds_done=3, rounds_total=9, best_round=1, best_metric="loss", best_value=2.0,
+        final_round=1,
+    )  # fmt: skip
+    lines = [" ".join(line.split()) for line in shown(run_facts(run, 0))]
+    assert "best round 1, loss 2.0000" in lines
+    assert "final the model of round 1, which export gives" in lines
+    run.final_round = 3
+    assert not any(line.strip().startswith("final") for line in shown(run_facts(run, 0)))
+
+
+def test_before_a_model_is_measured_none_is_the_best() -> None:
+    assert not any(line.strip().startswith("best") for line in shown(run_facts(pb.Run(id="a1"), 0)))
