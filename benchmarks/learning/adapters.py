@@ -36,7 +36,7 @@ def experiment(model: Path, steps: int, seeds: tuple[int, ...]) -> Experiment:
             steps=steps,
             batch_examples=2,
             warmup_steps=max(1, steps // 10),
-            evaluations=3,
+            evaluations=2,
             curve_examples=16,
             final_examples=48,
         ),

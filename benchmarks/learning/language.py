@@ -101,7 +101,7 @@ def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
             name=f"fedavg-h{h}",
             told=f"FedAvg, H = {h}",
             local_steps=h,
-            rates_of="" if h == 1 else "fedavg-h1",
+            rates_of="central" if h == 1 else "",
         )
         for h in hs
     ]

@@ -10,6 +10,7 @@ from learning.arms import ALONE, OWN, POOL, Arm, Rates, Setting, run_spec
 from learning.corpora import pieces, roles, split_corpus
 from learning.federation import federation
 from learning.gates import gates_of
+from learning.profiles import PROFILES, Place, plans
 from learning.records import write_record_sites
 from learning.results import Point, Result, Results, best, line_of, read_lines
 from learning.sentiment import label_of
@@ -305,3 +306,17 @@ def test_nothing_passes_beside_a_trial_without_a_model():
     ]
     gates = gates_of(results, None, {})
     assert [gate.holds for gate in gates] == [False, False, True]  # both ratios to pooled training; alone
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_arm_of_a_profile_is_a_run_that_may_be_submitted(profile, tmp_path):
+    place = Place(corpus=tmp_path, split="role", downloads=tmp_path, scratch=tmp_path)
+    for plan in plans(profile, place):
+        experiment = plan.experiment
+        known = {"": None}
+        for arm in experiment.arms:
+            assert arm.rates_of in known, f"{arm.name} comes before the arm whose rates it takes over"
+            known[arm.name] = None
+            spec = run_spec(experiment.setting, arm, grid_of(arm)[0], seed=1)
+            assert (spec.local.steps or 0) * spec.rounds == (arm.steps or experiment.setting.steps)
+        assert len(known) == len(experiment.arms) + 1
