@@ -35,7 +35,7 @@ from learning.plots import save_curves
 from learning.profiles import PROFILES, Place, Plan, plans
 from learning.results import Results, line_of
 from learning.tables import by_site, comparison, gates_table, replace_section
-from learning.trials import digest_of_data, run_experiment
+from learning.trials import Experiment, digest_of_data, run_experiment
 from learning.workbench import Workbench
 
 PACKAGES = ("fedloom", "torch", "transformers", "numpy")
@@ -109,9 +109,9 @@ def _report(wanted: Sequence[Plan], folder: Path, page: Path | None) -> bool:
         if experiment.name == "sentiment":
             table += "\n" + by_site(experiment, mine, ("accuracy", "macro_f1"))
         print(f"\n{experiment.title}\n\n{table}")
-        save_curves(experiment, mine, folder / f"{experiment.name}.png")
+        has_curves = save_curves(experiment, mine, folder / f"{experiment.name}.png")
         if page is not None:
-            replace_section(page, experiment.name, table)
+            replace_section(page, experiment.name, _with_plot(experiment, folder, page, has_curves) + table)
         if experiment.name == "gates":
             gates += gates_of(mine, _exact(folder), {"diloco-h10": 10, "diloco-h50": 50})
     if gates:
@@ -119,8 +119,25 @@ def _report(wanted: Sequence[Plan], folder: Path, page: Path | None) -> bool:
         (folder / "gates.json").write_text(json.dumps([asdict(gate) for gate in gates], indent=2) + "\n")
         if page is not None:
             replace_section(page, "gates passed", gates_table(gates))
+    if page is not None:
+        shutil.copy(folder / "results.jsonl", _beside(page) / f"{folder.name}.jsonl")
     print(f"Results, tables and plots: {folder}")
     return all(gate.holds for gate in gates)
+
+
+def _with_plot(experiment: Experiment, folder: Path, page: Path, has_curves: bool) -> str:
+    """A page's picture of the curves, put beside the page."""
+    if not has_curves:
+        return ""
+    shutil.copy(folder / f"{experiment.name}.png", _beside(page))
+    return f"![{experiment.title}]({page.stem}/{experiment.name}.png)\n\n"
+
+
+def _beside(page: Path) -> Path:
+    """The folder of a page's plots and figures."""
+    place = page.with_suffix("")
+    place.mkdir(exist_ok=True)
+    return place
 
 
 def _exact(folder: Path) -> tuple[float, float] | None:
