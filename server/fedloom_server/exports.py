@@ -118,30 +118,36 @@ def _facts(
         spec=run.spec,
         rounds_done=last,
         reason=reason,
-        sites=[_site(name, counted) for name in sorted(names)],
+        sites=[_site(name, counted, _latest_measured(name, assignments, last)) for name in sorted(names)],
         history=[RoundResult(number=record.number, metrics=record.metrics) for record in rounds],
     )
 
 
-def _site(name: str, counted: Sequence[Assignment]) -> SiteFacts:
+def _site(name: str, counted: Sequence[Assignment], measured: Mapping[str, float]) -> SiteFacts:
     trained = [a for a in counted if a.site == name and a.work is Work.TRAIN]
-    latest = _latest_measured([a for a in counted if a.site == name])
     return SiteFacts(
         site=name,
         rounds=len(trained),
         examples=sum(a.examples for a in trained),
         tokens=sum(a.tokens for a in trained),
-        loss=latest.get("loss"),
-        perplexity=latest.get("perplexity"),
+        loss=measured.get("loss"),
+        perplexity=measured.get("perplexity"),
     )
 
 
-def _latest_measured(of_site: Sequence[Assignment]) -> Mapping[str, float]:
-    """What a site last measured, by an evaluation or before it trained."""
+def _latest_measured(site: str, assignments: Sequence[Assignment], last: int) -> Mapping[str, float]:
+    """What a site measured of the latest model that it has measured, of those up to round ``last``.
+
+    By an evaluation, or before it trained: then in the round after the model's.
+    """
     latest: Mapping[str, float] = {}
-    for assignment in of_site:
-        if assignment.work is Work.EVALUATE:
-            latest = assignment.metrics
-        elif assignment.work is Work.TRAIN and (before := before_of(assignment)) is not None:
-            latest = before.metrics
+    number = 0
+    for assignment in assignments:
+        if assignment.site != site or assignment.state is not AssignmentState.DONE:
+            continue
+        before = before_of(assignment) if assignment.work is Work.TRAIN else None
+        if assignment.work is Work.EVALUATE and number <= assignment.round <= last:
+            latest, number = assignment.metrics, assignment.round
+        elif before is not None and number <= assignment.base_round <= last:
+            latest, number = before.metrics, assignment.base_round
     return latest

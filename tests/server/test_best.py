@@ -80,6 +80,7 @@ async def test_a_run_out_of_patience_keeps_and_exports_its_best_model(config, be
         model = load_file(running.store.files.path(exported.files[0]["digest"]))
         assert model["layer.bias"].mean() == pytest.approx(start + 1, abs=1e-5)
         assert "this is its best model by loss, that of round 1" in exported.card.replace("\\", "")
+        assert "| a | 1 | 10 | 80 | 2.0000 | 7.3891 |" in exported.card  # of this model, not of its base
         assert export(running.store, run.id, run.rounds_done).round == run.rounds_done
 
 
