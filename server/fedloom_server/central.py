@@ -5,12 +5,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
 from fedloom_server.batches import assigned, terms_of_evaluation
 from fedloom_server.evaluation import combine, metrics_of
 from fedloom_server.federation import Federation
 from fedloom_server.measuring import is_due, tell_round
 from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work
-from fedloom_server.stopping import CENTRAL_PREFIX
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import Patience, RunSpec, Target
+from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
 
-CENTRAL_PREFIX = "central_"
-"""Metrics of evaluation.central."""
 _TRAIN_PREFIX = "train_"  # metrics of training, reported in every round; all others come from evaluations
 
 

@@ -15,12 +15,13 @@ def is_measured_after(spec: RunSpec, round_: int, rounds: int) -> bool:
 
 
 def better(spec: RunSpec, one: WorkerResult | None, other: WorkerResult) -> WorkerResult:
-    """The better of two measurements by what the run's models are judged by, and else by the loss.
+    """The better of two measurements by what the run's models are judged by, or by the loss if it lacks that.
 
     A site that trains alone would keep its best model too.
     """
-    name, sign = spec.goal.metric, -1 if spec.goal.higher_is_better else 1
-    if name not in other.metrics:  # such as one of a central evaluation
+    goal = spec.own_goal
+    name, sign = goal.metric, -1 if goal.higher_is_better else 1
+    if name not in other.metrics:
         name, sign = "loss", 1
     if one is None or not math.isfinite(one.metrics.get(name, math.nan)):
         return other

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from fedloom_common.strict import Name, Strict
 
+CENTRAL_PREFIX = "central_"
+"""Begins the names of metrics that the sites of ``evaluation.central`` measured."""
+
 
 class Goal(Strict):
     """By what one model is better than another."""

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from fedloom_common.runspec.aggregation import Aggregation
 from fedloom_common.runspec.algorithms import Scaffold
 from fedloom_common.runspec.cohort import Cohort
-from fedloom_common.runspec.evaluation import Evaluation, Goal, Stop
+from fedloom_common.runspec.evaluation import CENTRAL_PREFIX, Evaluation, Goal, Stop
 from fedloom_common.runspec.local import Local
 from fedloom_common.runspec.mode import Async, Sync
 from fedloom_common.runspec.model import ModelSpec
@@ -74,6 +74,11 @@ class RunSpec(Strict):
             return self.evaluation.best or Goal()
         return Goal(metric=stops.metric, higher_is_better=stops.higher_is_better)
 
+    @property
+    def own_goal(self) -> Goal:
+        """By what a site's own measurements are judged: as the goal, of a central metric its own one."""
+        return self.goal.model_copy(update={"metric": self.goal.metric.removeprefix(CENTRAL_PREFIX)})
+
     @model_validator(mode="after")
     def _nothing_contradicts_the_mode(self) -> Self:
         if isinstance(self.mode, Sync):
@@ -124,7 +129,7 @@ class RunSpec(Strict):
         if self.evaluation.every_rounds == 0 and (self.stop.target or self.stop.patience):
             raise ValueError("stop.target and stop.patience need evaluation.every_rounds of 1 or more")
         waited_for = (self.stop.target, self.stop.patience, self.evaluation.best)
-        central = [goal.metric for goal in waited_for if goal and goal.metric.startswith("central_")]
+        central = [goal.metric for goal in waited_for if goal and goal.metric.startswith(CENTRAL_PREFIX)]
         if central and not self.evaluation.central:
             raise ValueError(f"{central[0]} is measured by evaluation.central, which names no site")
         return self

@@ -63,13 +63,12 @@ def site_reports(run: Run, rounds: Sequence[Round], goal: Goal) -> list[SiteRepo
 def goal_of(run: Run, metric: str = "") -> Goal:
     """By what the report judges: a metric if one is given, else what the run's best model is told by.
 
-    A central site's metric says nothing of a site's own data: the loss stands in for it.
+    Of a metric that central sites measure it takes what each site measures itself.
     """
-    goal = read_run_spec(run.spec_json).goal
-    name = metric or goal.metric.removeprefix("central_")
-    known = {"loss", "perplexity", "bits_per_byte"}
-    is_goal = name == goal.metric.removeprefix("central_")
-    return Goal(metric=name, higher_is_better=goal.higher_is_better if is_goal else name not in known)
+    goal = read_run_spec(run.spec_json).own_goal
+    name, known = metric or goal.metric, {"loss", "perplexity", "bits_per_byte"}
+    is_higher_better = goal.higher_is_better if name == goal.metric else name not in known
+    return Goal(metric=name, higher_is_better=is_higher_better)
 
 
 def report_view(run: Run, reports: Sequence[SiteReport], goal: Goal) -> RenderableType:

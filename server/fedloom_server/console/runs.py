@@ -23,6 +23,7 @@ from rich.progress import (
 from fedloom.v1.runs_pb2 import ListFailuresRequest, Round, Run, SubmitRequest
 from fedloom_common.errors import BadSpec, NotFound
 from fedloom_common.runspec import parse_run_spec, run_spec_schema
+from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
 from fedloom_server.console import runcontrol  # noqa: F401 (its commands join the group)
 from fedloom_server.console.board import ENDED
 from fedloom_server.console.connection import Coordinator, Operator, operator_command
@@ -124,7 +125,7 @@ async def show(
     elif as_json:
         typer.echo(json_text(sites_data(answer.rounds) if sites else as_data(answer)))
     elif sites:
-        name = metric or answer.run.best_metric.removeprefix("central_")
+        name = metric or answer.run.best_metric.removeprefix(CENTRAL_PREFIX)
         console_for_output().print(f"{plain(name)} on each site's held-out part", style="dim")
         console_for_output().print(sites_table(answer.rounds, name))
     else:

@@ -43,6 +43,9 @@ def test_the_best_is_the_best_by_the_runs_own_metric() -> None:
     stop = {"patience": {"metric": "central_loss", "evaluations": 1}}
     central = spec(stop=stop, evaluation={"central": ["lab"]})
     assert best_of(central, first, second, third) is second
+    stop = {"patience": {"metric": "central_f1", "evaluations": 1, "higher_is_better": True}}
+    central = spec(stop=stop, evaluation={"central": ["lab"]})
+    assert best_of(central, first, second, third) is first  # by its own f1, as the report judges
 
 
 def test_progress_is_told_as_part_of_all_rounds_steps() -> None:
