@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import BigInteger, Select, case, cast, delete, func, literal, or_, select, tuple_
+from sqlalchemy import BigInteger, Select, and_, case, cast, delete, func, literal, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from fedloom_common.errors import NotFound, WrongState
@@ -159,12 +159,21 @@ class Store:
 
     def update_norms(self, run_id: str, first: int, end: int) -> list[float]:
         """Norms of the updates that counted in a run's rounds from ``first`` on, before ``end``."""
-        query = select(Assignment.update_norm).where(
-            Assignment.run_id == run_id,
-            Assignment.state == AssignmentState.DONE,
-            Assignment.round >= first,
-            Assignment.round < end,
-            Assignment.update_norm > 0,
+        made = and_(
+            Round.run_id == Assignment.run_id,
+            Round.number == Assignment.round,
+            Round.attempt == Assignment.attempt,
+        )
+        query = (
+            select(Assignment.update_norm)
+            .join(Round, made)
+            .where(
+                Assignment.run_id == run_id,
+                Assignment.state == AssignmentState.DONE,
+                Assignment.round >= first,
+                Assignment.round < end,
+                Assignment.update_norm > 0,
+            )
         )
         return self.database.do(lambda session: list(session.scalars(query)))
 

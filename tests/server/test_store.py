@@ -101,6 +101,18 @@ def test_what_is_there_of_many_records_is_asked_for_at_once(store):
     assert sum(assignment.examples for assignment in store.assignments("r")) == 7
 
 
+def test_norms_are_those_of_updates_that_counted_and_not_of_attempts_that_failed(store):
+    done = {"state": AssignmentState.DONE}
+    failed = [assignment_of(site, id=f"failed-{site}", update_norm=9.0, **done) for site in "ab"]
+    counted = [
+        assignment_of(site, id=f"counted-{site}", attempt=2, update_norm=norm, **done)
+        for site, norm in (("a", 1.0), ("b", 2.0), ("c", 0.0))
+    ]
+    store.save(run_of("a1"), round_of(1, attempt=2), round_of(2), *failed, *counted)
+    store.save(assignment_of("a", id="next", round=2, update_norm=5.0, **done))
+    assert sorted(store.update_norms("a1", 1, 2)) == [1.0, 2.0]
+
+
 def test_a_run_is_found_by_the_beginning_of_its_id(store):
     store.save(run_of("a1b2"), run_of("a1c3"), run_of("ff00"))
     assert store.run("ff").id == "ff00"
