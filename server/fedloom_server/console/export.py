@@ -81,6 +81,8 @@ async def export(
     earlier = _earlier_files(directory, full_id)
     check_names(answer.files)
     check_names(answer.frozen)
+    for fold in answer.folds:  # all have one name, and their digests tell them apart
+        check_names([fold])
     files = [*answer.files, *answer.frozen, *answer.folds]
     total = sum(file.size_bytes for file in files)
     with _writing(directory, total):

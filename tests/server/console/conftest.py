@@ -74,6 +74,7 @@ class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.Transf
         """Whether Watch stays open after its last event, until the caller leaves."""
         self.content: dict[str, bytes] = {}
         self.files: list[Blob] = []
+        self.folds: list[Blob] = []
         self.audit: list[audit_pb2.AuditEntry] = []
         self.break_reads_at: list[int] = []
         """Each breaks one Read at that byte of the file."""
@@ -121,7 +122,7 @@ class FakeCoordinator(runs_pb2_grpc.RunServiceServicer, transfer_pb2_grpc.Transf
         return self._answer(request, context, pb.ListSitesResponse(sites=self.sites))
 
     def Export(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> pb.ExportResponse:
-        answer = pb.ExportResponse(files=self.files, model_card="# plays\n", run=self.run)
+        answer = pb.ExportResponse(files=self.files, folds=self.folds, model_card="# plays\n", run=self.run)
         return self._answer(request, context, answer)
 
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchEvent]:

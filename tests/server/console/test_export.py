@@ -198,6 +198,22 @@ def test_a_file_name_that_is_not_plain_is_refused(console, fake, tmp_path, name)
 
 
 @pytest.mark.parametrize(
+    ("fold", "message"),
+    [
+        ({"name": "../factors.safetensors"}, "not a plain file name; nothing was written"),
+        ({"digest": "blake3:../../factors"}, "64 hexadecimal digits"),
+    ],
+)
+def test_a_fold_whose_place_would_be_elsewhere_is_refused(console, fake, tmp_path, fold, message):
+    fake.put("model.safetensors", WEIGHTS)
+    plain = {"name": "factors.safetensors", "digest": fake.files[0].digest, "size_bytes": len(WEIGHTS)}
+    fake.folds = [Blob(**plain), Blob(**plain | fold)]
+    with pytest.raises(ProtocolError, match=message):
+        console("run", "export", "a1", "--to", "model")
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
     ("names", "digest", "message"),
     [
         (["config.json", "config.json"], "blake3:" + "0" * 64, "sends config.json twice"),
