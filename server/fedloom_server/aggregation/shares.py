@@ -22,9 +22,6 @@ from fedloom_server.aggregation.sources import source_of
 if TYPE_CHECKING:
     from fedloom_server.aggregation import Update
 
-SharesOf = Callable[[Values, Sequence[int]], Values]
-"""From the updates' inner products and examples to what each counts, 0 or more and not all 0."""
-
 
 class SharedMean:
     """Σ pₖ θₖ / Σ pₖ  with shares that follow from how the updates lie to each other.
