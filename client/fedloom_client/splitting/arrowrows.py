@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from fedloom_client.saveddatasets import open_saved
 from fedloom_client.splitting.census import Census, Counting
 from fedloom_common.errors import BadSpec
 
@@ -77,22 +78,12 @@ class SavedDataset:
         """Map the directory's files into memory.
 
         Raises:
-            BadSpec: it is no such directory.
+            BadSpec: it is no such directory, or has splits and no ``train``.
         """
-        from datasets import DatasetDict, load_from_disk
-
         try:
-            data: Any = load_from_disk(str(path))
-        except (OSError, ValueError) as error:
-            raise BadSpec(f"{path} is not a directory that the datasets library saved: {error}") from error
-        if isinstance(data, DatasetDict):
-            if "train" not in data:
-                raise BadSpec(
-                    f"{path} holds the splits {', '.join(sorted(data))} and no train: name one of their "
-                    "folders"
-                )
-            data = data["train"]
-        self._path, self._data = path, data
+            self._path, self._data = path, open_saved(path)
+        except ValueError as error:
+            raise BadSpec(str(error)) from error
 
     def count(self, columns: Sequence[str]) -> Census:
         """Read every record once; of class labels the names.

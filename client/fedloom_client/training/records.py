@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fedloom_client.saveddatasets import open_saved
 from fedloom_client.training.orders import Source
 from fedloom_common.errors import TrainingFailed
 
@@ -162,17 +163,8 @@ def _matching(source: Source) -> list[Path]:
 
 
 def _saved_dataset(path: Path) -> Iterable[dict[str, Any]]:
-    from datasets import DatasetDict, load_from_disk
-
     try:
-        data = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise TrainingFailed(f"{path} is not a directory that the datasets library saved: {error}") from error
-    if isinstance(data, DatasetDict):
-        if "train" not in data:
-            raise TrainingFailed(
-                f"{path} holds the splits {', '.join(sorted(data))} and no train: name one of their folders"
-            )
-        data = data["train"]
-    records: Iterable[dict[str, Any]] = data
+        records: Iterable[dict[str, Any]] = open_saved(path)
+    except ValueError as error:
+        raise TrainingFailed(str(error)) from error
     return records

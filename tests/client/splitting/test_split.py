@@ -92,6 +92,16 @@ def test_a_saved_dataset_is_split_by_the_names_of_its_classes(tmp_path):
     assert load_from_disk(str(tmp_path / "sites/neg/data/saved"))["text"][:] == ["b"]
 
 
+def test_a_directory_that_holds_no_train_is_refused(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(test=Dataset.from_dict({"text": ["a"]})).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "empty").mkdir()
+    for name, message in (("splits", "holds the splits test and no train"), ("empty", "datasets library")):
+        with pytest.raises(BadSpec, match=message):
+            split(tmp_path / name, "--iid", "--sites", "1", "--to", tmp_path / "sites")
+
+
 def test_text_files_are_split_by_file_and_keep_their_bytes(tmp_path):
     for folder, name, text in (("x", "hamlet", "to be"), ("x", "lear", "nothing"), ("y", "hamlet", "or not")):
         (tmp_path / folder).mkdir(exist_ok=True)
