@@ -57,12 +57,11 @@ def points_of(store: Store, run: Run) -> Iterator[Point]:
             lead = _LEADS[result.work]
             for name, value in result.metrics.items():
                 yield Point(round=number, site=result.site, name=lead + name, step=0, value=value, at_s=at_s)
-        for training in results:
-            before = before_of(training) if training.base_round == number else None
-            if before is None or training.work is not Work.TRAIN:
-                continue
+        trainings = [a for a in results if a.work is Work.TRAIN and a.base_round == number]
+        told = {a.site: before for a in trainings if (before := before_of(a)) is not None}
+        for site, before in told.items():
             for name, value in before.metrics.items():
-                yield Point(round=number, site=training.site, name=name, step=0, value=value, at_s=at_s)
+                yield Point(round=number, site=site, name=name, step=0, value=value, at_s=at_s)
         for sample in samples:
             if sample.round == number:
                 yield Point(

@@ -136,7 +136,7 @@ class Store:
         return self.database.do(lambda session: session.get(Assignment, assignment_id))
 
     def measured_first(self, run_id: str, round_number: int) -> list[Assignment]:
-        """Trainings that count, started from a round's model and measured it, by attempt."""
+        """Finished trainings, of failed attempts too, that measured a round's model first; by attempt."""
         query = select(Assignment).where(Assignment.run_id == run_id, Assignment.measures)
         query = query.where(Assignment.work == Work.TRAIN, Assignment.state == AssignmentState.DONE)
         query = query.where(Assignment.round - Assignment.staleness == round_number + 1)

@@ -11,7 +11,7 @@ from fedloom_server.console.connection import Operator
 from fedloom_server.console.metrics import metrics as show_metrics
 from fedloom_server.database import open_database
 from fedloom_server.metrics import Samples, points_of
-from fedloom_server.records import Run, RunState, Work
+from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, RunState, Work
 from fedloom_server.store import Store
 from fedloom_server.watching import SiteProgress
 
@@ -37,6 +37,26 @@ def progress(site: str, done: int, loss: float | None) -> SiteProgress:
 
 def written(store: Store) -> list[tuple[str, str, int, float]]:
     return [(point.site, point.name, point.step, point.value) for point in store.metric_points("a1")]
+
+
+def test_what_a_site_measured_in_two_attempts_is_one_point(store):
+    rounds = [
+        Round(
+            run_id="a1", number=n, state=RoundState.FINISHED, base_digest="", started_at_s=1.0, attempt=tries
+        )
+        for n, tries in ((0, 1), (1, 2))
+    ]
+    trainings = [
+        Assignment(
+            id=f"a1.1.{attempt}.train.a", run_id="a1", round=1, attempt=attempt, work=Work.TRAIN, site="a",
+            model_digest="", model_bytes=1, state=AssignmentState.DONE, measures=True,
+            base_measured={"examples": 1, "tokens": 1, "metrics": {"loss": 2.0 + attempt}},
+        )
+        for attempt in (1, 2)
+    ]  # fmt: skip
+    store.save(*rounds, *trainings)
+    found = [(p.round, p.site, p.name, p.value) for p in points_of(store, store.run("a1"))]
+    assert found == [(0, "a", "loss", 4.0)]
 
 
 async def test_of_progress_the_latest_of_each_assignment_is_written_each_time(store):
