@@ -89,7 +89,9 @@ async def _try(plan: Plan, place: Place, folder: Path, bench: Workbench) -> None
     place.downloads.mkdir(parents=True, exist_ok=True)
     place.scratch.mkdir()
     sites = plan.sites(place)
-    async with federation(sites, bench, place.scratch / "federation") as running:
+    async with federation(
+        sites, bench, place.scratch / "federation", scratch=place.scratch.parent
+    ) as running:
         exact = folder / f"{experiment.name}.exact.json"
         if experiment.name == "gates" and not exact.exists():
             difference, step = await difference_from_ddp(running, experiment.setting, place.scratch / "ddp")

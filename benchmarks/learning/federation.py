@@ -110,8 +110,13 @@ class Federation:
 
 
 @asynccontextmanager
-async def federation(sites: Sites, workbench: Workbench, folder: Path) -> AsyncIterator[Federation]:
-    """A federation with its sites attached inside the block; the folder goes with its end."""
+async def federation(
+    sites: Sites, workbench: Workbench, folder: Path, *, scratch: Path | None = None
+) -> AsyncIterator[Federation]:
+    """A federation with its sites attached inside the block; the folder goes with its end.
+
+    Ctrl-C takes all of ``scratch``, if given.
+    """
     config = CoordinatorConfig(
         listen="127.0.0.1:0", insecure=True, state_dir=folder / "coordinator", heartbeat_s=60, drain_s=0.2,
         keep_models=KeepModels(last=1, best=0),
@@ -121,9 +126,9 @@ async def federation(sites: Sites, workbench: Workbench, folder: Path) -> AsyncI
             asyncio.create_task(_daemon(name, data, running.port, workbench, folder / name).run())
             for name, data in sites.items()
         ]
-        _end_at_once(folder)
         try:
             await _attached(running, list(sites))
+            _end_at_once(scratch or folder)  # in place of what the daemons have set
             yield Federation(running, workbench, folder)
         finally:
             for task in tasks:
