@@ -1,6 +1,6 @@
 """One round of H = 1 beside one step of torch's own DDP, which knows nothing of fedloom.
 
-    python -m learning.ddp RANK WORLD FOLDER RATE      (started by ``difference_from_ddp``)
+    python -m learning.ddp RANK WORLD FOLDER      (started by ``difference_from_ddp``)
 
 Each rank loads the initial model with transformers, takes one site's first batch, and steps with
 torch.optim.SGD on gradients that DistributedDataParallel has averaged.
@@ -19,12 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from fedloom_client.training.data import PackedData
-from fedloom_common.tensors import read_tensors
+from fedloom_common.tensors import read_tensors, write_tensors
 from learning.arms import OWN, Arm, Rates, Setting, run_spec
 from learning.federation import Federation
 
 RATE = 1.0  # large, so that the step is far larger than the gate's 1e-6
 TIMEOUT_S = 300
+STEPPED = "ddp.safetensors"
 
 
 async def difference_from_ddp(federation: Federation, setting: Setting, folder: Path) -> tuple[float, float]:
@@ -52,7 +53,7 @@ async def difference_from_ddp(federation: Federation, setting: Setting, folder: 
         np.save(folder / f"batch-{site}.npy", data.take(first, {})["input_ids"].astype(np.int64))
     await asyncio.to_thread(_step_with_torch, folder, setting.sites)
     before = dict(read_tensors(initial / "model.safetensors"))
-    ours, theirs = dict(read_tensors(federation.model(run))), torch.load(folder / "ddp.pt", weights_only=True)
+    ours, theirs = (dict(read_tensors(path)) for path in (federation.model(run), folder / STEPPED))
     difference = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
     return difference, max(float((ours[name] - before[name]).abs().max()) for name in ours)
 
@@ -85,7 +86,7 @@ def step(rank: int, world: int, folder: Path) -> None:
     parallel(input_ids=batch, labels=batch).loss.backward()
     optimizer.step()
     if rank == 0:
-        torch.save({name: value.detach() for name, value in model.named_parameters()}, folder / "ddp.pt")
+        write_tensors(folder / STEPPED, {name: value.detach() for name, value in model.named_parameters()})
     distributed.barrier()
     distributed.destroy_process_group()
 

@@ -6,7 +6,6 @@ depend on how many sites share the machine.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import os
 import shutil
@@ -172,6 +171,5 @@ def _end_at_once(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(130)
 
-    with contextlib.suppress(NotImplementedError):
-        for name in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(name, end)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(name, end)

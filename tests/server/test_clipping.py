@@ -9,7 +9,7 @@ STEPS = {"a": 1.0, "b": 1.0, "c": 1.0, "attacker": 100.0}
 NORM = 4.0  # of a step of 1 on the initial model's sixteen values
 
 
-def require_moved(bench, run, initial, change):
+def assert_moved(bench, run, initial, change):
     assert run.state == "finished", run.reason
     np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + change, rtol=1e-5)
 
@@ -28,7 +28,7 @@ async def test_an_update_that_goes_too_far_counts_as_if_it_had_gone_as_far_as_th
         attacked(bench)
         run = await bench.enqueue(spec(rounds=3, cohort={"min_sites": 4}, aggregation={"clip": {}}))
         run = await bench.ended(run)
-        require_moved(bench, run, initial, 3.0)
+        assert_moved(bench, run, initial, 3.0)
         norms = {a.site: a.update_norm for a in running.store.assignments(run.id, 2) if a.work == "train"}
         assert norms == pytest.approx({name: NORM * step for name, step in STEPS.items()}, rel=1e-5)
 
@@ -36,7 +36,7 @@ async def test_an_update_that_goes_too_far_counts_as_if_it_had_gone_as_far_as_th
 async def test_a_factor_leaves_room_above_the_median(bench, spec, initial):
     attacked(bench)
     run = await bench.enqueue(spec(cohort={"min_sites": 4}, aggregation={"clip": {"factor": 5}}))
-    require_moved(bench, await bench.ended(run), initial, (1 + 1 + 1 + 5) / 4)
+    assert_moved(bench, await bench.ended(run), initial, (1 + 1 + 1 + 5) / 4)
 
 
 async def test_the_median_is_that_of_the_rounds_before_as_they_came(bench, spec, initial):
@@ -45,7 +45,7 @@ async def test_the_median_is_that_of_the_rounds_before_as_they_came(bench, spec,
             key: value + np.float32(1 if number == 1 else 3) for key, value in tensors.items()
         }
     run = await bench.enqueue(spec(rounds=3, cohort={"min_sites": 2}, aggregation={"clip": {"rounds": 1}}))
-    require_moved(bench, await bench.ended(run), initial, 1 + 1 + 3)  # the third goes by the second's 3
+    assert_moved(bench, await bench.ended(run), initial, 1 + 1 + 3)  # the third goes by the second's 3
 
 
 async def test_the_median_goes_on_over_a_restart(config, spec, bench_of, initial):
@@ -69,7 +69,7 @@ async def test_the_median_goes_on_over_a_restart(config, spec, bench_of, initial
         run = await bench.ended(run)
         trained_again = [a for a in running.store.assignments(run.id, 2) if a.update_norm > 100 * NORM]
         assert not trained_again
-        require_moved(bench, run, initial, 2.0)
+        assert_moved(bench, run, initial, 2.0)
 
 
 async def test_buffers_of_an_asynchronous_run_are_clipped_too_and_hold_more_than_may_be_staged(
@@ -81,7 +81,7 @@ async def test_buffers_of_an_asynchronous_run_are_clipped_too_and_hold_more_than
             bench.site(name)
         mode = {"kind": "async", "buffer": 5, "staleness": {"exponent": 0}}
         run = await bench.enqueue(spec(rounds=2, mode=mode, aggregation={"clip": {}}))
-        require_moved(bench, await bench.ended(run), initial, 2.0)
+        assert_moved(bench, await bench.ended(run), initial, 2.0)
 
 
 async def test_a_robust_rule_sees_clipped_updates(bench, spec, initial):
@@ -91,4 +91,4 @@ async def test_a_robust_rule_sees_clipped_updates(bench, spec, initial):
     run = await bench.enqueue(
         spec(cohort={"min_sites": 5}, aggregation={"rule": rule, "clip": {"factor": 2}})
     )
-    require_moved(bench, await bench.ended(run), initial, (2 + 3 + 6) / 3)  # 400 and 500 become 6
+    assert_moved(bench, await bench.ended(run), initial, (2 + 3 + 6) / 3)  # 400 and 500 become 6

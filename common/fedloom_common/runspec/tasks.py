@@ -1,5 +1,6 @@
 """A run spec's task: what the model is trained to do, and how long an example is."""
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -26,9 +27,9 @@ class _Task(Strict):
         return self._auto
 
     @property
+    @abstractmethod
     def longest(self) -> int:
         """Most tokens that the model must read at once."""
-        raise NotImplementedError
 
     @property
     def most_targets(self) -> int:

@@ -214,18 +214,8 @@ async def export(
     An export that broke off goes on where it was when called again.
     """
     number = _wanted_round(round_number)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console_for_output(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
     async with operator.connect() as coordinator:
-        with progress:
+        with _transfer_bar() as progress:
             bar = progress.add_task("exporting", total=None)
             done = await export_model(
                 coordinator,
@@ -243,6 +233,20 @@ async def export(
         f"the model of round {done.round}.\n"
         f"Load it: {loader}{str(done.directory)!r})",
         soft_wrap=True,
+    )
+
+
+def _transfer_bar() -> Progress:
+    """A bar of bytes on a terminal, which goes when it is done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console_for_output(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
     )
 
 
