@@ -51,7 +51,7 @@ class Folding:
         adapter = run.spec.model.adapter
         self._merge = Merge(store, run, record) if adapter and adapter.needs_all_updates else None
         self._updates = Updates(run, record, store)
-        self._folds_early = _rule_folds(run) and not self._updates.count_together
+        self._folds_early = folds_early(run, record, store)
         self._is_in_order = run.spec.aggregation.deterministic
         self._batch: Sequence[Assignment] = ()
         self._is_awaited = self._some_are_open
