@@ -1,16 +1,13 @@
 """Server optimizers against torch.optim and against the paper's recursion, over several rounds of files."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from peaks import peak_bytes, zeros
 from safetensors.torch import load_file, save_file
 
 from fedloom_common.errors import BadTensor
 from fedloom_common.runspec import Aggregation, RunSpec
-from fedloom_common.tensors import encode_header
 from fedloom_server.aggregation import pieces
 from fedloom_server.optimizers import learning_rate, optimizer_for
 from fedloom_server.serverstep import Step, take_step
@@ -207,26 +204,17 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 def _peak_bytes(folder, tensor_bytes):
     """Peak memory of a process that makes two steps of FedAdam on a model of one tensor."""
-    path = folder / "zeros.safetensors"
-    with path.open("wb") as file:
-        file.write(encode_header([("w", "F32", (tensor_bytes // 4,))]))
-        file.truncate(file.tell() + tensor_bytes)
-    code = f"""
-import resource
-from pathlib import Path
+    code = """
 from fedloom_common.runspec import FedAdam
 from fedloom_server.optimizers import optimizer_for
 from fedloom_server.serverstep import Step, take_step
-path = Path({str(path)!r})
 state = None
 for number in range(2):
     step = Step(optimizer=optimizer_for(FedAdam()), rate=0.1, base=path, centre=path, state=state)
-    state = path.with_name(f"state-{{number}}")
+    state = path.with_name(f"state-{number}")
     take_step(step, path.with_name("out"), state)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(answer.stdout)
+    return peak_bytes(code, zeros(folder, tensor_bytes))
 
 
 def spec_of(optimizer, local="adamw"):

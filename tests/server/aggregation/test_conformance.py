@@ -1,13 +1,12 @@
 """What every aggregator must hold to, whatever its rule."""
 
 import os
-import subprocess
-import sys
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from peaks import peak_bytes, zeros
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -213,22 +212,13 @@ def test_memory_does_not_grow_with_the_model_or_the_number_of_sites(rule, tmp_pa
 
 def _peak_bytes(rule, folder, *, tensor_bytes, sites):
     """Peak memory of a process that aggregates updates with one tensor of such a size."""
-    path = folder / "zeros.safetensors"
-    with path.open("wb") as file:
-        file.write(encode_header([("w", "F32", (tensor_bytes // 4,))]))
-        file.truncate(file.tell() + tensor_bytes)
     code = f"""
-import resource
-from pathlib import Path
 from fedloom_common.runspec import Aggregation
 from fedloom_server.aggregation import Update, aggregator_for
-path = Path({str(path)!r})
 updates = [Update(site=str(k), path=path, examples=1 + k) for k in range({sites})]
 aggregator_for(Aggregation(rule={rule!r})).aggregate(path, updates, path.with_name("out"))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(answer.stdout)
+    return peak_bytes(code, zeros(folder, tensor_bytes))
 
 
 @pytest.mark.parametrize("name", sorted(set(RULES) - {"weighted_mean"}))

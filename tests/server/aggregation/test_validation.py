@@ -1,17 +1,15 @@
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peaks import peak_bytes, zeros
 from safetensors.torch import save_file
 
 from fedloom_common.errors import BadTensor
 from fedloom_common.floats import first_not_finite
-from fedloom_common.tensors import encode_header
 from fedloom_server.aggregation.validation import PIECE_BYTES, validate_update
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -131,17 +129,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def _peak_bytes(folder, tensor_bytes):
-    path = folder / "zeros"
-    with path.open("wb") as file:
-        file.write(encode_header([("w", "F32", (tensor_bytes // 4,))]))
-        file.truncate(file.tell() + tensor_bytes)
-    code = f"""
-import resource
-from pathlib import Path
+    code = """
 from fedloom_server.aggregation.validation import validate_update
-path = Path({str(path)!r})
 validate_update(path, path)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(answer.stdout)
+    return peak_bytes(code, zeros(folder, tensor_bytes))
