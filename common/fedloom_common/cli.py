@@ -32,7 +32,8 @@ def main() -> NoReturn:
     """Run the command that the arguments name, and exit with its status.
 
     A failure that fedloom names is one line on standard error: status 2 if the same command would
-    fail again, 1 otherwise. Ctrl-C is status 130.
+    fail again, 1 otherwise; so is a file or folder that the system refuses, with status 1. Ctrl-C is
+    status 130.
     """
     arguments = sys.argv[1:]
     commands = {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -44,6 +45,11 @@ def main() -> NoReturn:
     except FederationError as error:
         typer.secho(f"fedloom: {error}", fg=typer.colors.RED, err=True)
         sys.exit(2 if isinstance(error, NeverRetry) else 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        typer.secho(f"fedloom: {error.filename}: {error.strerror}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

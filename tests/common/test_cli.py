@@ -28,6 +28,9 @@ def modules(): print(*sys.modules)
 @app.command()
 def bug(): raise KeyError("ours")
 
+@app.command()
+def unwritable(): open("/proc/there-is-no-such-file", "w")
+
 alone = typer.Typer()
 
 @alone.command()
@@ -52,7 +55,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
-    return os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "120"}
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "COLUMNS": "120"}
 
 
 FEDLOOM = [sys.executable, "-c", "from fedloom_common.cli import main; main()"]
@@ -105,6 +109,12 @@ def test_a_failure_that_will_repeat_is_a_clean_line_and_status_2(environment: di
     done = fedloom(environment, "extra", "spec")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "fedloom: wrong key\n  a.b: no such key\n"
+
+
+def test_a_file_that_the_system_refuses_is_told_in_one_line(environment: dict[str, str]) -> None:
+    done = fedloom(environment, "extra", "unwritable")
+    assert done.returncode == 1
+    assert done.stderr == "fedloom: /proc/there-is-no-such-file: No such file or directory\n"
 
 
 def test_a_failure_that_may_pass_is_a_clean_line_and_status_1(environment: dict[str, str]) -> None:
