@@ -301,4 +301,7 @@ def _mistakes_as_bad_spec(what: str) -> Iterator[None]:
     try:
         yield
     except _MISTAKES as error:
-        raise BadSpec(f"{what}: {error or type(error).__name__}") from error
+        told = str(error) or type(error).__name__
+        if told.startswith("Unrecognized configuration class"):  # and then every class that there is
+            told = "transformers has none of that model type; choose another model, or another task.kind"
+        raise BadSpec(f"{what}: {told}") from error

@@ -59,9 +59,12 @@ MISTAKES = {
     "no-type": (GOOD.replace("model_type: gpt2, ", ""), "model: config needs a model_type"),
     "odd-optimizer": (
         GOOD.replace("steps: 10", "steps: 10, optimizer: {name: lion}"),
-        "local.optimizer: .*lion",
+        "local.optimizer.name: .*lion",
     ),
-    "odd-algorithm": (GOOD.replace("steps: 10", "steps: 10, algorithm: fedfoo"), "local.algorithm: .*fedfoo"),
+    "odd-algorithm": (
+        GOOD.replace("steps: 10", "steps: 10, algorithm: fedfoo"),
+        "local.algorithm.name: .*fedfoo",
+    ),
     "scaffold-with-adamw": (
         GOOD.replace("steps: 10", "steps: 10, algorithm: scaffold"),
         r"local: algorithm scaffold needs optimizer: \{name: sgd\} without momentum",
@@ -93,6 +96,24 @@ MISTAKES = {
         GOOD + "stop: {target: {metric: central_loss, value: 1}}",
         "central_loss is measured by evaluation.central, which names no site",
     ),
+    "target-of-another-task": (
+        GOOD + "stop: {target: {metric: accuracy, value: 1}}",
+        r"stop.target.metric: causal_lm has loss, perplexity, bits_per_byte .came: 'accuracy'",
+    ),
+    "misspelt-best": (
+        GOOD + "evaluation: {best: {metric: perplexitty}}",
+        "evaluation.best.metric: causal_lm has loss, perplexity, bits_per_byte",
+    ),
+    "wrong-direction": (
+        GOOD + "stop: {patience: {metric: perplexity, evaluations: 2, higher_is_better: true}}",
+        "stop.patience.higher_is_better: perplexity is better the lower it is; leave this out",
+    ),
+    "no-such-kind": (
+        GOOD + "task: {kind: causal}",
+        r"task.kind: wanted one of 'causal_lm', 'masked_lm'.* .came: 'causal'",
+    ),
+    "no-kind": (GOOD + "aggregation: {rule: {byzantine: 1}}", "aggregation.rule.name: required"),
+    "no-mapping": (GOOD + "cohort: all", r"cohort: wanted a mapping .came: 'all'"),
     "unmeasured-target": (
         GOOD + "evaluation: {every_rounds: 0}\nstop: {target: {value: 1}}",
         "need evaluation.every_rounds",
@@ -290,13 +311,19 @@ def test_a_share_of_the_updates_is_cut_exactly():
     assert rule.cut(100) == 29  # 0.29 * 100 is 28.999999999999996 in floats
 
 
+PLUGIN = "task: {kind: plugin, name: mine, auto_class: AutoModel}\n"
+LABELS = "task: {kind: classification, labels: [a, b]}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "goal"),
     [
         ("", ("loss", False)),
-        ("stop: {target: {metric: f1, value: 1, higher_is_better: true}}", ("f1", True)),
+        (f"{PLUGIN}stop: {{target: {{metric: f1, value: 1, higher_is_better: true}}}}", ("f1", True)),
+        (f"{PLUGIN}stop: {{target: {{metric: macro_f1, value: 1}}}}", ("macro_f1", True)),
         ("stop: {patience: {metric: bits_per_byte, evaluations: 2}}", ("bits_per_byte", False)),
-        ("evaluation: {best: {metric: f1, higher_is_better: true}}\nstop: {wall_s: 9}", ("f1", True)),
+        (f"{LABELS}stop: {{patience: {{metric: accuracy, evaluations: 2}}}}", ("accuracy", True)),
+        (f"{LABELS}evaluation: {{best: {{metric: macro_f1}}}}\nstop: {{wall_s: 9}}", ("macro_f1", True)),
     ],
 )
 def test_models_are_judged_by_what_is_asked_for_or_by_what_stops_the_run(text, goal):

@@ -1,13 +1,15 @@
 """A run spec's evaluation: how often the model is measured, and what then ends the run early."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedloom_common.strict import Name, Strict
 
 CENTRAL_PREFIX = "central_"
 """Begins the names of metrics that the sites of ``evaluation.central`` measured."""
+GROWING = frozenset({"accuracy", "macro_f1", "token_accuracy", "exact_match", "rouge_l"})
+"""Metrics that are better the higher they are; a run's other ones, but for plug-ins', the lower."""
 
 
 class Goal(Strict):
@@ -16,7 +18,14 @@ class Goal(Strict):
     metric: str = "loss"
     """Metric of the round, as ``fedloom run show`` names it."""
     higher_is_better: bool = False
-    """Direction of the metric."""
+    """Direction of the metric; needs to be said of a plug-in's own ones alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_metrics_have_a_direction(cls, data: Any) -> Any:
+        if isinstance(data, dict) and str(data.get("metric")).removeprefix(CENTRAL_PREFIX) in GROWING:
+            return {"higher_is_better": True} | data
+        return data
 
 
 class Evaluation(Strict):
@@ -46,28 +55,20 @@ class Evaluation(Strict):
     """Seconds after which a model's metrics are those of the sites that have measured it."""
 
 
-class Target(Strict):
+class Target(Goal):
     """Stop when a metric is good enough."""
 
-    metric: str = "loss"
-    """Metric of the round, as ``fedloom run show`` names it."""
     value: float
     """Stop at this value or better."""
-    higher_is_better: bool = False
-    """Direction of the metric."""
 
 
-class Patience(Strict):
+class Patience(Goal):
     """Stop when a metric no longer gets better."""
 
-    metric: str = "loss"
-    """Metric of the round, as ``fedloom run show`` names it."""
     evaluations: int = Field(ge=1)
     """Stop after so many evaluations in a row without improvement."""
     min_delta: float = Field(default=0.0, ge=0)
     """Smallest change that counts as improvement."""
-    higher_is_better: bool = False
-    """Direction of the metric."""
     restore_best: bool = True
     """Whether the finished run's model is its best one, or the last."""
 

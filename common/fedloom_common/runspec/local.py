@@ -89,9 +89,9 @@ class Local(Strict):
         plain = isinstance(self.optimizer, SGD) and self.optimizer.momentum == 0
         if isinstance(self.algorithm, Scaffold) and not plain:
             raise ValueError(
-                "algorithm scaffold needs optimizer: {name: sgd} without momentum: it takes how far a site "
-                "came, over the learning rates, for the mean of its gradients, which that is of no other; "
-                "set it, or choose fedprox or plain"
+                "algorithm scaffold needs optimizer: {name: sgd} without momentum: it takes a site's "
+                "change, divided by the learning rates, for the mean of its gradients, which holds for no "
+                "other optimizer; set it, or choose fedprox or plain"
             )
         return self
 

@@ -33,9 +33,12 @@ def parse_run_spec(text: str) -> RunSpec:
     if not isinstance(data, dict):
         raise BadSpec(f"a run spec is a mapping with keys such as name and model, not {type(data).__name__}")
     try:
-        return RunSpec.model_validate(data)
+        spec = RunSpec.model_validate(data)
     except ValidationError as error:
         raise BadSpec("the run spec has mistakes:\n" + describe(error)) from error
+    if mistakes := list(spec.mistaken_goals()):
+        raise BadSpec("the run spec has mistakes:\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
+    return spec
 
 
 def read_run_spec(json_text: str) -> RunSpec:
@@ -64,13 +67,27 @@ def run_spec_schema() -> str:
 
 
 def _describe_one(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"]) or "(the whole)"
+    path = ".".join(str(part) for part in item["loc"])
     wanted = item["msg"].removeprefix("Value error, ")
+    if not path:
+        return f"  {wanted}"  # parts that contradict each other, which it names
+    if item["type"].startswith("union_tag_"):
+        return f"  {path}{_wrong_tag(item)}"
     if item["type"] == "extra_forbidden":
         wanted = "no such key"
+    if item["type"] in ("model_type", "model_attributes_type"):
+        wanted = "wanted a mapping"
     if item["type"] == "missing":
         return f"  {path}: required, but not given"
     came = repr(item["input"])
     if isinstance(item["input"], dict) or len(came) > 80:
         return f"  {path}: {wanted}"
     return f"  {path}: {wanted} (came: {came})"
+
+
+def _wrong_tag(item: Any) -> str:
+    """Of a part that comes in several kinds: the rest of its path, what was wanted, what came."""
+    key = item["ctx"]["discriminator"].strip("'")
+    if item["type"] == "union_tag_not_found":
+        return f".{key}: required, but not given"
+    return f".{key}: wanted one of {item['ctx']['expected_tags']} (came: {item['ctx']['tag']!r})"

@@ -1,5 +1,6 @@
 """The run spec, whole: its parts side by side, and how they may not contradict each other."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -7,7 +8,7 @@ from pydantic import Field, model_validator
 from fedloom_common.runspec.aggregation import Aggregation
 from fedloom_common.runspec.algorithms import Scaffold
 from fedloom_common.runspec.cohort import Cohort
-from fedloom_common.runspec.evaluation import CENTRAL_PREFIX, Evaluation, Goal, Stop
+from fedloom_common.runspec.evaluation import CENTRAL_PREFIX, GROWING, Evaluation, Goal, Stop
 from fedloom_common.runspec.local import Local
 from fedloom_common.runspec.mode import Async, Sync
 from fedloom_common.runspec.model import ModelSpec
@@ -27,6 +28,9 @@ _ONLY_IN_ROUNDS = (
     ("transport", "down", "it tells a model's change to sites that hold the one before, which few do then"),
 )
 """What has no meaning without rounds, and what to do instead."""
+
+
+_OF_EVERY_TASK = frozenset({"train_loss", "shortened_share"})
 
 
 class RunSpec(Strict):
@@ -78,6 +82,27 @@ class RunSpec(Strict):
     def own_goal(self) -> Goal:
         """By what a site's own measurements are judged: as the goal, of a central metric its own one."""
         return self.goal.model_copy(update={"metric": self.goal.metric.removeprefix(CENTRAL_PREFIX)})
+
+    def mistaken_goals(self) -> Iterator[str]:
+        """Metrics that a stop or the best model waits for and that no round of this task would report.
+
+        Not looked at where a run is read that has begun: that ends with a reason of its own.
+        """
+        goals = {
+            "stop.target": self.stop.target,
+            "stop.patience": self.stop.patience,
+            "evaluation.best": self.evaluation.best,
+        }
+        measured = self.task.metrics
+        for path, goal in goals.items():
+            if goal is None or measured is None:
+                continue
+            name = goal.metric.removeprefix(CENTRAL_PREFIX)
+            if name not in measured and goal.metric not in _OF_EVERY_TASK:
+                yield f"{path}.metric: {self.task.kind} has {', '.join(measured)} (came: {goal.metric!r})"
+            elif goal.higher_is_better != (name in GROWING):
+                way = "higher" if name in GROWING else "lower"
+                yield f"{path}.higher_is_better: {name} is better the {way} it is; leave this out"
 
     @model_validator(mode="after")
     def _nothing_contradicts_the_mode(self) -> Self:

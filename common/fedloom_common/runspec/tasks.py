@@ -20,6 +20,8 @@ class _Task(Strict):
     weighs: ClassVar[Literal["examples", "tokens"]] = "examples"
     """What nₖ counts. The loss is a mean over targets: where examples have different numbers of them, the
     mean over sites is that over all their data only if each counts by its targets."""
+    metrics: ClassVar[tuple[str, ...] | None] = None
+    """What sites measure; None where only they know."""
 
     @property
     def model_class(self) -> str:
@@ -50,6 +52,7 @@ class CausalLM(_WithContext):
     """Next-token prediction on packed text."""
 
     _auto: ClassVar[str] = "AutoModelForCausalLM"
+    metrics = ("loss", "perplexity", "bits_per_byte")
 
     kind: Literal["causal_lm"] = "causal_lm"
     context_tokens: Context = 128
@@ -65,6 +68,7 @@ class MaskedLM(_WithContext):
 
     _auto: ClassVar[str] = "AutoModelForMaskedLM"
     weighs: ClassVar[Literal["examples", "tokens"]] = "tokens"
+    metrics = ("loss", "perplexity", "token_accuracy")
 
     kind: Literal["masked_lm"] = "masked_lm"
     context_tokens: Context = 128
@@ -78,6 +82,7 @@ class Classification(_WithContext):
     """One of several labels for each text."""
 
     _auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    metrics = ("loss", "accuracy", "macro_f1")
 
     kind: Literal["classification"] = "classification"
     labels: tuple[str, ...] = Field(min_length=2, max_length=MOST_LABELS)
@@ -103,6 +108,7 @@ class Seq2Seq(_Task):
 
     _auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     weighs: ClassVar[Literal["examples", "tokens"]] = "tokens"
+    metrics = ("loss", "perplexity", "token_accuracy", "exact_match", "rouge_l")
 
     kind: Literal["seq2seq"] = "seq2seq"
     source_tokens: Context = 128
@@ -129,6 +135,7 @@ class Instruction(_WithContext):
 
     _auto: ClassVar[str] = "AutoModelForCausalLM"
     weighs: ClassVar[Literal["examples", "tokens"]] = "tokens"
+    metrics = ("loss", "perplexity", "token_accuracy")
 
     kind: Literal["instruction"] = "instruction"
     context_tokens: Context = 512

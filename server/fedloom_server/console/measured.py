@@ -8,6 +8,7 @@ from rich.text import Text
 
 from fedloom.v1.runs_pb2 import Round, SiteRound
 from fedloom.v1.session_pb2 import Work
+from fedloom_common.errors import NotFound
 from fedloom_server.console.formats import FittingTable, metric_text, plain
 
 
@@ -57,6 +58,17 @@ def sites_table(rounds: Iterable[Round], metric: str) -> Table:
             str(item.number), metric_text(item.metrics.get(metric)), *(Text(metric_text(v)) for v in values)
         )
     return table
+
+
+def require_measured(metric: str, rounds: Iterable[Round]) -> None:
+    """Check a metric that was asked for, if one was.
+
+    Raises:
+        NotFound: sites have measured others only.
+    """
+    known = sorted({name for told in measured(rounds) for name in told.metrics})
+    if metric and known and metric not in known:
+        raise NotFound(f"no site has measured {metric!r}; --metric can be {', '.join(known)}")
 
 
 def sites_data(rounds: Iterable[Round]) -> dict[str, object]:

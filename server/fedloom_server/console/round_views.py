@@ -229,7 +229,7 @@ def _counts(work: SiteRound) -> bool:
 
 def _metric_names(rounds: Iterable[Round]) -> list[str]:
     found = {name for item in rounds for name in item.metrics}
-    first = ["train_loss", "loss", "perplexity"]
+    first = ["train_loss", "loss"] + ["perplexity"] * ("perplexity" in found)
     return first + sorted(found.difference(first))
 
 

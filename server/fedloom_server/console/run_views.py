@@ -143,7 +143,7 @@ def _told(part: Mapping[str, Any]) -> str:
     """A name with its parameters that are set, those of a schedule left out."""
     told = {key: value for key, value in part.items() if value is not None and not isinstance(value, dict)}
     name = told.pop("name", "")
-    parameters = ", ".join(f"{key} {value}" for key, value in told.items())
+    parameters = ", ".join(f"{key} {json.dumps(value)}" for key, value in told.items())
     return f"{name} ({parameters})" if parameters else str(name)
 
 

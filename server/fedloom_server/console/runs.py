@@ -30,7 +30,7 @@ from fedloom_server.console.connection import Coordinator, Operator, operator_co
 from fedloom_server.console.export import AsAdapter
 from fedloom_server.console.export import export as export_model
 from fedloom_server.console.formats import as_data, bytes_text, console_for_output, json_text, plain
-from fedloom_server.console.measured import sites_data, sites_table
+from fedloom_server.console.measured import require_measured, sites_data, sites_table
 from fedloom_server.console.metrics import metrics
 from fedloom_server.console.overrides import apply_overrides, read_spec_text
 from fedloom_server.console.report import goal_of, report_data, report_view, site_reports
@@ -126,6 +126,7 @@ async def show(
         typer.echo(json_text(sites_data(answer.rounds) if sites else as_data(answer)))
     elif sites:
         name = metric or answer.run.best_metric.removeprefix(CENTRAL_PREFIX)
+        require_measured(metric, answer.rounds)
         console_for_output().print(f"{plain(name)} on each site's held-out part", style="dim")
         console_for_output().print(sites_table(answer.rounds, name))
     else:
@@ -151,6 +152,7 @@ async def report(
     that it trained alone (evaluation.alone) and of the federated one. Was it worth joining?"""
     async with operator.connect() as coordinator:
         answer = await coordinator.run_with_rounds(run)
+    require_measured(metric, answer.rounds)
     goal = goal_of(answer.run, metric)
     reports = site_reports(answer.run, answer.rounds, goal)
     if as_json:

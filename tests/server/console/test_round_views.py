@@ -53,3 +53,16 @@ def test_the_best_round_and_the_final_model_are_named() -> None:
 
 def test_before_a_model_is_measured_none_is_the_best() -> None:
     assert not any(line.strip().startswith("best") for line in shown(run_facts(pb.Run(id="a1"), 0)))
+
+
+def test_perplexity_has_a_column_only_where_it_is_measured() -> None:
+    rounds = [pb.Round(number=1, attempt=1, state=pb.ROUND_STATE_FINISHED, metrics={"loss": 1.0})]
+    assert not any("perplexity" in line for line in shown(rounds_table(rounds, 0)))
+    rounds[0].metrics["perplexity"] = 2.7183
+    assert any("perplexity" in line for line in shown(rounds_table(rounds, 0)))
+
+
+def test_a_rules_parameters_are_written_as_in_the_spec() -> None:
+    spec = '{"aggregation": {"rule": {"name": "krum", "byzantine": 1, "weighted": false}}}'
+    lines = [" ".join(line.split()) for line in shown(run_facts(pb.Run(id="a1", spec_json=spec), 0))]
+    assert "aggregation krum (byzantine 1, weighted false)" in lines

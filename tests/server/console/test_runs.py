@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fedloom.v1 import runs_pb2 as pb
-from fedloom.v1.session_pb2 import WORK_TRAIN
+from fedloom.v1.session_pb2 import WORK_TRAIN, Measurement
 from fedloom_common.errors import BadSpec, NotFound, NotPermitted
 from fedloom_common.runspec import RunSpec
 
@@ -103,6 +103,14 @@ def test_show_one_round_or_say_which_there_are(console, trained):
     assert "seconds by phase" in console("run", "show", "a1", "--round", "1").stdout
     with pytest.raises(NotFound, match="run a1b2c3 has no round 9; its rounds are 1 to 1"):
         console("run", "show", "a1", "--round", "9")
+
+
+@pytest.mark.parametrize("command", [("show", "a1", "--sites"), ("report", "a1")])
+def test_a_metric_that_no_site_measured_is_refused_with_those_that_there_are(console, trained, command):
+    before = Measurement(examples=9, metrics={"loss": 4.25, "perplexity": 70.1})
+    trained.rounds[0].sites[0].before.CopyFrom(before)
+    with pytest.raises(NotFound, match="no site has measured 'los'; --metric can be loss, perplexity"):
+        console("run", *command, "--metric", "los")
 
 
 def test_the_shown_spec_can_be_submitted_again(console, trained, tmp_path):
