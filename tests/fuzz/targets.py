@@ -1,9 +1,11 @@
 """What is fuzzed: each target takes any bytes, says whether they were read, and fails by any other error."""
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import json
+import shutil
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -172,7 +174,9 @@ def _bounded(limit_bytes: int) -> Iterator[None]:
 
 @functools.cache
 def _scratch() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    folder = tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @functools.cache
