@@ -8,10 +8,8 @@ A corpus is a folder of .txt files. Results are kept, one file a trial; a trial 
 spec or its data has changed. The exit status is 1 if a gate fails.
 """
 
-import asyncio
 import contextlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -28,15 +26,13 @@ sys.path.append(str(Path(__file__).parents[1]))  # the modules beside this folde
 from machine import machine_facts
 
 from learning.corpora import EXAMPLE, SPLITS
-from learning.ddp import difference_from_ddp
-from learning.federation import federation
 from learning.gates import Gate, gates_of
 from learning.plots import save_curves
 from learning.profiles import PROFILES, Place, Plan, plans
 from learning.results import Results, line_of
 from learning.tables import by_site, comparison, gates_table, replace_section
-from learning.trials import Experiment, digest_of_data, run_experiment
-from learning.workbench import Workbench
+from learning.trials import Experiment
+from learning.workers import MOST, do_trials, exact_file
 
 PACKAGES = ("fedloom", "torch", "transformers", "numpy")
 MEMORY = Path("/dev/shm")  # a file system in memory, where there is one
@@ -50,7 +46,9 @@ def main(
         "learning-results"
     ),
     only: Annotated[list[str] | None, typer.Option(help="Names of experiments; all if not given.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads of a training; all cores if 0.", min=0)] = 0,
+    processes: Annotated[
+        int, typer.Option(help=f"Processes that train; one a core, up to {MOST}, if 0.", min=0)
+    ] = 0,
     scratch: Annotated[Path | None, typer.Option(help="Folder for what is not kept.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Try nothing; tell of what is there.")] = False,
     page: Annotated[
@@ -63,40 +61,19 @@ def main(
             f"--profile is one of {', '.join(PROFILES)}, and --split of {', '.join(SPLITS)}; "
             f"came {profile} and {split}"
         )
-    logging.basicConfig(level=logging.ERROR)
-    folder = results / profile
+    folder, cores = results / profile, len(os.sched_getaffinity(0))
     folder.mkdir(parents=True, exist_ok=True)
     with _scratch(scratch) as below:
         place = Place(corpus=corpus, split=split, downloads=(results / "downloads").absolute(), scratch=below)
         wanted = [plan for plan in plans(profile, place) if only is None or plan.experiment.name in only]
         for plan in () if report else wanted:
-            bench = Workbench(
-                device=_device(), warm=plan.warm, threads=threads or len(os.sched_getaffinity(0))
-            )
+            print(f"\n{plan.experiment.title}", flush=True)
             there = replace(place, scratch=below / plan.experiment.name)
-            asyncio.run(_try(plan, there, folder, bench))
-            bench.close()
+            do_trials(plan, profile, there, folder, processes=processes or min(cores, MOST), cores=cores)
     if not report:
         facts = machine_facts(PACKAGES) | {"corpus": corpus.name, "split": split}
         (folder / "machine.json").write_text(json.dumps(facts, indent=2) + "\n")
     raise SystemExit(0 if _report(wanted, folder, page) else 1)
-
-
-async def _try(plan: Plan, place: Place, folder: Path, bench: Workbench) -> None:
-    """Do an experiment's missing trials."""
-    experiment = plan.experiment
-    print(f"\n{experiment.title}", flush=True)
-    place.downloads.mkdir(parents=True, exist_ok=True)
-    place.scratch.mkdir()
-    sites = plan.sites(place)
-    async with federation(
-        sites, bench, place.scratch / "federation", scratch=place.scratch.parent
-    ) as running:
-        exact = folder / f"{experiment.name}.exact.json"
-        if experiment.name == "gates" and not exact.exists():
-            difference, step = await difference_from_ddp(running, experiment.setting, place.scratch / "ddp")
-            exact.write_text(json.dumps({"difference": difference, "step": step}) + "\n")
-        await run_experiment(experiment, running, digest_of_data(sites), Results(folder))
 
 
 def _report(wanted: Sequence[Plan], folder: Path, page: Path | None) -> bool:
@@ -143,7 +120,7 @@ def _beside(page: Path) -> Path:
 
 
 def _exact(folder: Path) -> tuple[float, float] | None:
-    path = folder / "gates.exact.json"
+    path = exact_file(folder, "gates")
     if not path.exists():
         return None
     content = json.loads(path.read_text())
@@ -156,12 +133,6 @@ def _scratch(wanted: Path | None) -> Iterator[Path]:
     room = MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9 else None
     with tempfile.TemporaryDirectory(prefix="fedloom-learning-", dir=wanted or room) as name:
         yield Path(name)
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

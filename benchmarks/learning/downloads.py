@@ -24,6 +24,12 @@ AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
 """
 
 
+def sentiment(folder: Path) -> None:
+    """A small BERT and rated sentences."""
+    minilm(folder)
+    vader(folder)
+
+
 def minilm(folder: Path) -> Path:
     """A directory with all-MiniLM-L6-v2 (Apache-2.0), a BERT of 22.7 million parameters."""
     made = folder / "minilm"

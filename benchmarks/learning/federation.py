@@ -109,13 +109,8 @@ class Federation:
 
 
 @asynccontextmanager
-async def federation(
-    sites: Sites, workbench: Workbench, folder: Path, *, scratch: Path | None = None
-) -> AsyncIterator[Federation]:
-    """A federation with its sites attached inside the block; the folder goes with its end.
-
-    Ctrl-C takes all of ``scratch``, if given.
-    """
+async def federation(sites: Sites, workbench: Workbench, folder: Path) -> AsyncIterator[Federation]:
+    """A federation with its sites attached inside the block; the folder goes with its end."""
     config = CoordinatorConfig(
         listen="127.0.0.1:0", insecure=True, state_dir=folder / "coordinator", heartbeat_s=60, drain_s=0.2,
         keep_models=KeepModels(last=1, best=0),
@@ -127,7 +122,7 @@ async def federation(
         ]
         try:
             await _attached(running, list(sites))
-            _end_at_once(scratch or folder)  # in place of what the daemons have set
+            _end_at_once(folder)  # in place of what the daemons have set
             yield Federation(running, workbench, folder)
         finally:
             for task in tasks:

@@ -30,9 +30,13 @@ class Plan:
 
     experiment: Experiment
     sites: Callable[[Place], Sites]
-    """Writes the sites' data below ``scratch``; it may fetch what they need."""
+    """Writes the sites' data below ``scratch``."""
+    fetch: Callable[[Path], object] = lambda downloads: None
+    """Fetches what is not there of what the data or the model need."""
     warm: int = 32
     """Models kept in memory, of the sites that worked last."""
+    is_large: bool = False
+    """Whether its trials take turns, each with all cores: its model fills them, and the memory."""
 
 
 def plans(profile: str, place: Place) -> list[Plan]:
@@ -45,7 +49,7 @@ def _tiny(place: Place) -> list[Plan]:
 
 
 def _short(place: Place) -> list[Plan]:
-    return [_on_corpus(language.gates_experiment(steps=600, seeds=SEEDS))]
+    return [_on_corpus(language.gates_experiment(steps=1000, seeds=SEEDS))]
 
 
 def _full(place: Place) -> list[Plan]:
@@ -79,23 +83,16 @@ def _on_corpus(experiment: Experiment) -> Plan:
 
 
 def _sentiment(place: Place, steps: int) -> Plan:
-    model = place.downloads / "minilm"
-
-    def sites(place: Place) -> Sites:
-        downloads.minilm(place.downloads)
-        return sentiment.sites(place.downloads, place.scratch / "texts")
-
-    return Plan(experiment=sentiment.experiment(model, steps, SEEDS), sites=sites)
+    return Plan(
+        experiment=sentiment.experiment(place.downloads / "minilm", steps, SEEDS),
+        sites=lambda place: sentiment.sites(place.downloads, place.scratch / "texts"),
+        fetch=downloads.sentiment,
+    )
 
 
 def _adapters(place: Place, steps: int) -> Plan:
-    model = place.downloads / "smollm2"
-
-    def sites(place: Place) -> Sites:
-        downloads.smollm2(place.downloads)
-        return split_corpus(place.corpus, place.split, 4, place.scratch / "texts")
-
-    return Plan(experiment=adapters.experiment(model, steps, SEEDS), sites=sites, warm=1)
+    plan = _on_corpus(adapters.experiment(place.downloads / "smollm2", steps, SEEDS))
+    return replace(plan, fetch=downloads.smollm2, warm=1, is_large=True)
 
 
 def _sequences(steps: int) -> Plan:

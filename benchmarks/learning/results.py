@@ -1,11 +1,13 @@
 """Results as files: one JSON line a trial, which appears whole, and is not done again."""
 
+import fcntl
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO, Self
 
 from learning.arms import Rates
 
@@ -72,17 +74,23 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def find(self, experiment: str, arm: str, seed: int, rates: Rates, key: str) -> Result | None:
+    def find(self, blank: Result) -> Result | None:
         """What a trial came to, if it was done with the same spec and data."""
-        path = self._path(experiment, arm, seed, rates)
+        path = self._path(blank)
         if not path.exists():
             return None
         result = _read(path.read_text())
-        return result if result.key == key else None
+        return result if result.key == blank.key else None
+
+    def claim(self, blank: Result, *, wait: bool) -> "Claim | None":
+        """Keep a trial from other processes; None if one has it, unless asked to ``wait`` for its end."""
+        path = self._path(blank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Claim.of(path.with_name(f".{path.name}.claim"), wait=wait)
 
     def add(self, result: Result) -> None:
         """Write a result, whole or not at all."""
-        path = self._path(result.experiment, result.arm, result.seed, result.rates)
+        path = self._path(result)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         partial.write_text(line_of(result))
@@ -93,8 +101,34 @@ class Results:
         for path in sorted(self._folder.glob("*/*/*.json")):
             yield _read(path.read_text())
 
-    def _path(self, experiment: str, arm: str, seed: int, rates: Rates) -> Path:
-        return self._folder / experiment / arm / f"seed{seed}-lr{rates}.json"
+    def _path(self, result: Result) -> Path:
+        folder = self._folder / result.experiment / result.arm
+        return folder / f"seed{result.seed}-lr{result.rates}.json"
+
+
+class Claim:
+    """A lock file, which goes with the block or with the process, however it ends."""
+
+    def __init__(self, path: Path, file: IO[str]) -> None:
+        self._path, self._file = path, file
+
+    @classmethod
+    def of(cls, path: Path, *, wait: bool) -> Self | None:
+        """The claim, as soon as it may be had; None if it may not and one is not to ``wait``."""
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        return cls(path, file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path.unlink(missing_ok=True)  # before it is free: who waits for it looks for the result first
+        self._file.close()
 
 
 def line_of(result: Result) -> str:

@@ -1,22 +1,22 @@
 """One trial: an arm, a seed and learning rates become a result. And which trials an experiment needs."""
 
+import asyncio
 import hashlib
 import json
-import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from fedloom_common.runspec import RunSpec
 from fedloom_server.records import Assignment, AssignmentState, Run, Work
 from learning.arms import Arm, Rates, Setting, measuring_spec, run_spec
 from learning.federation import Federation, Sites, TrialFailed
 from learning.results import Point, Result, Results, best
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +38,30 @@ class Experiment:
 async def run_experiment(
     experiment: Experiment, federation: Federation, data_digest: str, results: Results
 ) -> None:
-    """Do the trials without a result: each arm's grid on the first seed, its best rates on the others."""
-    chosen: dict[str, Rates] = {}
-    for arm in experiment.arms:
-        trials = _Trials(experiment, arm, federation, data_digest, results)
-        grid = [chosen[arm.rates_of]] if arm.rates_of else grid_of(arm)
-        tuned = [await trials.result(experiment.seeds[0], rates) for rates in grid]
-        setting = experiment.setting
-        chosen[arm.name] = best(tuned, setting.metric, higher_is_better=setting.higher_is_better).rates
-        for seed in experiment.seeds[1 : arm.seeds]:
-            await trials.result(seed, chosen[arm.name])
+    """Do the trials without a result: all arms' grids on the first seed, then their best rates on each seed.
+
+    Several processes may do so at the same time with the same results: each trial is done by one of them.
+    """
+
+    def trial(arm: Arm, seed: int, rates: Rates) -> Trial:
+        return Trial(experiment=experiment, arm=arm, seed=seed, rates=rates, data_digest=data_digest)
+
+    grids = {
+        arm.name: [trial(arm, experiment.seeds[0], rates) for rates in grid_of(arm)]
+        for arm in experiment.arms
+        if not arm.rates_of
+    }
+    await _do_all([one for grid in grids.values() for one in grid], federation, results)
+    chosen = {name: _best(grid, results).rates for name, grid in grids.items()}
+    await _do_all(
+        [
+            trial(arm, seed, chosen[arm.rates_of or arm.name])
+            for arm in experiment.arms
+            for seed in experiment.seeds[: arm.seeds]
+        ],
+        federation,
+        results,
+    )
 
 
 def grid_of(arm: Arm) -> list[Rates]:
@@ -55,50 +69,79 @@ def grid_of(arm: Arm) -> list[Rates]:
     return [Rates(local=local, server=server) for local, server in product(arm.rates, arm.server_rates)]
 
 
-@dataclass(frozen=True)
-class _Trials:
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """An arm with a seed and learning rates."""
+
     experiment: Experiment
     arm: Arm
-    federation: Federation
+    seed: int
+    rates: Rates
     data_digest: str
-    results: Results
 
-    async def result(self, seed: int, rates: Rates) -> Result:
-        """What is known of a trial, or what comes of doing it now."""
-        setting = self.experiment.setting
-        spec = run_spec(setting, self.arm, rates, seed)
-        names = (self.experiment.name, self.arm.name, seed, rates)
-        key = key_of(spec, setting, self.arm, self.data_digest)
-        if (known := self.results.find(*names, key)) is not None:
-            return known
-        blank = Result(
-            experiment=self.experiment.name, arm=self.arm.name, seed=seed, lr=rates.local,
-            server_lr=rates.server, key=key,
-        )  # fmt: skip
-        result = await self._do(spec, blank)
-        self.results.add(result)
-        figure = result.failed or f"{setting.metric} {result.metrics.get(setting.metric, float('nan')):.4f}"
-        print(f"  {self.arm.name:24} seed {seed}  lr {rates}  {figure}  {result.seconds:.0f} s", flush=True)
-        return result
+    @cached_property
+    def spec(self) -> RunSpec:
+        """The run that it is."""
+        return run_spec(self.experiment.setting, self.arm, self.rates, self.seed)
 
-    async def _do(self, spec: RunSpec, blank: Result) -> Result:
+    @cached_property
+    def blank(self) -> Result:
+        """Its result before there is one."""
+        return Result(
+            experiment=self.experiment.name,
+            arm=self.arm.name,
+            seed=self.seed,
+            lr=self.rates.local,
+            server_lr=self.rates.server,
+            key=key_of(self.spec, self.experiment.setting, self.arm, self.data_digest),
+        )
+
+    async def do(self, federation: Federation) -> Result:
+        """What comes of it."""
         began_s = time.monotonic()
-        federation, setting = self.federation, self.experiment.setting
         federation.workbench.dropout = self.arm.dropout
         try:
-            run = await federation.train(spec)
+            run = await federation.train(self.spec)
             federation.workbench.dropout = 0.0
-            overall, by_site = await federation.measure(run, measuring_spec(setting, spec))
+            measuring = measuring_spec(self.experiment.setting, self.spec)
+            overall, by_site = await federation.measure(run, measuring)
         except TrialFailed as error:
-            facts = asdict(blank) | {"failed": str(error)[:300], "seconds": time.monotonic() - began_s}
-            return Result(**facts)
-        facts = asdict(blank) | {
-            "metrics": overall,
-            "sites": by_site,
-            "seconds": time.monotonic() - began_s,
-            "model_bytes": run.model_bytes,
-        }
-        return Result(**facts | _counts(federation, run, spec))
+            return replace(self.blank, failed=str(error)[:300], seconds=time.monotonic() - began_s)
+        return replace(
+            self.blank,
+            metrics=overall,
+            sites=by_site,
+            seconds=time.monotonic() - began_s,
+            model_bytes=run.model_bytes,
+            **_counts(federation, run, self.spec),
+        )
+
+
+async def _do_all(trials: Sequence[Trial], federation: Federation, results: Results) -> None:
+    """Do what nobody has done; then wait for what others do, and do it where they gave up."""
+    for wait in (False, True):
+        for trial in trials:
+            if results.find(trial.blank) is not None:
+                continue
+            claim = await asyncio.to_thread(results.claim, trial.blank, wait=wait)
+            if claim is None:
+                continue
+            with claim:
+                if results.find(trial.blank) is None:  # nor has anybody meanwhile
+                    results.add(_told(await trial.do(federation), trial.experiment.setting.metric))
+
+
+def _told(result: Result, metric: str) -> Result:
+    figure = result.failed or f"{metric} {result.metrics.get(metric, float('nan')):.4f}"
+    name = f"{result.arm:24} seed {result.seed}  lr {result.rates}"
+    print(f"  {name}  {figure}  {result.seconds:.0f} s", flush=True)
+    return result
+
+
+def _best(grid: Sequence[Trial], results: Results) -> Result:
+    setting = grid[0].experiment.setting
+    done = [found for trial in grid if (found := results.find(trial.blank)) is not None]
+    return best(done, setting.metric, higher_is_better=setting.higher_is_better)
 
 
 def key_of(spec: RunSpec, setting: Setting, arm: Arm, data_digest: str) -> str:
@@ -119,7 +162,7 @@ def digest_of_data(sites: Sites) -> str:
     return digest.hexdigest()[:16]
 
 
-def _counts(federation: Federation, run: Run, spec: RunSpec) -> dict[str, object]:
+def _counts(federation: Federation, run: Run, spec: RunSpec) -> dict[str, Any]:
     """Tokens, bytes and the curve, from the coordinator's own records."""
     assignments = federation.store.assignments(run.id)
     steps = spec.local.steps or 0

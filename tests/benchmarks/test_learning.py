@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,8 +170,24 @@ def test_a_result_reads_back_as_it_was_written(tmp_path):
     assert read_lines(line_of(one)) == [one]
     results = Results(tmp_path)
     results.add(one)
-    assert results.find("gates", "a", 1, Rates(local=1e-3), "") == one
-    assert results.find("gates", "a", 1, Rates(local=1e-3), "another spec") is None
+    assert results.find(result("a", 1, math.nan)) == one
+    assert results.find(result("a", 1, math.nan, key="of another spec")) is None
+
+
+def test_a_claimed_trial_is_another_processs_until_it_is_done_or_given_up(tmp_path):
+    results, blank = Results(tmp_path), result("a", 1, 2.0)
+    claim = results.claim(blank, wait=False)
+    assert Results(tmp_path).claim(blank, wait=False) is None
+    with Results(tmp_path).claim(replace(blank, seed=2), wait=False) as another:
+        assert another is not None
+    with ThreadPoolExecutor() as other, claim:
+        waiting = other.submit(results.claim, blank, wait=True)
+        assert not waiting.done()
+        results.add(blank)
+        claim.__exit__()  # not before the result is there
+        with waiting.result(60):
+            assert results.find(blank) is not None
+    assert list(results) == [blank]
 
 
 def test_gates_hold_the_mean_of_the_seeds_against_their_limits():
