@@ -23,7 +23,13 @@ def experiment(model: Path, steps: int, seeds: tuple[int, ...]) -> Experiment:
     ]
     arms = (
         Arm(name="central", told="all text on one machine", data=POOL, rates=RATES),
-        Arm(name="alone", told="the site with the most text, alone", data=ALONE, rates_of="central"),
+        Arm(
+            name="alone",
+            told="the site with the most text, alone",
+            data=ALONE,
+            has_all_tokens=False,
+            rates_of="central",
+        ),
         *merges,
     )
     return Experiment(

@@ -22,7 +22,7 @@ class Setting:
     steps: int
     """Optimizer steps of each site in the whole run."""
     batch_examples: int
-    """Of one step at one site; a single machine takes ``sites`` times as many, so that tokens are equal."""
+    """Of one step at one site; a machine with all tokens takes ``sites`` times as many."""
     warmup_steps: int
     evaluations: int
     """Points of the curve, at most."""
@@ -55,6 +55,8 @@ class Arm:
     """An arm whose rates are taken over instead of tuning, as only the transport or the sites differ."""
     algorithm: Mapping[str, Any] = field(default_factory=lambda: {"name": "plain"})
     transport: Mapping[str, Any] = field(default_factory=dict)
+    has_all_tokens: bool = True
+    """Whether one machine trains on as many tokens as all sites together, or on a site's share."""
     dropout: float = 0.0
     """Share of trainings whose site is gone."""
     steps: int | None = None
@@ -84,6 +86,7 @@ class Rates:
 def run_spec(setting: Setting, arm: Arm, rates: Rates, seed: int) -> RunSpec:
     """The run of an arm; one machine alone has a round for each point of its curve."""
     steps = arm.steps or setting.steps
+    is_larger = arm.has_all_tokens and not arm.is_federated
     local_steps = arm.local_steps if arm.is_federated else max(1, steps // setting.evaluations)
     rounds, rest = divmod(steps, local_steps)
     assert rest == 0, f"{steps} steps are no multiple of {local_steps}: arms would not see equal tokens"
@@ -103,7 +106,7 @@ def run_spec(setting: Setting, arm: Arm, rates: Rates, seed: int) -> RunSpec:
             },
             "local": {
                 "steps": local_steps,
-                "batch_examples": setting.batch_examples * (1 if arm.is_federated else setting.sites),
+                "batch_examples": setting.batch_examples * (setting.sites if is_larger else 1),
                 "optimizer": {"name": arm.inner, "lr": rates.local},
                 "schedule": {"kind": "cosine", "warmup_steps": setting.warmup_steps},
                 "algorithm": arm.algorithm,

@@ -101,7 +101,7 @@ def _int8(arms: Arms) -> Gate:
 def _beats_alone(arms: Arms) -> Gate:
     ratios = _by_seed(arms, "diloco-h10", "alone")
     return Gate(
-        claim="sites together beat one alone, at equal tokens (loss over its loss)",
+        claim="sites together beat one that does the same work alone (loss over its loss)",
         figure=f"{mean(ratios):.4f}",
         limit="< 1, with every seed",
         holds=max(ratios) < 1,

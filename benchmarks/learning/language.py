@@ -5,12 +5,15 @@ from dataclasses import replace
 from learning.arms import ALONE, POOL, SGD_RATES, Arm, Setting
 from learning.trials import Experiment
 
-DILOCO = {"name": "diloco", "lr": 0.7, "momentum": 0.9}
+DILOCO = {"name": "diloco", "lr": 0.7, "momentum": 0.5}  # 0.9 is for runs of several hundred rounds
 MOMENTUM_RATES = (0.3, 0.5, 0.7)
 ADAPTIVE_RATES = (1e-3, 3e-3, 1e-2)
 
 CENTRAL = Arm(name="central", told="all text on one machine", data=POOL)
-ALONE_ARM = Arm(name="alone", told="the site with the most text, alone", data=ALONE)
+ALONE_ARM = Arm(
+    name="alone", told="the site with the most text, alone", data=ALONE, has_all_tokens=False
+)  # it does what it would do in the federation, without the others
+ALONE_LONGER = Arm(name="alone-longer", told="the same with as many tokens as all sites", data=ALONE)
 FEDAVG = Arm(name="fedavg-h10", told="FedAvg, H = 10")
 DILOCO_H10 = Arm(name="diloco-h10", told="DiLoCo (Nesterov), H = 10", server=DILOCO)
 DILOCO_H50 = replace(DILOCO_H10, name="diloco-h50", told="DiLoCo (Nesterov), H = 50", local_steps=50)
@@ -76,6 +79,7 @@ def rules_experiment(sites: int, steps: int, seeds: tuple[int, ...]) -> Experime
     arms = (
         CENTRAL,
         ALONE_ARM,
+        ALONE_LONGER,
         FEDAVG,
         Arm(name="fedavgm-h10", told="FedAvgM", server={"name": "fedavgm"}, server_rates=(0.1, 0.3, 1.0)),
         replace(DILOCO_H10, server_rates=MOMENTUM_RATES),

@@ -18,7 +18,13 @@ RATES = (5e-5, 1e-4, 2e-4)
 def experiment(model: Path, steps: int, seeds: tuple[int, ...]) -> Experiment:
     """Pooled, federated, and each site alone."""
     alone = [
-        Arm(name=f"alone-{site}", told=f"{site} alone", data=alone_at(site), rates_of="central")
+        Arm(
+            name=f"alone-{site}",
+            told=f"{site} alone",
+            data=alone_at(site),
+            has_all_tokens=False,
+            rates_of="central",
+        )
         for site in SITES
     ]
     arms = (

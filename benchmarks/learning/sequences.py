@@ -25,7 +25,13 @@ def experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
     """Pooled, one site alone, and federated."""
     arms = (
         Arm(name="central", told="all passages on one machine", data=POOL, rates=RATES),
-        Arm(name="alone", told="one site alone", data=alone_at("site-1"), rates_of="central"),
+        Arm(
+            name="alone",
+            told="one site alone",
+            data=alone_at("site-1"),
+            has_all_tokens=False,
+            rates_of="central",
+        ),
         Arm(name="fedavg-h10", told="FedAvg, H = 10", rates=RATES),
         Arm(name="diloco-h10", told="DiLoCo, H = 10", rates=RATES, server=DILOCO),
     )
