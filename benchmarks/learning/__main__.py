@@ -29,7 +29,7 @@ from learning.corpora import EXAMPLE, SPLITS
 from learning.gates import Gate, gates_of
 from learning.plots import save_curves
 from learning.profiles import PROFILES, Place, Plan, plans
-from learning.results import Results, line_of
+from learning.results import Results, line_of, read_lines
 from learning.tables import by_site, comparison, gates_table, replace_section
 from learning.trials import Experiment
 from learning.workers import MOST, do_trials, exact_file
@@ -50,6 +50,9 @@ def main(
         int, typer.Option(help=f"Processes that train; one a core, up to {MOST}, if 0.", min=0)
     ] = 0,
     scratch: Annotated[Path | None, typer.Option(help="Folder for what is not kept.")] = None,
+    take_over: Annotated[
+        Path | None, typer.Option(help="File of results that count as done here, such as a page's.")
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Try nothing; tell of what is there.")] = False,
     page: Annotated[
         Path | None, typer.Option(help="A page whose tables, between its marks, are made anew.")
@@ -63,6 +66,8 @@ def main(
         )
     folder, cores = results / profile, len(os.sched_getaffinity(0))
     folder.mkdir(parents=True, exist_ok=True)
+    if take_over is not None:
+        Results(folder).take_over(read_lines(take_over.read_text()))
     with _scratch(scratch) as below:
         place = Place(corpus=corpus, split=split, downloads=(results / "downloads").absolute(), scratch=below)
         wanted = [plan for plan in plans(profile, place) if only is None or plan.experiment.name in only]

@@ -26,8 +26,8 @@ EACH_STEP = Arm(
 )  # only its bytes are of interest
 
 
-def small_setting(sites: int, steps: int) -> Setting:
-    """A GPT-2 of 0.4 million parameters that reads bytes."""
+def byte_gpt(sites: int, steps: int) -> Setting:
+    """A GPT-2 of 0.4 million parameters that reads bytes; as many tokens a step for any number of sites."""
     return Setting(
         model={
             "config": {
@@ -39,27 +39,12 @@ def small_setting(sites: int, steps: int) -> Setting:
         task={"kind": "causal_lm", "context_tokens": 64},
         sites=sites,
         steps=steps,
-        batch_examples=8,
-        warmup_steps=max(1, steps // 20),
-        evaluations=5,
-        curve_examples=64,
-        final_examples=512,
-    )  # fmt: skip
-
-
-def large_setting(sites: int, steps: int) -> Setting:
-    """A GPT-2 of 0.8 million parameters that reads bytes; the same tokens a step for 4 and for 16 sites."""
-    small = small_setting(sites, steps)
-    config = {**small.model["config"], "n_layer": 4, "n_positions": 128}
-    return replace(
-        small,
-        model={**small.model, "config": config},
-        task={"kind": "causal_lm", "context_tokens": 128},
         batch_examples=32 // sites,
-        evaluations=20,
+        warmup_steps=max(1, steps // 20),
+        evaluations=10,
         curve_examples=256 // sites,
-        final_examples=None,
-    )
+        final_examples=2048 // sites,
+    )  # fmt: skip
 
 
 def gates_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
@@ -67,7 +52,7 @@ def gates_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
     return Experiment(
         name="gates",
         title="4 sites: federated beside pooled training",
-        setting=small_setting(4, steps),
+        setting=byte_gpt(4, steps),
         arms=(CENTRAL, ALONE_ARM, DILOCO_H10, DILOCO_H50, INT8, EACH_STEP),
         seeds=seeds,
     )
@@ -91,7 +76,7 @@ def rules_experiment(sites: int, steps: int, seeds: tuple[int, ...]) -> Experime
     return Experiment(
         name=f"rules-{sites}",
         title=f"{sites} sites: rules at the same token budget, H = 10",
-        setting=large_setting(sites, steps),
+        setting=byte_gpt(sites, steps),
         arms=arms,
         seeds=seeds,
     )
@@ -99,7 +84,7 @@ def rules_experiment(sites: int, steps: int, seeds: tuple[int, ...]) -> Experime
 
 def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
     """How often sites exchange, through which codecs, and with how many of them gone."""
-    hs = (1, 10, 50, 250)
+    hs = (1, 10, 50, 100, 250)
     averaged = [
         Arm(
             name=f"fedavg-h{h}",
@@ -113,11 +98,16 @@ def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
         replace(DILOCO_H10, name=f"diloco-h{h}", told=f"DiLoCo, H = {h}", local_steps=h) for h in hs[1:]
     ]
     codecs = [
-        replace(INT8, name=f"diloco-h10-{'-'.join(up)}", told=f"DiLoCo, H = 10, {' + '.join(up)} up",
-                transport={"up": list(up), "down": down})
-        for up, down in ((("bf16",), "bf16"), (("int8",), "int8"), (("int4",), "int8"),
-                         (("topk", "int8", "zstd"), "int8"))
-    ]  # fmt: skip
+        replace(
+            INT8,
+            name=f"diloco-h10-{'-'.join(up)}",
+            told=f"DiLoCo, H = 10, {' + '.join(up)} up, {down} down",
+            transport={"up": list(up), "down": down},
+        )
+        for up, down in ((("bf16",), "bf16"), (("int4",), "int8"), (("topk", "int8", "zstd"), "int8"))
+    ]
+    seldom_int8 = replace(INT8, name="diloco-h100-int8", told="DiLoCo, H = 100, int8 both ways",
+                          local_steps=100, rates_of="diloco-h100")  # fmt: skip
     dropout = [
         replace(FEDAVG, name=f"fedavg-h10-gone{share}", told=f"FedAvg, H = 10, {share} % of the sites gone",
                 rates_of="fedavg-h10", dropout=share / 100)
@@ -126,7 +116,7 @@ def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
     return Experiment(
         name="exchange",
         title="4 sites: how often, how small, and with sites gone",
-        setting=large_setting(4, steps),
-        arms=(CENTRAL, *averaged, *nesterov, *codecs, *dropout),
+        setting=byte_gpt(4, steps),
+        arms=(CENTRAL, *averaged, *nesterov, INT8, *codecs, seldom_int8, *dropout),
         seeds=seeds,
     )

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Self
 
@@ -82,6 +82,14 @@ class Results:
         result = _read(path.read_text())
         return result if result.key == blank.key else None
 
+    def twin(self, blank: Result) -> Result | None:
+        """What the same trial came to in another experiment."""
+        name = self._path(blank).name
+        for path in sorted(self._folder.glob(f"*/*/{name}")):
+            if (found := _read(path.read_text())).key == blank.key:
+                return replace(found, experiment=blank.experiment, arm=blank.arm)
+        return None
+
     def claim(self, blank: Result, *, wait: bool) -> "Claim | None":
         """Keep a trial from other processes; None if one has it, unless asked to ``wait`` for its end."""
         path = self._path(blank)
@@ -95,6 +103,12 @@ class Results:
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         partial.write_text(line_of(result))
         partial.replace(path)
+
+    def take_over(self, others: Iterable[Result]) -> None:
+        """Add results of trials that were not done here."""
+        for result in others:
+            if not self._path(result).exists():
+                self.add(result)
 
     def __iter__(self) -> Iterator[Result]:
         """All of them, in the order of their names."""

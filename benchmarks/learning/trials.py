@@ -128,7 +128,8 @@ async def _do_all(trials: Sequence[Trial], federation: Federation, results: Resu
                 continue
             with claim:
                 if results.find(trial.blank) is None:  # nor has anybody meanwhile
-                    results.add(_told(await trial.do(federation), trial.experiment.setting.metric))
+                    done = results.twin(trial.blank) or await trial.do(federation)
+                    results.add(_told(done, trial.experiment.setting.metric))
 
 
 def _told(result: Result, metric: str) -> Result:
@@ -146,7 +147,10 @@ def _best(grid: Sequence[Trial], results: Results) -> Result:
 
 def key_of(spec: RunSpec, setting: Setting, arm: Arm, data_digest: str) -> str:
     """Changes whenever the trial would be another one."""
-    facts = [spec.model_dump(mode="json"), setting.final_examples, arm.dropout, data_digest]
+    content = spec.model_dump(mode="json")
+    if spec.model.path is not None:
+        content["model"]["path"] = Path(spec.model.path).name  # wherever it lies
+    facts = [content, setting.final_examples, arm.dropout, data_digest]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from learning.results import Point, Result, Results, best, line_of, read_lines
 from learning.sentiment import label_of
 from learning.sequences import passages
 from learning.tables import bytes_to, comparison, ddp_bytes_to, replace_section
-from learning.trials import Experiment, digest_of_data, grid_of, run_experiment
+from learning.trials import Experiment, digest_of_data, grid_of, key_of, run_experiment
 from learning.workbench import Workbench, drops_out
 
 from fedloom_client.training.orders import Order
@@ -172,6 +172,31 @@ def test_a_result_reads_back_as_it_was_written(tmp_path):
     results.add(one)
     assert results.find(result("a", 1, math.nan)) == one
     assert results.find(result("a", 1, math.nan, key="of another spec")) is None
+
+
+def test_results_of_another_machine_are_taken_over_and_those_done_here_stay(tmp_path):
+    results = Results(tmp_path)
+    results.add(result("a", 1, 2.0))
+    results.take_over([result("a", 1, 3.0), result("b", 1, 4.0)])
+    assert sorted(one.metrics["loss"] for one in results) == [2.0, 4.0]
+
+
+def test_a_trial_of_two_experiments_is_done_once(tmp_path):
+    results = Results(tmp_path)
+    results.add(result("a", 1, 2.0, key="same"))
+    twin = results.twin(result("b", 1, math.nan, experiment="rules", key="same"))
+    assert twin == result("b", 1, 2.0, experiment="rules", key="same")
+    assert results.twin(result("b", 1, math.nan, experiment="rules", key="other")) is None
+    assert results.twin(result("b", 2, math.nan, experiment="rules", key="same")) is None
+
+
+def test_a_pretrained_model_is_the_same_wherever_it_lies():
+    setting = replace(SETTING, model={"path": "/one/minilm"})
+    keys = {
+        key_of(run_spec(one, FEW, Rates(local=1e-3), seed=1), one, FEW, "")
+        for one in (setting, replace(setting, model={"path": "/two/minilm"}))
+    }
+    assert len(keys) == 1
 
 
 def test_a_claimed_trial_is_another_processs_until_it_is_done_or_given_up(tmp_path):
