@@ -6,7 +6,7 @@ connection: the coordinator's next snapshot folds into what is there.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rich import box
@@ -119,13 +119,15 @@ class Board:
         for work in item.sites:
             outcome = (work.site, work.work, work.state)
             is_told = (work.assignment_id, work.state) in self._told  # a version hands work on to the next
-            if work.state != "open" and not known[outcome] and not is_told:
+            if work.state != "open" and known[outcome] <= 0 and not is_told:
                 lines.append(_outcome_line(item, work))
             known[outcome] -= 1
             if work.assignment_id:
                 self._told.add((work.assignment_id, work.state))
         if (before.attempt, before.state) != (item.attempt, item.state):
             lines.append(_round_line(item))
+        elif measured := {name: item.metrics[name] for name in item.metrics if name not in before.metrics}:
+            lines.append(f"{round_title(item)} is measured: {_facts(measured)}")
         return lines
 
     def _fold_progress(self, event: SiteProgress) -> list[str]:
@@ -145,10 +147,14 @@ def _stage(event: SiteProgress) -> tuple[object, ...]:
 
 
 def _round_line(item: Round) -> str:
-    facts = [f"{name} {metric_text(value)}" for name, value in sorted(item.metrics.items())]
+    facts = [_facts(item.metrics)] if item.metrics else []
     if item.reason:
-        facts.append(first_line(item.reason))
-    return f"{round_title(item)} is {round_state(item)}" + (f": {plain(', '.join(facts))}" if facts else "")
+        facts.append(plain(first_line(item.reason)))
+    return f"{round_title(item)} is {round_state(item)}" + (f": {', '.join(facts)}" if facts else "")
+
+
+def _facts(metrics: Mapping[str, float]) -> str:
+    return plain(", ".join(f"{name} {metric_text(value)}" for name, value in sorted(metrics.items())))
 
 
 def _outcome_line(item: Round, work: SiteRound) -> str:
@@ -158,9 +164,8 @@ def _outcome_line(item: Round, work: SiteRound) -> str:
     if work.state != "done":
         facts = first_line(work.reason)
     name = enum_word(Work.DESCRIPTOR, work.work)
-    return f"{round_title(item)}  {plain(work.site)}: {name} {plain(work.state)}" + (
-        f": {facts}" if facts else ""
-    )
+    title = round_title(item, work.attempt)
+    return f"{title}  {plain(work.site)}: {name} {plain(work.state)}" + (f": {facts}" if facts else "")
 
 
 def _header(run: Run, rounds: list[Round], lost: str, now_s: float) -> Panel:
@@ -253,12 +258,15 @@ def _phase(event: SiteProgress) -> str:
 def _troubles(rounds: list[Round]) -> Iterator[Text]:
     for item in rounds:
         lost = [work for work in item.sites if work.state not in ("open", "done")]
-        lines = [f"{plain(work.site)} {plain(work.state)}: {first_line(work.reason)}" for work in lost]
+        lines = [
+            f"{round_title(item, work.attempt)}  {plain(work.site)} {plain(work.state)}: "
+            f"{first_line(work.reason)}"
+            for work in lost
+        ]
         if item.reason:
-            lines.append(f"{round_state(item)}: {first_line(item.reason)}")
+            lines.append(f"{round_title(item)}  {round_state(item)}: {first_line(item.reason)}")
         for line in lines:
-            text = f"{round_title(item)}  {line}"
-            yield Text(text, style=TROUBLE_STYLE, no_wrap=True, overflow="ellipsis")
+            yield Text(line, style=TROUBLE_STYLE, no_wrap=True, overflow="ellipsis")
 
 
 def _left_out(count: int, what: str) -> list[Text]:

@@ -152,9 +152,9 @@ def is_version(item: Round) -> bool:
     return any(work.turn for work in item.sites)
 
 
-def round_title(item: Round) -> str:
-    """What the round is called, with its number."""
-    return f"{'version' if is_version(item) else 'round'} {round_name(item)}"
+def round_title(item: Round, attempt: int = 0) -> str:
+    """What the round is called, with its number and the try, the latest if not given."""
+    return f"{'version' if is_version(item) else 'round'} {_name(item.number, attempt or item.attempt)}"
 
 
 def round_name(item: Round) -> str:

@@ -230,6 +230,23 @@ def test_a_second_try_of_a_round_tells_its_outcomes_again():
     ]
 
 
+def test_an_outcome_stands_with_the_try_that_it_ended():
+    works = [train("kiel", "failed", reason=reason, attempt=i) for i, reason in ((1, "memory"), (3, "disk"))]
+    assert Board().fold(round_event(1, pb.ROUND_STATE_TRAINING, works, attempt=4)) == [
+        "round 1  kiel: train failed: memory",
+        "round 1 (try 3)  kiel: train failed: disk",
+        "round 1 (try 4) is training",
+    ]
+
+
+def test_what_is_measured_after_a_rounds_end_has_a_line():
+    board = Board()
+    board.fold(round_event(1, pb.ROUND_STATE_FINISHED, metrics={"train_loss": 4.5}))
+    measured = round_event(1, pb.ROUND_STATE_FINISHED, metrics={"train_loss": 4.5, "loss": 4.25})
+    assert board.fold(measured) == ["round 1 is measured: loss 4.2500"]
+    assert board.fold(measured) == []
+
+
 def test_before_the_first_event_there_is_no_empty_board():
     assert text(Board()).strip() == "connecting …"
 
