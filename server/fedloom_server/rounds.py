@@ -181,10 +181,13 @@ def _combined(done: Sequence[Assignment]) -> dict[str, float]:
 
 
 def _shortfall(record: Round, batch: Sequence[Assignment], needed: int) -> str:
-    """What the quorum was, and each missing site's cause."""
+    """What the quorum was, and each cause with the sites that are missing for it."""
     missing = [assignment for assignment in batch if assignment.state is not AssignmentState.DONE]
     missing.sort(key=lambda a: a.state is AssignmentState.CANCELLED)  # a consequence of the others
-    causes = "; ".join(f"{a.site} {a.state}: {_first_line(a.reason)}" for a in missing[:CAUSES_TOLD])
+    sites: dict[str, list[str]] = {}
+    for assignment in missing[:CAUSES_TOLD]:
+        sites.setdefault(f"{assignment.state}: {_first_line(assignment.reason)}", []).append(assignment.site)
+    causes = "; ".join(f"{', '.join(names)} {cause}" for cause, names in sites.items())
     if len(missing) > CAUSES_TOLD:
         causes += f"; and {len(missing) - CAUSES_TOLD} more"
     good = len(batch) - len(missing)

@@ -362,7 +362,7 @@ async def test_the_cause_of_a_failed_round_is_told_before_its_consequences(bench
     cohort = {"min_sites": 26, "attempts": 1}
     run = await bench.enqueue(spec(cohort=cohort, evaluation={"initial": False}))
     run = await bench.waits(run, "reported")
-    assert "(z failed: ValueError: no such file; a-0 cancelled: " in run.reason
+    assert "(z failed: ValueError: no such file; a-0, a-1, " in run.reason
     assert "and 6 more" in run.reason
 
 
