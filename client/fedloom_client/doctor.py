@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from fedloom_client.cli import ENV_PREFIX
-from fedloom_client.config import DataSource, SiteConfig, Workers
+from fedloom_client.config import DataSource, Policy, SiteConfig, Workers
 from fedloom_client.hardware import data_set_bytes, find_devices, main_memory_bytes
 from fedloom_client.statedir import StateDir
 from fedloom_client.status import ill_health
@@ -49,7 +49,7 @@ def checks(fitting: Fitting) -> dict[str, Check]:
         made["daemon"] = partial(_daemon, values["state_dir"])
     made["devices"] = partial(_devices, values.get("workers") or Workers())
     for name, source in (values.get("data") or {}).items():
-        made[f"data set {name}"] = partial(_data, source)
+        made[f"data set {name}"] = partial(_data, source, values.get("policy") or Policy())
     made["limits"] = open_files
     return made
 
@@ -121,7 +121,7 @@ def _torch(gpus: int) -> Iterator[Finding]:
         yield ok(f"torch, for CUDA {built_for}, can use {counted} of {gpus} GPUs")
 
 
-def _data(source: DataSource) -> Iterator[Finding]:
+def _data(source: DataSource, policy: Policy) -> Iterator[Finding]:
     """Whether files are there and can be read, and leave something to train and to measure on."""
     try:
         records = Records(Source(**source.model_dump()))
@@ -134,7 +134,8 @@ def _data(source: DataSource) -> Iterator[Finding]:
         yield problem(str(error), "let the daemon's user read it")
         return
     yield from _content(source, characters, held_out)
-    if characters and names.isdisjoint(MAIN_FIELDS):
+    has_plugins = bool(policy.task_plugins)  # which read fields of their own
+    if characters and names.isdisjoint(MAIN_FIELDS) and not has_plugins:
         yield warning(
             f"its records have {', '.join(sorted(names))}, and none of {', '.join(MAIN_FIELDS)}",
             "say in the data set's fields which of them holds what, such as fields: {text: body}",

@@ -1,5 +1,6 @@
 """What ``fedloom doctor site`` finds on a host; tests/server has the way to a coordinator."""
 
+import json
 import subprocess
 
 import pytest
@@ -83,6 +84,13 @@ def test_records_without_a_field_that_tasks_read_are_told_of(site, tmp_path, fie
     assert all(
         verdict == wanted and part in text for (verdict, text), (wanted, part) in zip(bad, told, strict=True)
     )
+
+
+def test_where_the_policy_permits_plugins_records_may_have_any_fields(site, tmp_path):
+    (tmp_path / "some.jsonl").write_text(json.dumps({"words": "x" * 40}) + "\n")
+    data = {"plays": {"files": ["some.jsonl"], "format": "jsonl", "held_out": 0.5}}
+    found = site("data set plays", data=data, policy={"task_plugins": ["wordtags"]})
+    assert not [text for _, text in found if "none of text" in text]
 
 
 def test_several_mistakes_in_a_config_are_each_told_and_data_is_looked_at_all_the_same(site):
