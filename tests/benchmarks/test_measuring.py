@@ -74,7 +74,7 @@ time.sleep(100)
     sleeper = psutil.Process(int(parent.stdout.readline()))
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
-    psutil.wait_procs([sleeper], timeout=10)
+    psutil.wait_procs([sleeper], timeout=60)
     assert not sleeper.is_running()
 
 

@@ -146,7 +146,7 @@ def test_a_case_that_takes_more_memory_than_allowed_is_stopped_with_all_its_proc
             while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
                 time.sleep(0.01)
             started.append(psutil.Process(int((tmp_path / "pid").read_text())))
-            started[0].wait(timeout=30)
+            started[0].wait(timeout=60)
             raise SystemExit("the hoarder is gone")
 
     outcome = measure("Flower", run, CASE_10MB, tmp_path, memory_bytes=150 * MB)

@@ -28,7 +28,7 @@ from fedloom_client.daemon import Daemon
 from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult
 
 CHUNK_BYTES = 1 << 16
-WAIT_S = 15.0
+WAIT_S = 60.0  # a machine may stand still for seconds
 
 
 def digest_of(content: bytes) -> str:

@@ -115,7 +115,7 @@ async def test_a_slow_start_and_encoding_are_signs_of_life_but_not_for_ever(
     monkeypatch.setattr(signs_module, "LONGEST_S", 0.05)
     heard: list[int] = []
     async with signs_module.signs_of_life(heard.append):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(heard) < 5:  # noqa: ASYNC110 (what beats tells nobody else)
                 await asyncio.sleep(0.02)
         await asyncio.sleep(0.1)
@@ -174,7 +174,7 @@ async def test_an_assignment_past_its_deadline_ends_though_nobody_cancels_it(
     await world.attached()
     world.coordinator.assign(world.assignment(deadline_s=0.2))
     assert "deadline of 0.2 s" in (await world.coordinator.until_heard("failure")).reason
-    assert world.group.cancelled == 1
+    assert world.group.cancelled == len(world.group.orders)  # 1, unless it passed before the work began
 
 
 async def test_the_end_of_a_run_stops_its_work_and_lets_all_of_it_go(world: Any) -> None:
@@ -189,10 +189,7 @@ async def test_the_end_of_a_run_stops_its_work_and_lets_all_of_it_go(world: Any)
         (folder / kept).mkdir()
     world.coordinator.open.clear()
     world.coordinator.send(run_ended=pb.RunEnded(run_id="run-1"))
-    for _ in range(100):
-        if not (folder / "packed").exists():
-            break
-        await asyncio.sleep(0.02)
+    await world.until(lambda: not (folder / "packed").exists())
     assert (world.group.cancelled, world.group.stopped) == (1, 1)
     assert [path.name for path in folder.iterdir()] == ["logs"]
     assert list((world.state / "outbox").iterdir()) == []
@@ -214,10 +211,7 @@ async def test_work_that_the_coordinator_does_not_ask_for_again_is_given_up(
     world.coordinator.open.clear()
     world.coordinator.break_session()
     await world.attached(3)
-    for _ in range(100):
-        if world.group.cancelled:
-            break
-        await asyncio.sleep(0.02)
+    await world.until(lambda: world.group.cancelled)
     assert world.group.cancelled == 1
 
 

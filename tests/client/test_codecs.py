@@ -91,7 +91,7 @@ class Exchange:
 
     async def settled(self) -> None:
         """Until it is known of every update whether what it left out counts."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (self.residual / "pending.safetensors").exists():  # noqa: ASYNC110 (a file tells nobody)
                 await asyncio.sleep(0.01)
 

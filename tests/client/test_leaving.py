@@ -18,7 +18,7 @@ async def test_work_under_way_is_finished_and_delivered_before_the_daemon_ends(w
     daemon = world.daemon()
     await world.attached()
     world.coordinator.assign(world.assignment("r1-train"))
-    await asyncio.wait_for(world.group.started.wait(), 20)
+    await asyncio.wait_for(world.group.started.wait(), 60)
 
     os.kill(StateDir(world.state).holder(), LEAVE_SIGNAL)
     await asyncio.sleep(0.3)
@@ -31,7 +31,7 @@ async def test_work_under_way_is_finished_and_delivered_before_the_daemon_ends(w
     await asyncio.sleep(0.3)
     assert not daemon.done()
     world.coordinator.grant("r1-train")
-    await asyncio.wait_for(daemon, 20)
+    await asyncio.wait_for(daemon, 60)
 
     assert (refusal.assignment_id, "drains" in refusal.reason) == ("other", True)
     assert world.coordinator.receipts == ["r1-train"]
@@ -42,7 +42,7 @@ async def test_work_that_has_not_begun_is_refused(world):
     world.daemon()
     await world.attached()
     world.coordinator.assign(world.assignment("first"))
-    await asyncio.wait_for(world.group.started.wait(), 20)
+    await asyncio.wait_for(world.group.started.wait(), 60)
     world.coordinator.assign(world.assignment("second", run_id="run-2"))
     await asyncio.sleep(0.3)
 
@@ -59,7 +59,7 @@ async def test_a_daemon_without_work_ends_at_once(world, caplog):
     await world.coordinator.until_heard("heartbeat")
 
     os.kill(os.getpid(), LEAVE_SIGNAL)
-    await asyncio.wait_for(daemon, 20)
+    await asyncio.wait_for(daemon, 60)
 
     told = [record.message for record in caplog.records]
     assert told[-3:] == ["the site drains", "drained", "stopped"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from fedloom_client import session as session_module
 from fedloom_client.credential import keep_credential
+from fedloom_client.mailbox import PROGRESS_INTERVAL_S
 from fedloom_client.status import ill_health
 from fedloom_client.training.orders import WorkerProgress
 from fedloom_common.authority import Authority
@@ -28,14 +30,23 @@ async def test_hello_says_what_the_site_has(world: Any) -> None:
     assert list(hello.held_digests) == list(hello.open_assignments) == []
 
 
-async def test_heartbeats_come_at_the_pace_that_the_coordinator_asks_for(world: Any) -> None:
-    world.coordinator.heartbeat_s = 0.1
+async def test_heartbeats_come_at_the_pace_that_the_coordinator_asks_for(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    world.coordinator.heartbeat_s = 0.125
+    began_s = time.monotonic()
     world.daemon()
-    clock = asyncio.get_running_loop().time
-    await world.coordinator.until_heard("heartbeat", 1)
-    began_s = clock()
-    await world.coordinator.until_heard("heartbeat", 6)
-    assert 0.45 < clock() - began_s < 1.5
+    await world.coordinator.until_heard("heartbeat", 5)
+    assert time.monotonic() - began_s >= 4 * 0.125
+    assert pauses.count(0.125) >= 4
 
 
 async def test_the_site_attaches_again_after_the_coordinator_was_away(
@@ -75,7 +86,7 @@ def tries_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 async def until_more_than(count: int, tries: list[str]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while len(tries) <= count:  # noqa: ASYNC110 (the daemon tells nobody)
             await asyncio.sleep(0.02)
 
@@ -88,12 +99,15 @@ async def test_a_refused_site_says_what_to_do_once_and_tries_at_the_slowest_pace
     world.coordinator.attach_error = (grpc.StatusCode.UNAUTHENTICATED, "the certificate is revoked")
     world.daemon()
     await until_more_than(2, tries)
-    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert len(errors) == 1
-    assert "the certificate is revoked" in errors[0].reason
-    assert "fedloom provision site" in errors[0].reason
+    (error,) = errors(caplog)
+    assert "the certificate is revoked" in error.reason
+    assert "fedloom provision site" in error.reason
     world.coordinator.attach_error = None
     await world.attached()
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.levelno == logging.ERROR]
 
 
 async def test_a_blocked_site_says_why_once_and_waits_for_a_person(
@@ -106,7 +120,7 @@ async def test_a_blocked_site_says_why_once_and_waits_for_a_person(
     )
     world.daemon()
     await until_more_than(2, tries)
-    (error,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    (error,) = errors(caplog)
     assert error.reason.endswith("site oslo is blocked: its key was stolen; ask who runs the federation")
     world.coordinator.attach_error = None
     await world.attached()
@@ -117,9 +131,8 @@ async def test_another_protocol_version_is_an_error_that_names_both(
 ) -> None:
     world.coordinator.protocol_version = 2
     world.daemon()
-    await world.attached()
-    await asyncio.sleep(0.3)
-    (error,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    await world.until(lambda: errors(caplog))
+    (error,) = errors(caplog)
     assert "protocol version 2" in error.reason
     assert "version 1" in error.reason
 
@@ -142,6 +155,7 @@ async def test_progress_is_coalesced_and_its_latest_value_arrives(world: Any) ->
     await world.attached()
     world.coordinator.assign(world.assignment())
     await world.group.started.wait()
+    began_s = time.monotonic()
     for step in range(200):
         world.group.report(WorkerProgress(phase="train", done=step, total=200, loss=2.0, tokens_per_s=1e4))
         await asyncio.sleep(0.005)
@@ -149,7 +163,8 @@ async def test_progress_is_coalesced_and_its_latest_value_arrives(world: Any) ->
         lambda: [p for p in world.coordinator.kinds("progress") if p.done == 199]
     )
     assert progress[0].loss == 2.0
-    assert len(world.coordinator.kinds("progress")) < 15
+    most = 3 + (time.monotonic() - began_s) / PROGRESS_INTERVAL_S  # 8 where nothing else goes on
+    assert len(world.coordinator.kinds("progress")) <= most
 
 
 async def test_a_new_certificate_is_used_over_a_new_session_and_the_work_goes_on(
@@ -186,7 +201,7 @@ async def test_a_refused_site_tries_a_new_certificate_at_once(
     monkeypatch.setattr("fedloom_client.backoff.Backoff.slowest_s", lambda self: 1000)
     world.coordinator.attach_error = (grpc.StatusCode.UNAUTHENTICATED, "the certificate has been revoked")
     world.daemon()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while "revoked" not in str(ill_health(world.state / "status.json")):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)  # it pauses
@@ -209,13 +224,13 @@ async def test_a_certificate_that_changes_is_used_and_a_wrong_one_is_told_and_no
     keeping = asyncio.create_task(keep_credential(credential, renewed.set))
     new = authority.issue(Role.SITE, "ward-a", days=99)
     tls.certificate.write_bytes(new.certificate)  # and its key has yet to be copied
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not credential.failures:  # noqa: ASYNC110 (any condition at all)
             await asyncio.sleep(0.01)
     assert credential.expires == before
     assert not renewed.is_set()
     tls.key.write_bytes(new.key)
-    await asyncio.wait_for(renewed.wait(), 10)
+    await asyncio.wait_for(renewed.wait(), 60)
     assert credential.expires > before
     keeping.cancel()
     told = [record.message for record in caplog.records if record.levelno >= logging.WARNING]

@@ -22,7 +22,7 @@ def address():
 async def page(address, path):
     def ask():
         try:
-            with urllib.request.urlopen(f"http://{address}{path}", timeout=20) as answer:
+            with urllib.request.urlopen(f"http://{address}{path}", timeout=60) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -47,7 +47,7 @@ async def test_a_site_is_ready_while_it_is_attached(world, address):
 
     world.coordinator.attach_error = None
     await world.coordinator.stop()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (answer := await page(address, "/readyz"))[0] == 200:  # noqa: ASYNC110 (seen from outside)
             await asyncio.sleep(0.05)
     [problem] = json.loads(answer[1])["problems"]
@@ -62,7 +62,7 @@ async def test_work_and_what_waits_for_delivery_are_counted(world, address):
     world.daemon(http=address, disk_floor_bytes=0)
     await world.attached()
     world.coordinator.assign(world.assignment())
-    await asyncio.wait_for(world.group.started.wait(), 20)
+    await asyncio.wait_for(world.group.started.wait(), 60)
     training = await samples(address)
     world.group.gate.set()
     await world.coordinator.until_heard("outcome")

@@ -163,5 +163,5 @@ def test_ctrl_c_ends_with_130_and_no_traceback(environment: dict[str, str]) -> N
         assert process.stderr is not None
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=60) == 130
         assert "Traceback" not in process.stderr.read()

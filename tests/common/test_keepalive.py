@@ -63,7 +63,7 @@ async def idle_session(client: Options, server: Options) -> AsyncIterator[tuple[
         grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}", options=client) as channel,
     ):
         attending = asyncio.create_task(ends.attend(channel))
-        await asyncio.wait_for(ends.began.wait(), 20)
+        await asyncio.wait_for(ends.began.wait(), 60)
         yield ends, proxy
         attending.cancel()
         await asyncio.wait([attending])

@@ -37,7 +37,7 @@ async def get(url: str, context: ssl.SSLContext | None = None) -> tuple[int, str
 
     def ask() -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(url, context=context, timeout=20) as answer:
+            with urllib.request.urlopen(url, context=context, timeout=60) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -130,7 +130,7 @@ async def test_with_a_certificate_it_speaks_only_tls_and_takes_a_renewed_one(tls
 
     def serial(port: int) -> str:
         with (
-            socket.create_connection(("localhost", port), timeout=20) as raw,
+            socket.create_connection(("localhost", port), timeout=60) as raw,
             context.wrap_socket(raw, server_hostname="localhost") as secure,
         ):
             return secure.getpeercert()["serialNumber"]
@@ -145,7 +145,7 @@ async def test_with_a_certificate_it_speaks_only_tls_and_takes_a_renewed_one(tls
         authority.issue(Role.COORDINATOR, "coordinator", hosts=["localhost"], days=3).save(
             tls.certificate, tls.key
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while await asyncio.to_thread(serial, port) == before:  # noqa: ASYNC110 (the port tells nobody)
                 await asyncio.sleep(0.1)
 
@@ -155,7 +155,7 @@ async def test_connections_that_say_nothing_are_bounded_in_number_and_time(monke
     monkeypatch.setattr(web, "LIFE_S", 0.5)
     async with http_port("127.0.0.1:0", None, vitals()) as port:
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(8)]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             ends = await asyncio.gather(*(reader.read() for reader, _ in silent), return_exceptions=True)
         for _, writer in silent:
             writer.close()

@@ -80,7 +80,7 @@ async def test_alerts_and_the_guide_speak_of_metrics_that_there_are(rules, tmp_p
     )
     async with coordinator(config) as running:
         url = f"http://127.0.0.1:{running.http_port}/metrics"
-        theirs = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=20).read())
+        theirs = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=60).read())
     there = names(theirs) | names(await site_page(tmp_path))
 
     told = {name for rule in rules for name in re.findall(r"fedloom_\w+", rule["expr"])}
