@@ -168,6 +168,13 @@ def _inject(module: nn.Module, assets: Path, rank: int, heads: Sequence[str]) ->
         parameter.requires_grad_(parameter.requires_grad or name in heads)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for layer in {head.rpartition(".")[0] for head in heads}:  # peft's own layers do it themselves
+        module.get_submodule(layer).register_forward_pre_hook(_in_fp32)
+
+
+def _in_fp32(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """What layers of a smaller type tell one of fp32."""
+    return tuple(values.float() for values in inputs)
 
 
 def _file_name(name: str) -> str:

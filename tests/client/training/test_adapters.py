@@ -300,18 +300,30 @@ def export(adapter: Adapter, folds: tuple[str, ...], trained: Path, to: Path, as
     return to
 
 
+def make_classifier(folder: Path, model_type: str, **adapter: Any) -> Adapter:
+    config = TINY_CLASSIFIERS[model_type] | {"model_type": model_type}
+    spec = RunSpec.model_validate({
+        "name": "t", "data": "t", "rounds": 1, "local": {"steps": 1},
+        "model": {"config": config, "adapter": {"rank": RANK} | adapter},
+        "task": {"kind": "classification", "labels": ["bad", "good"], "context_tokens": 32},
+    })  # fmt: skip
+    write_model(spec, folder)
+    return Adapter.of(folder, spec)
+
+
+TINY_CLASSIFIERS = {
+    "bert": {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 64,
+    },
+    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64},
+}  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_classifiers_head_is_trained_whole_and_travels_and_is_exported(tmp_path):
-    config = {
-        "model_type": "bert", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "max_position_embeddings": 64,
-    }  # fmt: skip
-    task = {"kind": "classification", "labels": ["bad", "good"], "context_tokens": 32}
-    model = {"config": config, "adapter": {"rank": RANK, "target_modules": "all-linear"}}
-    spec = {"name": "t", "model": model, "task": task, "data": "t", "rounds": 1, "local": {"steps": 1}}
     folder = tmp_path / "adapter"
-    write_model(RunSpec.model_validate(spec), folder)
-    adapter = Adapter.of(folder, RunSpec.model_validate(spec))
+    adapter = make_classifier(folder, "bert", target_modules="all-linear")
     trained, tokens = adapter.random_adapter(), TOKENS
     names = load_file(trained).keys()
     assert {name for name in names if "lora" not in name} == {
@@ -336,6 +348,18 @@ def test_a_classifiers_head_is_trained_whole_and_travels_and_is_exported(tmp_pat
         base = AutoModelForSequenceClassification.from_pretrained(folder)
         with_adapter = PeftModel.from_pretrained(base, alone).eval()
         torch.testing.assert_close(with_adapter(input_ids=tokens).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_a_classifiers_head_in_fp32_learns_upon_a_base_in_bf16(tmp_path, model_type):
+    exact = make_classifier(tmp_path / "fp32", model_type).model()
+    rounded = make_classifier(tmp_path / "bf16", model_type, base_precision="bf16").model()
+    logits = rounded.module(input_ids=TOKENS).logits
+    torch.testing.assert_close(logits, exact.module(input_ids=TOKENS).logits, rtol=0.02, atol=0.02)
+    logits.logsumexp(-1).sum().backward()
+    heads = [tensor for name, tensor in rounded.trained.items() if "lora" not in name]
+    assert heads
+    assert all(tensor.dtype == torch.float32 and tensor.grad is not None for tensor in heads)
 
 
 @pytest.mark.gpu
