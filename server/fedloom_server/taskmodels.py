@@ -110,7 +110,8 @@ def prepare_tokenizer(task: Task, tokenizer: Tokenizer, key: str) -> None:
 def complete_config(task: Task, config: Any, tokenizer: Tokenizer) -> None:
     """Say what batches are filled up with, and what a decoder begins with, if the config does not."""
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if isinstance(task, Classification | Seq2Seq) and getattr(config, "pad_token_id", None) is None:
+    known = getattr(config, "pad_token_id", None)
+    if isinstance(task, Classification | Seq2Seq) and (known is None or known < 0):  # old Llamas have -1
         config.pad_token_id = filler
     if isinstance(task, Seq2Seq) and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id

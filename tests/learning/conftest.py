@@ -89,7 +89,10 @@ class Site:
 
     def _perform(self, work: Any, model: Path | None, round_: int) -> WorkerResult:
         update = str(self.folder / f"update-{round_}.safetensors") if work == "train" else ""
-        order = self.order(work, model, round_, update)
+        return self.perform(self.order(work, model, round_, update))
+
+    def perform(self, order: Order) -> WorkerResult:
+        """Any order."""
         packed = str(self.folder / "packed")
         job = Job(order=order, source=self.source, directory=str(self.folder), packed=packed)
         return self._rank.perform(job)

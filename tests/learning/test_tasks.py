@@ -1,7 +1,9 @@
 """How records become examples, what bad ones are told, and what the metrics are: by hand."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -169,6 +171,42 @@ def test_macro_f1_by_hand() -> None:
 )
 def test_rouge_l_by_hand(came: str, wanted: str, score: float) -> None:
     assert rouge_l(came, wanted) == pytest.approx(score)
+
+
+def test_held_out_texts_of_which_no_token_is_hidden_are_not_measured(new_run: Callable[..., Any]) -> None:
+    task = {"kind": "masked_lm", "context_tokens": 8, "masked_share": 1e-9}
+    site = new_run("bert", task).site("a", [{"text": "hello there"}] * 12)
+    with pytest.raises(TrainingFailed, match="held-out examples none has anything to predict: add some"):
+        site.evaluate()
+    order = site.order("train", update_path=str(site.folder / "update"))
+    assert site.perform(replace(order, measures=True)).before is None
+
+
+def with_padding(run: Any, *, config: int | None = None, new_token: str | None = None) -> Any:
+    """The run with another token to fill batches up with, in the model's config or the tokenizer."""
+    if config is not None:
+        file = run.assets / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": config}))
+    if new_token is not None:
+        tokenizer = AutoTokenizer.from_pretrained(run.assets)
+        tokenizer.add_special_tokens({"pad_token": new_token})
+        tokenizer.save_pretrained(run.assets)
+    return run
+
+
+PROMPTS = [{"prompt": "a" * length, "response": "b"} for length in range(1, 20)]
+
+
+def test_a_padding_token_of_minus_1_is_none(new_run: Callable[..., Any]) -> None:
+    run = with_padding(new_run("llama", CHAT, local={"steps": 1}), config=-1)
+    assert new_task(run.spec.task, run.assets).padding["input_ids"] == END
+    assert run.site("a", PROMPTS).train().metrics["loss"] > 0
+
+
+def test_a_padding_token_that_the_model_does_not_know_is_told(new_run: Callable[..., Any]) -> None:
+    run = with_padding(new_run("gpt2", CHAT), new_token="<new>")
+    with pytest.raises(TrainingFailed, match="makes token 257, but the model has only 257 tokens"):
+        run.site("a", PROMPTS).train()
 
 
 def test_exact_match_and_rouge_are_of_what_the_model_writes(

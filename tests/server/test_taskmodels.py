@@ -70,6 +70,11 @@ def test_a_classifier_knows_its_labels_by_name_and_what_fills_batches_up(tmp_pat
     assert model.config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path / "m").pad_token_id == 257
 
 
+def test_a_padding_token_of_minus_1_is_none(tmp_path):
+    write_model(spec_of({"config": GPT2 | {"pad_token_id": -1}}, CLASSES), tmp_path / "m")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").config.pad_token_id == 257
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder") / "m"

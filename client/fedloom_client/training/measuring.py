@@ -12,6 +12,11 @@ from fedloom_client.training.orders import WorkerProgress
 from fedloom_client.training.pulse import Pulse
 from fedloom_client.training.ranks import MEASURING, Batch, Rank
 from fedloom_client.training.tasks import Measured, Sums
+from fedloom_common.errors import TrainingFailed
+
+
+class NothingToMeasure(TrainingFailed):
+    """A site has no held-out examples, or they have no targets."""
 
 
 def evaluate(
@@ -20,6 +25,7 @@ def evaluate(
     """The task's metrics over some held-out examples, every rank measuring a part of them; their targets.
 
     Raises:
+        NothingToMeasure: the examples have no targets.
         Cancelled, TrainingFailed: as ``Pulse.after``.
     """
     task = rank.task
@@ -30,6 +36,11 @@ def evaluate(
 
     sums = _over(rank, examples, numbers, micro_examples, measure)
     targets = int(sums.pop("targets")[0])
+    if not targets:
+        raise NothingToMeasure(
+            f"of the site's {len(numbers)} held-out examples none has anything to predict: "
+            "add some, or raise the data set's held_out"
+        )
     if task.sampled_examples:
         some = numbers[spread(len(numbers), task.sampled_examples)]
         sums |= _over(rank, examples, some, micro_examples, lambda batch: task.sample(module, batch.inputs))

@@ -18,7 +18,7 @@ from fedloom_client.training.controls import SiteControls
 from fedloom_client.training.data import PackedData
 from fedloom_client.training.examples import spread
 from fedloom_client.training.group import Group
-from fedloom_client.training.measuring import evaluate
+from fedloom_client.training.measuring import NothingToMeasure, evaluate
 from fedloom_client.training.models import LocalModel
 from fedloom_client.training.optimizers import KeptState, new_optimizer, rate_sum
 from fedloom_client.training.orders import Job, Order, WorkerProgress, WorkerResult
@@ -87,7 +87,7 @@ class Trainer:
         self._model.load(Path(order.model_path))
         if order.work == "evaluate":
             return replace(self._evaluate(), phase_seconds={"evaluate": time.monotonic() - started})
-        before = self._evaluate() if order.measures and self._has_held_out() else None
+        before = self._evaluate_if_possible() if order.measures else None
         measured = time.monotonic()
         result = self._train_alone(order) if order.work == "alone" else self._train(order)
         seconds = {"train": time.monotonic() - (started if before is None else measured)}
@@ -95,9 +95,12 @@ class Trainer:
             seconds["evaluate"] = measured - started
         return replace(result, phase_seconds=seconds, before=before, data_examples=len(self._data.train))
 
-    def _has_held_out(self) -> bool:
-        """Whether there is anything to measure on; a site without it trains all the same."""
-        return len(self._data.held_out) > 0
+    def _evaluate_if_possible(self) -> WorkerResult | None:
+        """A site that has nothing to measure on trains all the same."""
+        try:
+            return self._evaluate()
+        except NothingToMeasure:
+            return None
 
     def _train(self, order: Order) -> WorkerResult:
         local, group, data = self._spec.local, self._group, self._data.train
@@ -162,7 +165,7 @@ class Trainer:
         data = self._data.held_out
         numbers = spread(len(data), self._spec.evaluation.max_examples)
         if not len(numbers):
-            raise TrainingFailed(
+            raise NothingToMeasure(
                 "the site's held-out data are too small for one example: add some, raise the data set's "
                 "held_out, or lower context_tokens where texts are cut to it"
             )
@@ -220,7 +223,8 @@ class Trainer:
     def _check_tokens(self) -> None:
         module: Any = self._model.module
         known = module.get_input_embeddings().num_embeddings
-        largest = max(self._data.packed.largest[field] for field in self._rank.task.token_fields)
+        task, packed = self._rank.task, self._data.packed
+        largest = max(max(packed.largest[name], task.padding.get(name, 0)) for name in task.token_fields)
         if largest >= known:
             raise TrainingFailed(
                 f"the tokenizer makes token {largest}, but the model has only {known} "

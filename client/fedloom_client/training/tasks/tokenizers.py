@@ -56,13 +56,13 @@ class Assets:
 
     @property
     def padding(self) -> int:
-        """The token that fills up a batch: the model's, for some find a text's end by it.
+        """The token that fills up a batch: the model's, for some find a text's end by it. -1 is none.
 
         Raises:
             TrainingFailed: neither the model nor the tokenizer has one.
         """
         known = (self.config.get("pad_token_id"), self.tokenizer.pad_token_id)
-        number = next((number for number in known if number is not None), None)
+        number = next((number for number in known if number is not None and number >= 0), None)
         return self.token("eos_token", "token to fill batches up with") if number is None else int(number)
 
     @property
