@@ -12,7 +12,7 @@ from fedloom_client.cli import ENV_PREFIX
 from fedloom_client.config import DataSource, Policy, SiteConfig, Workers
 from fedloom_client.hardware import data_set_bytes, find_devices, main_memory_bytes
 from fedloom_client.statedir import StateDir
-from fedloom_client.status import ill_health
+from fedloom_client.status import ill_health, runs
 from fedloom_client.training.orders import Source
 from fedloom_client.training.records import MAIN_FIELDS, Records
 from fedloom_common.doctor.credentials import credential
@@ -74,9 +74,14 @@ def _state(folder: Path, floor_bytes: int) -> Iterator[Finding]:
 
 
 def _daemon(folder: Path) -> Iterator[Finding]:
-    reason = ill_health(StateDir(folder).status)
+    status = StateDir(folder).status
+    reason = ill_health(status)
     if reason is None:
         yield ok("it runs and is attached")
+    elif runs(status):
+        yield warning(
+            reason, "see the way to the coordinator above; the daemon attaches by itself, if it may"
+        )
     else:
         yield warning(reason, "start it with `fedloom client`, once there is no problem here")
 

@@ -59,6 +59,14 @@ def ill_health(path: Path) -> str | None:
     return None
 
 
+def runs(path: Path) -> bool:
+    """Whether the daemon with this status file is a process, attached or not."""
+    try:
+        return _lives(json.loads(path.read_text())["pid"])
+    except (OSError, ValueError):
+        return False
+
+
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -1,6 +1,7 @@
 """What ``fedloom doctor site`` finds on a host; tests/server has the way to a coordinator."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -32,6 +33,18 @@ def site(tmp_path):
         return [(str(item.verdict), item.told) for item in examination(path, []) if item.part == part]
 
     return findings
+
+
+@pytest.mark.parametrize(("pid", "advice"), [("own", "attaches by itself"), ("gone", "start it with")])
+def test_a_daemon_that_runs_is_not_to_be_started(site, tmp_path, pid, advice):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    status = {"attached": False, "reason": "blocked", "pid": os.getpid() if pid == "own" else gone.pid}
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "status.json").write_text(json.dumps(status))
+    site("daemon")
+    (finding,) = (item for item in examination(tmp_path / "site.yaml", []) if item.part == "daemon")
+    assert advice in finding.advice
 
 
 def test_data_that_can_be_read_is_well_and_none_of_it_is_shown(site):
