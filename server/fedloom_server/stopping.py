@@ -98,10 +98,13 @@ def _no_longer_better(patience: Patience, history: Sequence[RoundResult]) -> str
         return None
     if best is None:
         return f"{patience.metric} was not a number in {since_best} evaluations in a row"
-    by = f" by {patience.min_delta:.6g}" if patience.min_delta else ""
+    # with a smallest change that counts, the best of all may be a later one
+    by, of = (
+        (f" by {patience.min_delta:.6g}", "the last that did") if patience.min_delta else ("", "its best")
+    )
     return (
         f"{patience.metric} has not improved{by} in {since_best} evaluations in a row; "
-        f"its best is {best.metrics[patience.metric]:.6g} after round {best.number}"
+        f"{of} is {best.metrics[patience.metric]:.6g} after round {best.number}"
     )
 
 

@@ -111,7 +111,7 @@ def test_patience_names_the_best_and_how_long_ago_it_was():
 def test_a_gain_below_min_delta_is_no_improvement():
     patience = spec(patience={"evaluations": 2, "min_delta": 0.5})
     assert stop_reason(patience, losses(3, 2.75, 2.625), 0) == (
-        "loss has not improved by 0.5 in 2 evaluations in a row; its best is 3 after round 1"
+        "loss has not improved by 0.5 in 2 evaluations in a row; the last that did is 3 after round 1"
     )
     assert stop_reason(patience, losses(3, 2.75, 2.5), 0) is None
 

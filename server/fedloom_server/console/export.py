@@ -44,6 +44,7 @@ class Export:
     """The round that the model came of."""
     directory: Path
     size_bytes: int
+    """Of its files; an adapter's are other ones than those that came for it."""
 
 
 async def export(
@@ -96,7 +97,8 @@ async def export(
         for name in earlier - names:
             (directory / name).unlink(missing_ok=True)
         _write_marker(directory, full_id, names)
-    return Export(run_id=full_id, round=answer.round, directory=directory, size_bytes=total)
+    made_bytes = sum((directory / name).stat().st_size for name in names)
+    return Export(run_id=full_id, round=answer.round, directory=directory, size_bytes=made_bytes)
 
 
 def check_names(files: Iterable[Blob]) -> None:
