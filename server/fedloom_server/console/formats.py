@@ -3,6 +3,9 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -10,9 +13,12 @@ from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.filesize import decimal
-from rich.table import Table
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
 
 UNBOUNDED_COLUMNS = 10_000
+LEFT_OUT = "…"  # heads what stands for columns that a terminal has no room for
 PIPE_COLUMNS = 180  # where there is no terminal to fit: wide enough that no table drops text
 
 
@@ -89,22 +95,73 @@ def duration_text(started_at_s: float, ended_at_s: float, now_s: float) -> str:
 
 
 class FittingTable(Table):
-    """A table without lines that halves its gaps before it folds a cell."""
+    """A table without lines: on a narrow terminal it halves its gaps, then folds text between words, then
+    leaves columns out, for which "…" stands. A number is never cut."""
 
-    def __init__(self, *columns: str) -> None:
-        """Take the columns' names; ">" before a name sets the column to the right."""
+    def __init__(self, *columns: str, optional: Sequence[str] = ()) -> None:
+        """Take the columns' names; ">" before a name sets the column to the right.
+
+        ``optional`` are names of columns that may be left out, the first one first.
+        """
         super().__init__(box=None, header_style="bold", pad_edge=False)
+        self._optional = optional
         for column in columns:
             name = column.removeprefix(">")
             self.add_column(name, justify="right" if name != column else "left", overflow="fold")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Choose the gaps for the width that there is."""
-        self.padding = (0, 2, 0, 0)
-        natural = self.__rich_measure__(console, options.update(width=UNBOUNDED_COLUMNS)).maximum
-        if natural > options.max_width:
-            self.padding = (0, 1, 0, 0)
-        yield from super().__rich_console__(console, options)
+        """Choose gaps, columns and their widths for the width that there is."""
+        shown = copy(self)
+        for gap in (2, 1):
+            shown.padding = (0, gap, 0, 0)
+            sizes, room = shown._sizes(console, options), options.max_width
+            if sum(size.maximum for size in sizes) + gap * (len(sizes) - 1) <= room:
+                yield from Table.__rich_console__(shown, console, options)
+                return
+        for name in self._optional:
+            if sum(size.minimum + 1 for size in sizes) <= room:
+                break
+            shown.columns = _without(shown.columns, name)
+            sizes = shown._sizes(console, options)
+        if sum(size.minimum + 1 for size in sizes) <= room:
+            widths = _widths(sizes, room - len(sizes))
+            shown.columns = [
+                replace(column, width=width) for column, width in zip(shown.columns, widths, strict=True)
+            ]
+        yield from Table.__rich_console__(shown, console, options)
+
+    def _sizes(self, console: Console, options: ConsoleOptions) -> list[Measurement]:
+        """How narrow each column can be, with no word or number broken, and how wide, without gaps."""
+        unbounded = options.update(width=UNBOUNDED_COLUMNS)
+
+        def size(column: Column) -> Measurement:
+            found = [Measurement.get(console, unbounded, Text(str(column.header)))]
+            for cell in column.cells:
+                least, most = Measurement.get(console, unbounded, cell)
+                is_one = column.justify == "right" or (isinstance(cell, Text) and cell.no_wrap)
+                found.append(Measurement(most if is_one else least, most))
+            return Measurement(max(least for least, _ in found), max(most for _, most in found))
+
+        return [size(column) for column in self.columns]
+
+
+def _without(columns: Sequence[Column], name: str) -> list[Column]:
+    """Columns without one, in whose place "…" stands if it stands nowhere yet."""
+    at = next(number for number, column in enumerate(columns) if column.header == name)
+    is_marked = any(column.header == LEFT_OUT for column in columns)
+    mark = [] if is_marked else [Column(header=LEFT_OUT, _cells=[""] * len(list(columns[at].cells)))]
+    kept = [*columns[:at], *mark, *columns[at + 1 :]]
+    return [replace(column, _index=number) for number, column in enumerate(kept)]
+
+
+def _widths(sizes: Sequence[Measurement], room: int) -> list[int]:
+    """Each column's width: its narrowest, and what is left to those that are narrow and want more."""
+    widths = [size.minimum for size in sizes]
+    for _ in range(room - sum(widths)):
+        wanting = [number for number, size in enumerate(sizes) if widths[number] < size.maximum]
+        if wanting:
+            widths[min(wanting, key=widths.__getitem__)] += 1
+    return widths
 
 
 def json_text(data: Any, *, indent: int | None = 2) -> str:

@@ -40,7 +40,12 @@ def rounds_table(rounds: Sequence[Round], now_s: float, run: Run | None = None) 
     names = _metric_names(rounds)
     headers = [f">{plain(name)}".replace("_", "_\n") for name in names]
     unit = "version" if any(map(is_version, rounds)) else "round"
-    table = FittingTable(f">{unit}", "state", ">sites", ">examples", *headers, ">down", ">up", ">time")
+    kept = {"train_loss", "loss", run.best_metric if run else ""}
+    less = [header[1:] for name, header in reversed([*zip(names, headers, strict=True)]) if name not in kept]
+    table = FittingTable(
+        f">{unit}", "state", ">sites", ">examples", *headers, ">down", ">up", ">time",
+        optional=[*less, "up", "down", "examples", "sites"],
+    )  # fmt: skip
     for item in rounds:
         metrics = [_metric(item, name) for name in names]
         is_best = run is not None and run.HasField("best_round") and run.best_round == item.number

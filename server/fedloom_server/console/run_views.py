@@ -39,7 +39,10 @@ def run_state(run: Run) -> Text:
 
 def runs_table(runs: Iterable[Run], now_s: float) -> Table:
     """One line a run."""
-    table = FittingTable("run", "name", "state", ">prio", ">rounds", "submitted", ">time", "why")
+    table = FittingTable(
+        "run", "name", "state", ">prio", ">rounds", "submitted", ">time", "why",
+        optional=["prio", "submitted"],
+    )  # fmt: skip
     for run in runs:
         table.add_row(
             Text(plain(run.id), no_wrap=True),

@@ -5,10 +5,12 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from fedloom.v1 import runs_pb2 as pb
 from fedloom.v1.session_pb2 import PHASE_TRAIN, WORK_TRAIN, Counts, Measurement, Progress
 from fedloom_server.console.formats import (
+    FittingTable,
     as_data,
     bytes_text,
     enum_word,
@@ -124,3 +126,27 @@ def test_a_map_of_messages_is_data_all_the_way_down():
         {"hits": {"values": [1, 1 << 53]}},
     )
     assert json.loads(json_text(data)) == data
+
+
+def rows_at(width: int) -> list[str]:
+    table = FittingTable("run", "at", ">loss", ">down", "why", optional=["down", "loss"])
+    at = Text("10-26 10:31:10", no_wrap=True)
+    table.add_row("a1b2c3", at, "4.8255", "374.6 kB", "the last round is done")
+    console = Console(file=io.StringIO(), width=width)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def test_a_table_folds_text_between_words_before_it_leaves_a_column_out():
+    assert rows_at(80)[1] == "a1b2c3  10-26 10:31:10  4.8255  374.6 kB  the last round is done"
+    assert rows_at(53) == [
+        "run    at               loss     down why",
+        "a1b2c3 10-26 10:31:10 4.8255 374.6 kB the last round",
+        "                                      is done",
+    ]
+
+
+def test_a_table_leaves_columns_out_before_it_cuts_a_number():
+    assert rows_at(38)[:2] == ["run    at               loss … why", "a1b2c3 10-26 10:31:10 4.8255   the"]
+    assert rows_at(30)[:2] == ["run    at             … why", "a1b2c3 10-26 10:31:10   the"]
