@@ -90,7 +90,10 @@ def load_settings(cls: type[M], file: Path | None, *, env_prefix: str, flags: Se
     try:
         return cls.model_validate(draft.content, context=_context(file))
     except ValidationError as error:
-        raise BadSpec("the config has mistakes:\n" + "\n".join(_mistakes(cls, error, draft))) from error
+        where = "" if file else ", and no --config FILE is given"
+        raise BadSpec(
+            f"the config has mistakes{where}:\n" + "\n".join(_mistakes(cls, error, draft))
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def test_who_forgot_the_config_file_is_told_so(file: Path) -> None:
+    with pytest.raises(BadSpec, match="has mistakes, and no --config FILE is given:\n  ranks: "):
+        load("--ranks", "0")
+    with pytest.raises(BadSpec, match="has mistakes:\n  ranks: "):
+        load("--ranks", "0", file=file)
+
+
 def test_flags_win_over_the_environment_and_the_environment_over_the_file(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

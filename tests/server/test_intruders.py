@@ -358,4 +358,6 @@ async def test_no_role_calls_a_method_that_the_table_does_not_admit_it_to(place:
             elif role in rule.roles:
                 assert "not of the contract" in text, method
             else:
-                assert (code, text) == (DENIED, f"{role} somebody may not call {method}")
+                assert code is DENIED, method
+                assert text.startswith(f"{role} somebody may not call {method}, which is for "), method
+                assert role not in text.rpartition(" is for ")[2], method

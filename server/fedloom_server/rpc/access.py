@@ -135,8 +135,10 @@ class Access:
             NotPermitted: it does not, or the caller is nobody, or a site that is blocked.
         """
         peer = self.peer(context)
-        if peer.role not in TABLE.get(method, NOBODY).roles:
-            raise NotPermitted(f"{peer} may not call {method}")
+        roles = TABLE.get(method, NOBODY).roles
+        if peer.role not in roles:
+            wanted = " and ".join(f"{role}s" for role in Role if role in roles) or "nobody"
+            raise NotPermitted(f"{peer} may not call {method}, which is for {wanted}")
         if peer.role is Role.SITE and (refusal := self._refusal(peer.name)) is not None:
             raise NotPermitted(refusal)
         return peer
