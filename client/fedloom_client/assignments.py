@@ -128,7 +128,7 @@ class Assignments:
         self._deliveries.begin(assignment_id, upload, offset)
 
     def cancel(self, assignment_id: str, reason: str, *, counts: bool) -> None:
-        """Stop work on an assignment, and keep nothing of it but what an update that counts left out."""
+        """Stop work on an assignment, and keep nothing of it but what an update that has come left."""
         if counts:
             self._outbox.delivered(assignment_id)
         self._forget(assignment_id, reason)

@@ -53,6 +53,8 @@ class Assignment:
     """Whether to measure the model before a training's first step."""
     alone_rounds: int = 0
     """Rounds whose steps to take alone; 0 for other work."""
+    counted_round: int | None = None
+    """The last round whose update of this site counted, 0 if none did; None if that is not told."""
 
 
 @dataclass(frozen=True, kw_only=True)

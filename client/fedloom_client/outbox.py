@@ -109,9 +109,9 @@ class Outbox:
         return outcome
 
     def delivered(self, assignment_id: str) -> None:
-        """The coordinator has an assignment's update: what that left out counts from now on."""
+        """The coordinator has an assignment's update."""
         if entry := self._entries.get(assignment_id):
-            self._residuals.commit(entry.run_id, assignment_id)
+            self._residuals.deliver(entry.run_id, assignment_id)
             self._delivered.add(assignment_id)
             self._settled.set()
             if (entry.round, entry.attempt) < self._newest.get(entry.run_id, (0, 0)):

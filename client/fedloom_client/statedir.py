@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedloom_client.training.controls import FOLDER as CONTROL_FOLDER
 from fedloom_common.errors import BadSpec, WrongState
 
 LEAVE_SIGNAL = signal.SIGUSR1
@@ -40,6 +41,10 @@ class StateDir:
     def residual_folder(self, run_id: str) -> Path:
         """What a run's updates have left out; it goes with the run's other files."""
         return self.run_folder(run_id) / "residual"
+
+    def control_folder(self, run_id: str) -> Path:
+        """The site's control variates of a run; it goes with the run's other files."""
+        return self.run_folder(run_id) / CONTROL_FOLDER
 
     def fold_folder(self, run_id: str) -> Path:
         """What rounds of a run have folded into the frozen weights; it goes with the run's other files."""

@@ -28,7 +28,9 @@ def encode_update(
         StorageFull: the disk is full.
     """
     chain = codec_chain(spec.transport.up)
-    feedback = residuals.feedback(assignment.run_id, assignment.id) if chain.uses_feedback else None
+    feedback = None
+    if chain.uses_feedback:
+        feedback = residuals.feedback(assignment.run_id, assignment.id, assignment.round)
     with TensorFile(trained) as after, TensorFile(model) as before:
         encode_model(
             chain, trained=after, base=before, base_digest=assignment.model.digest, out=out, feedback=feedback

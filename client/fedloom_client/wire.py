@@ -110,6 +110,7 @@ def assignment_of(message: pb.Assignment) -> Assignment:
         folds=tuple(_blob(file, "fold") for file in message.folds),
         measures=message.measures,
         alone_rounds=message.alone_rounds,
+        counted_round=message.counted_round if message.HasField("counted_round") else None,
     )
 
 

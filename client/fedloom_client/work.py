@@ -165,15 +165,20 @@ class Performer:
         )
         report(Progress(assignment_id=assignment.id, phase="start"))
         if trained is not None and isinstance(spec.local.algorithm, Scaffold):
-            await self._outbox.until_settled(assignment.run_id)  # its control variates are this one's start
+            await self._settle(assignment)  # what the run's last update left is where this one starts
         return await self._groups.perform(order, spec.data, _report_work(assignment, report))
+
+    async def _settle(self, assignment: Assignment) -> None:
+        """Wait until it is known of what the run's earlier updates left whether it counts."""
+        await self._outbox.until_settled(assignment.run_id)
+        self._residuals.settle(assignment)
 
     async def _keep(
         self, assignment: Assignment, spec: RunSpec, model: Path, trained: Path, outcome: Outcome
     ) -> Outcome:
         """Put a training into the outbox, encoded as the run asks."""
         if spec.transport.up != AS_IS:  # what an earlier update left out is part of this one, if it counts
-            await self._outbox.until_settled(assignment.run_id)
+            await self._settle(assignment)
         keeping = asyncio.ensure_future(self._encode_and_add(assignment, spec, model, trained, outcome))
         try:
             return await asyncio.shield(keeping)

@@ -152,7 +152,8 @@ class Assignments:
     def send(self, entry: Pending) -> None:
         """Give an open assignment to its site, or give it again; not while it is not connected."""
         if link := self._sites.link(entry.assignment.site):
-            link.assign(entry.assignment, entry.run, entry.terms.delta, entry.terms.folds)
+            terms = entry.terms
+            link.assign(entry.assignment, entry.run, terms.delta, terms.folds, entry.counted_round)
 
     def end(self, entry: Pending, state: AssignmentState, reason: str = "") -> None:
         """The one place where an assignment ends: in the store first, then for those who wait."""

@@ -87,7 +87,7 @@ def still_late(batch: Sequence[Assignment]) -> list[Assignment]:
     return late
 
 
-def terms_of_training(run: Run, record: Round, federation: Federation) -> Terms:
+def terms_of_training(run: Run, record: Round, batch: Sequence[Assignment], federation: Federation) -> Terms:
     """What holds for all who train from a round's base model."""
     cohort, store = run.spec.cohort, federation.store
     return Terms(
@@ -97,6 +97,7 @@ def terms_of_training(run: Run, record: Round, federation: Federation) -> Terms:
         delta=delta_to(store, run, record.base_digest),
         most_update_bytes=most_update_bytes(run.spec.transport.up, store.files.path(record.base_digest)),
         folds=parts_of(store, run, record.base_digest).folds,
+        counted=store.counted_rounds(run.id, {a.site for a in batch}) if run.spec.leaves_at_sites else None,
     )  # fmt: skip
 
 

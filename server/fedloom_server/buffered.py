@@ -192,6 +192,7 @@ class _Flow:
             needed=0, deadline_s=None, stall_s=cohort.stall_s,
             comes_first=assignment in self._taken or not self._folds_early(),
             most_update_bytes=most_update_bytes(self._spec.transport.up, model),
+            counted=self._versions.counted if self._spec.leaves_at_sites else None,
         )  # fmt: skip
 
         def ended() -> None:
@@ -210,6 +211,7 @@ class _Flow:
         is_update = assignment.work is Work.TRAIN and assignment.state is AssignmentState.DONE
         if is_update and assignment not in self._taken:
             self._buffer.append(assignment)
+            self._versions.came(assignment)
         if self._folding is not None:
             self._folding.look()
         self._versions.tell_open()

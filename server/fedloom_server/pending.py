@@ -1,12 +1,12 @@
 """Assignments that have not ended: the terms that hold for them, and their signs of life."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedloom_server.adapters.parts import PartFile
 from fedloom_server.downlink import Delta
-from fedloom_server.records import Assignment, AssignmentState, Run, RunState
+from fedloom_server.records import Assignment, AssignmentState, Run, RunState, Work
 from fedloom_server.store import Store
 from fedloom_server.watching import SiteProgress
 
@@ -42,6 +42,8 @@ class Terms:
     """A smaller way to the batch's model."""
     folds: tuple[PartFile, ...] = ()
     """What is folded into the frozen weights under the batch's model, if that is an adapter."""
+    counted: Mapping[str, int] | None = None
+    """By site, the last round of its own whose update counts; None where updates leave nothing at sites."""
 
 
 def _nothing() -> None:
@@ -70,6 +72,14 @@ class Pending:
     def is_queued(self) -> bool:
         """Whether the site has said that it does other work first."""
         return self.last is not None and self.last.phase == QUEUED_PHASE
+
+    @property
+    def counted_round(self) -> int | None:
+        """The site's last round before this whose update counts, 0 if none does; None as in the terms."""
+        assignment = self.assignment
+        if self.terms.counted is None or assignment.work is not Work.TRAIN:
+            return None
+        return min(self.terms.counted.get(assignment.site, 0), assignment.site_round - 1)
 
     def leave_behind(self) -> None:
         """The round goes on without it; a later one may take it up."""

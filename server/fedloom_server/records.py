@@ -226,6 +226,11 @@ class Assignment(Base):
     """Counts that add up over sites, for metrics that are no means."""
 
     @property
+    def site_round(self) -> int:
+        """The round as its site knows it; of an asynchronous run the number of the site's own training."""
+        return self.turn or self.round - self.staleness
+
+    @property
     def base_round(self) -> int:
         """The round that made the model from which a training starts; 0 for the initial one."""
         if self.work is Work.ALONE:

@@ -25,9 +25,17 @@ class Link(Protocol):
     """The coordinator's way to speak to one site."""
 
     def assign(
-        self, assignment: Assignment, run: Run, delta: Delta | None, folds: Sequence[PartFile] = ()
+        self,
+        assignment: Assignment,
+        run: Run,
+        delta: Delta | None,
+        folds: Sequence[PartFile] = (),
+        counted_round: int | None = None,
     ) -> None:
-        """Send an assignment, with a smaller way to its model and what is folded under it, if any."""
+        """Send an assignment, with a smaller way to its model and what is folded under it, if any.
+
+        ``counted_round`` is the last round whose update of the site counts; None if that is of no matter.
+        """
 
     def grant(self, assignment_id: str, offset: int) -> None:
         """Give leave to upload from an offset."""

@@ -89,7 +89,7 @@ async def _train(
     while True:
         batch = await trainings(run, record, federation)
         _advance(run, record, record.state, federation)
-        terms = terms_of_training(run, record, federation)
+        terms = terms_of_training(run, record, batch, federation)
         await folding.begin(batch)
         try:
             await federation.assignments.carry_out(run, batch, terms, folding.look)

@@ -6,7 +6,20 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import BigInteger, Select, and_, case, cast, delete, func, literal, or_, select, tuple_
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    and_,
+    case,
+    cast,
+    delete,
+    func,
+    literal,
+    or_,
+    select,
+    tuple_,
+)
 from sqlalchemy.orm import Session
 
 from fedloom_common.errors import NotFound, WrongState
@@ -34,6 +47,13 @@ from fedloom_server.stopping import RoundResult
 from fedloom_server.writing import write
 
 MOST_ATTEMPTS = 1 << 20  # of a round, when rounds and attempts are put in one order
+
+_OF_LAST_ATTEMPT = and_(
+    Round.run_id == Assignment.run_id,
+    Round.number == Assignment.round,
+    Round.attempt == Assignment.attempt,
+)
+"""Joins assignments with their round, those of failed attempts left out."""
 
 Row = TypeVar("Row", bound=Base)
 
@@ -159,23 +179,19 @@ class Store:
 
     def update_norms(self, run_id: str, first: int, end: int) -> list[float]:
         """Norms of the updates that counted in a run's rounds from ``first`` on, before ``end``."""
-        made = and_(
-            Round.run_id == Assignment.run_id,
-            Round.number == Assignment.round,
-            Round.attempt == Assignment.attempt,
-        )
-        query = (
-            select(Assignment.update_norm)
-            .join(Round, made)
-            .where(
-                Assignment.run_id == run_id,
-                Assignment.state == AssignmentState.DONE,
-                Assignment.round >= first,
-                Assignment.round < end,
-                Assignment.update_norm > 0,
-            )
-        )
+        query = select(Assignment.update_norm).join(Round, _OF_LAST_ATTEMPT).where(_brought(run_id))
+        query = query.where(Assignment.round >= first, Assignment.round < end, Assignment.update_norm > 0)
         return self.database.do(lambda session: list(session.scalars(query)))
+
+    def counted_rounds(self, run_id: str, sites: Collection[str]) -> dict[str, int]:
+        """Of each of these sites its last round whose update counts in a synchronous run, or is still to.
+
+        Rounds are as the sites know them: those from whose base model they trained.
+        """
+        query = select(Assignment.site, func.max(Assignment.round - Assignment.staleness))
+        query = query.join(Round, _OF_LAST_ATTEMPT).where(_brought(run_id), Assignment.site.in_(sites))
+        rows = self.database.do(lambda session: session.execute(query.group_by(Assignment.site)).all())
+        return {site: number for site, number in rows}  # noqa: C416 (a row is no pair to mypy)
 
     def open_assignments(self) -> list[Assignment]:
         """Assignments of every run that have not ended."""
@@ -327,6 +343,12 @@ class Store:
 
     def _all(self, query: Select[Row]) -> list[Row]:
         return self.database.do(lambda session: list(session.scalars(query)))
+
+
+def _brought(run_id: str) -> ColumnElement[bool]:
+    """Trainings of a run whose update has come."""
+    is_done = Assignment.state == AssignmentState.DONE
+    return and_(Assignment.run_id == run_id, Assignment.work == Work.TRAIN, is_done)
 
 
 def new_run_id() -> str:

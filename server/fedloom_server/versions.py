@@ -53,6 +53,8 @@ class Versions:
         """Versions to be measured, one after the other; the first is under way."""
         self.turns: defaultdict[str, int] = defaultdict(int)
         """How often each site was asked to train."""
+        self.counted: dict[str, int] = {}
+        """The turn of each site's last update that counts, or is still to."""
         self._last_measured: dict[str, int] = {}
         """The version that each site was last asked to measure before it trains."""
         self.examples: dict[str, int] = {}
@@ -64,15 +66,24 @@ class Versions:
         self.open = _one(records, RoundState.TRAINING)
         self.closed = _one(records, RoundState.AGGREGATING)
         self.measured = [record for record in records if record.state is RoundState.EVALUATING]
-        attempts = {record.number: record.attempt for record in (self.open, self.closed) if record}
-        live = []
+        attempts = {record.number: record.attempt for record in records}
+        unmade = [record.number for record in (self.open, self.closed) if record]
+        present = []
         for assignment in self._store.assignments(self._run.id):
             if assignment.turn > self.turns[assignment.site]:
                 self.turns[assignment.site] = assignment.turn
                 self.examples[assignment.site] = assignment.examples
             if attempts.get(assignment.round) == assignment.attempt and _is_live(assignment):
-                live.append(assignment)
-        return live
+                present.append(assignment)
+        for assignment in present:
+            if assignment.state is AssignmentState.DONE:
+                self.came(assignment)
+        return [assignment for assignment in present if assignment.round in unmade]
+
+    def came(self, assignment: Assignment) -> None:
+        """A training's update is here: it counts in this version or a later one."""
+        known = self.counted.get(assignment.site, 0)
+        self.counted[assignment.site] = max(known, assignment.turn)
 
     @property
     def has_begun(self) -> bool:

@@ -64,9 +64,9 @@ class Exchange:
         self.world.group.update = content(trained)
         return trained - BASE
 
-    async def round(self, round_: int) -> np.ndarray:
+    async def round(self, round_: int, **changes: Any) -> np.ndarray:
         self.trains(round_)
-        self.world.coordinator.assign(self.assignment(f"r{round_}", round_))
+        self.world.coordinator.assign(self.assignment(f"r{round_}", round_, **changes))
         await self.world.coordinator.until(lambda: f"r{round_}" in self.world.coordinator.receipts)
         await self.settled()
         return self.told(f"r{round_}")
@@ -87,7 +87,8 @@ class Exchange:
         return values
 
     def left_out(self) -> np.ndarray:
-        return load_file(self.residual / "residual.safetensors")["w"]
+        """What the last update left, which has arrived."""
+        return load_file(self.residual / "delivered.safetensors")["w"]
 
     async def settled(self) -> None:
         """Until it is known of every update whether what it left out counts."""
@@ -136,7 +137,7 @@ async def test_an_encoded_update_survives_a_restart_and_what_it_left_out_counts_
     world.coordinator.assign(exchange.assignment("r1", 1))
     first = await world.coordinator.until_heard("outcome")
     await world.stop(daemon)
-    assert not (exchange.residual / "residual.safetensors").exists()
+    assert not (exchange.residual / "delivered.safetensors").exists()
     world.coordinator.grants = True
     world.daemon()
     assert await world.coordinator.until_heard("outcome", 2) == first
@@ -147,28 +148,28 @@ async def test_an_encoded_update_survives_a_restart_and_what_it_left_out_counts_
     assert_nothing_is_lost(exchange, 1, 2)
 
 
-@pytest.mark.parametrize("after_commit", [False, True])
+@pytest.mark.parametrize("after_delivery", [False, True])
 async def test_a_kill_after_the_receipt_lets_what_was_left_out_count_once(
-    world: Any, monkeypatch: pytest.MonkeyPatch, after_commit: bool
+    world: Any, monkeypatch: pytest.MonkeyPatch, after_delivery: bool
 ) -> None:
     exchange = Exchange(world, {"up": TOPK})
     daemon = world.daemon()
     await world.attached()
     exchange.trains(1)
-    commit = Residuals.commit
+    deliver = Residuals.deliver
 
     def killed(self: Residuals, run_id: str, assignment_id: str) -> None:
-        if after_commit:
-            commit(self, run_id, assignment_id)
+        if after_delivery:
+            deliver(self, run_id, assignment_id)
         raise asyncio.CancelledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Residuals, "commit", killed)
+        patch.setattr(Residuals, "deliver", killed)
         world.coordinator.assign(exchange.assignment("r1", 1))
         await world.coordinator.until(lambda: world.coordinator.receipts == ["r1"])
         await asyncio.sleep(0.2)
         await world.stop(daemon)
-    assert (exchange.residual / "residual.safetensors").exists() is after_commit
+    assert (exchange.residual / "delivered.safetensors").exists() is after_delivery
     beats = len(world.coordinator.kinds("heartbeat"))
     world.daemon()
     assert list((await world.attached(2)).open_assignments) == ["r1"]
@@ -232,6 +233,35 @@ async def test_a_rejected_update_leaves_no_trace_in_the_next(world: Any) -> None
     assert_nothing_is_lost(exchange, 2)
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+async def test_an_update_that_was_delivered_and_did_not_count_leaves_no_trace_in_the_next(
+    world: Any, restarts: bool
+) -> None:
+    exchange = Exchange(world, {"up": TOPK})
+    daemon = world.daemon()
+    await world.attached()
+    await exchange.round(1, counted_round=0)
+    await exchange.round(2, counted_round=1)  # an attempt that fails; the next leaves this site out
+    if restarts:
+        await world.stop(daemon)
+        world.daemon()
+        await world.attached(2)
+    await exchange.round(3, counted_round=1)
+    assert_nothing_is_lost(exchange, 1, 3)
+    await exchange.round(4, counted_round=3)
+    assert_nothing_is_lost(exchange, 1, 3, 4)
+
+
+async def test_a_round_tried_again_adds_what_was_left_out_before_it(world: Any) -> None:
+    exchange = Exchange(world, {"up": TOPK})
+    world.daemon()
+    await world.attached()
+    await exchange.round(1)
+    await exchange.round(2, round=2, counted_round=1)
+    await exchange.round(3, round=2, attempt=2, counted_round=1)
+    assert_nothing_is_lost(exchange, 1, 3)
+
+
 @pytest.mark.parametrize(
     ("up", "value", "reason"),
     [
@@ -285,7 +315,7 @@ async def test_what_was_left_out_goes_with_the_run(world: Any, may_resume: bool)
     await exchange.round(1)
     world.coordinator.send(run_ended=pb.RunEnded(run_id="run-1", may_resume=may_resume))
     await asyncio.sleep(0.3)
-    assert (exchange.residual / "residual.safetensors").exists() is may_resume
+    assert (exchange.residual / "delivered.safetensors").exists() is may_resume
 
 
 class Downward(Exchange):

@@ -58,7 +58,7 @@ class Way:
     def residual(self):
         """What the newest round has left out."""
         folder = self.store.spool.residual_folder("run")
-        pending, kept = folder / "pending.safetensors", folder / "residual.safetensors"
+        pending, kept = folder / "pending.safetensors", folder / "kept.safetensors"
         return load_file(pending if pending.exists() else kept)
 
     def round(self, number, step):

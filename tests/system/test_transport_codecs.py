@@ -200,9 +200,9 @@ async def test_a_restart_keeps_both_ends_equal(world, who):
 
 
 def left_out(folder):
-    """What one end has yet to tell: at the coordinator its newest round counts before it is renamed."""
-    pending = folder / "pending.safetensors"
-    return load_file(pending if pending.exists() else folder / "residual.safetensors")["w"].astype(np.float64)
+    """What one end has yet to tell: its newest round counts before the file is renamed."""
+    files = (folder / f"{name}.safetensors" for name in ("pending", "delivered", "kept"))
+    return load_file(next(file for file in files if file.exists()))["w"].astype(np.float64)
 
 
 @pytest.mark.parametrize(

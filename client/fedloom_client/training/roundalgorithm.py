@@ -18,7 +18,6 @@ class RoundStart:
     trained: Mapping[str, nn.Parameter]
     """What training changes, by its names in the global model's file."""
     global_model: Path
-    round: int
     rate_sum: float
     """Sum of the learning rates of the round's steps, those before a checkpoint included."""
     controls: SiteControls
@@ -31,7 +30,7 @@ class Left:
     in_update: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Tensors that travel with the model."""
     at_site: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Control variates that stay, and count once the update is delivered."""
+    """Control variates that stay, and count once the update does."""
 
 
 class RoundAlgorithm(Protocol):

@@ -33,7 +33,7 @@ class ScaffoldRound:
         self._corrections = {
             name: tensor.float() for name, tensor in _read(start, start.global_model, CONTROL).items()
         }
-        if (own := start.controls.before(start.round)) is None:
+        if (own := start.controls.present) is None:
             return
         try:
             for name, tensor in _read(start, own, "").items():

@@ -205,7 +205,6 @@ class Trainer:
         return RoundStart(
             trained=self._model.trained,
             global_model=Path(order.model_path),
-            round=order.round,
             rate_sum=rate_sum(self._spec.local, plan),
             controls=self._controls,
         )

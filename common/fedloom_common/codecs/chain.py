@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedloom_common.codecs.frames import Frames, bound_bytes
-from fedloom_common.codecs.spec import AnyStage, Bf16, Fp16, Fp32, Int4, Int8, TopK, Zstd
+from fedloom_common.codecs.spec import AnyStage, Bf16, Fp16, Fp32, Int4, Int8, TopK, Zstd, uses_feedback
 from fedloom_common.codecs.topk import kept
 from fedloom_common.codecs.values import PIECE_VALUES, Float, Part, ValueCodec
 from fedloom_common.codecs.values import Int4 as Int4Values
@@ -143,7 +143,7 @@ class Chain:
     @property
     def uses_feedback(self) -> bool:
         """Whether an encoder wants error feedback."""
-        return any(getattr(stage, "error_feedback", False) for stage in self._stages)
+        return any(uses_feedback(stage) for stage in self._stages)
 
     def is_coded(self, info: TensorInfo) -> bool:
         """Whether a tensor is coded; all others are carried as they are."""

@@ -12,27 +12,27 @@ import numpy as np
 from fedloom_common.codecs.chain import Entry
 from fedloom_common.codecs.storage import OutputFile, TensorFile
 from fedloom_common.codecs.values import PIECE_VALUES, Values
-from fedloom_common.errors import BadTensor, WrongState
-from fedloom_common.files import atomic_file, sync_folder
+from fedloom_common.errors import BadTensor
+from fedloom_common.files import atomic_file
+from fedloom_common.leavings import Leavings
 from fedloom_common.tensors import Manifest, TensorInfo
 
-UPDATE_KEY = "fedloom.update"
 _ITEM_BYTES = 4
 
 
 class Feedback:
-    """The residual of one run at one site, in a folder of its own; two safetensors files of fp32.
+    """The residual of one run at one end, in a folder of its own; safetensors files of fp32.
 
-    Encoding an update *prepares* the residual that it leaves; only :meth:`commit`, once the
-    update is delivered, lets it count. Until then, encoding anew starts from the same residual,
-    so a retry applies nothing twice, and an update that is given up leaves no trace.
+    Encoding an update *prepares* the residual that it leaves; it joins a later update once ``leavings``
+    says that this one counts. Until then, encoding anew starts from the same residual, so a retry applies
+    nothing twice, and an update that is given up leaves no trace.
     """
 
-    def __init__(self, folder: Path, update: str) -> None:
-        """``update`` names the update at hand: the assignment's id."""
+    def __init__(self, folder: Path, update: str, round_: int = 0) -> None:
+        """``update`` names the update at hand, and ``round_`` its round."""
+        self.leavings = Leavings(folder)
         self._update = update
-        self._kept = folder / "residual.safetensors"
-        self._pending = folder / "pending.safetensors"
+        self._marks = Leavings.marks(update, round_)
 
     @contextmanager
     def prepare(self, coded: list[TensorInfo]) -> Iterator["Residual"]:
@@ -42,32 +42,23 @@ class Feedback:
             BadTensor: the residual belongs to another model.
         """
         entries = [Entry(info.name, "F32", info.shape) for info in coded]
-        with atomic_file(self._pending) as file:
-            out = OutputFile(file, entries, {UPDATE_KEY: self._update})
-            if not self._kept.exists():
+        with atomic_file(self.leavings.prepared) as file:
+            out = OutputFile(file, entries, self._marks)
+            if not self.leavings.kept.exists():
                 yield Residual(None, out)
             else:
-                with TensorFile(self._kept) as kept:
+                with TensorFile(self.leavings.kept) as kept:
                     self._require_same(kept.manifest, out)
                     yield Residual(kept, out)
             out.finish()
 
     def commit(self) -> None:
-        """Let the prepared residual count: its update was delivered. Doing it again changes nothing.
+        """Let the prepared residual count. Doing it again changes nothing.
 
         Raises:
             WrongState: none was prepared for this update.
         """
-        if _update_of(self._pending) == self._update:
-            self._pending.replace(self._kept)
-            sync_folder(self._kept.parent)
-        elif _update_of(self._kept) != self._update:
-            raise WrongState(f"no residual is prepared for update {self._update}: encode it first")
-
-    def discard(self) -> None:
-        """Forget the prepared residual, if it is this update's: it will not be delivered."""
-        if _update_of(self._pending) == self._update:
-            self._pending.unlink(missing_ok=True)
+        self.leavings.commit(self._update)
 
     def _require_same(self, kept: Manifest, out: OutputFile) -> None:
         wanted = Manifest(tensors=tuple(out.infos.values()), metadata={}, size_bytes=0)
@@ -75,7 +66,7 @@ class Feedback:
             wanted.require_same_tensors(kept)
         except BadTensor as error:
             raise BadTensor(
-                f"the residual {self._kept} is another model's or codec's: {error}; remove it to start anew"
+                f"the residual {self.leavings.kept} is another model's or codec's: {error}; remove it"
             ) from error
 
 
@@ -97,7 +88,3 @@ class Residual:
         """Keep a piece for the next update."""
         place = piece * PIECE_VALUES * _ITEM_BYTES
         self._out.write(info.name, place, values.view(np.uint8).data)
-
-
-def _update_of(path: Path) -> str | None:
-    return Manifest.read(path).metadata.get(UPDATE_KEY) if path.exists() else None

@@ -96,3 +96,8 @@ Codecs = Annotated[
 
 AS_IS: tuple[AnyStage, ...] = (Fp32(),)
 """The default chain."""
+
+
+def uses_feedback(stage: AnyStage) -> bool:
+    """Whether what a stage leaves out is added to later updates."""
+    return getattr(stage, "error_feedback", False)

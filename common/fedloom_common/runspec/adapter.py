@@ -75,7 +75,7 @@ class Lora(Strict):
                 yield f"{new}: control variates of old ones are of no use; take plain or fedprox"
             if spec.transport.down != AS_IS:
                 yield f"{new}: there is no change for transport.down to tell; leave it at fp32"
-            if any(getattr(stage, "error_feedback", False) for stage in spec.transport.up):
+            if spec.transport.feeds_back:
                 yield f"{new}: what transport.up leaves out of old ones is of no use; drop error_feedback"
 
     @model_validator(mode="after")

@@ -149,6 +149,11 @@ class RunSpec(Strict):
         is_stacked = self.model.adapter is not None and self.model.adapter.merge == "stack"
         return self.local.keep_optimizer_state and not is_stacked
 
+    @property
+    def leaves_at_sites(self) -> bool:
+        """Whether an update leaves something at its site that is part of the next one, if it counts."""
+        return isinstance(self.local.algorithm, Scaffold) or self.transport.feeds_back
+
     @model_validator(mode="after")
     def _stop_metric_is_measured(self) -> Self:
         if self.evaluation.every_rounds == 0 and (self.stop.target or self.stop.patience):

@@ -1,6 +1,6 @@
 """A run spec's transport: how models and updates are made smaller for the wire."""
 
-from fedloom_common.codecs.spec import AS_IS, Codecs
+from fedloom_common.codecs.spec import AS_IS, Codecs, uses_feedback
 from fedloom_common.strict import Strict
 
 
@@ -16,3 +16,8 @@ class Transport(Strict):
     """New global models, on their way to the sites; all but ``fp32`` tell the change against the model
     before, to sites that hold it. What a lossy chain tells is the new model, for all; what it leaves out
     the coordinator always adds to the next round's change, whatever ``error_feedback`` says."""
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether a site adds what its updates left out to later ones."""
+        return any(uses_feedback(stage) for stage in self.up)

@@ -264,7 +264,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., site: _Optional[str] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("id", "work", "run_id", "round", "attempt", "model", "assets", "spec_json", "deadline_s", "stall_s", "delta", "schedule_round", "frozen", "folds", "measures", "alone_rounds")
+    __slots__ = ("id", "work", "run_id", "round", "attempt", "model", "assets", "spec_json", "deadline_s", "stall_s", "delta", "schedule_round", "frozen", "folds", "measures", "alone_rounds", "counted_round")
     ID_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -281,6 +281,7 @@ class Assignment(_message.Message):
     FOLDS_FIELD_NUMBER: _ClassVar[int]
     MEASURES_FIELD_NUMBER: _ClassVar[int]
     ALONE_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_ROUND_FIELD_NUMBER: _ClassVar[int]
     id: str
     work: Work
     run_id: str
@@ -297,7 +298,8 @@ class Assignment(_message.Message):
     folds: _containers.RepeatedCompositeFieldContainer[Blob]
     measures: bool
     alone_rounds: int
-    def __init__(self, id: _Optional[str] = ..., work: _Optional[_Union[Work, str]] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., assets: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., spec_json: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., schedule_round: _Optional[int] = ..., frozen: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., folds: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., measures: bool = ..., alone_rounds: _Optional[int] = ...) -> None: ...
+    counted_round: int
+    def __init__(self, id: _Optional[str] = ..., work: _Optional[_Union[Work, str]] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., assets: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., spec_json: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., schedule_round: _Optional[int] = ..., frozen: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., folds: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., measures: bool = ..., alone_rounds: _Optional[int] = ..., counted_round: _Optional[int] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("file", "base_digest")

@@ -61,7 +61,12 @@ class SiteLink:
         self._outbox: asyncio.Queue[pb.CoordinatorMessage | None] = asyncio.Queue()
 
     def assign(
-        self, assignment: Assignment, run: Run, delta: Delta | None, folds: Sequence[PartFile] = ()
+        self,
+        assignment: Assignment,
+        run: Run,
+        delta: Delta | None,
+        folds: Sequence[PartFile] = (),
+        counted_round: int | None = None,
     ) -> None:
         """Send an assignment, with a smaller way to its model and what is folded under it, if any."""
         spec = run.spec
@@ -70,14 +75,14 @@ class SiteLink:
         )
         message = pb.Assignment(
             id=assignment.id, work=work_message(assignment.work), run_id=run.id,
-            round=assignment.turn or assignment.round - assignment.staleness,
+            round=assignment.site_round,
             schedule_round=assignment.round - assignment.staleness if assignment.turn else 0,
             attempt=assignment.attempt, model=model, assets=[blob(asset) for asset in run.assets],
             spec_json=run.spec_json, deadline_s=spec.cohort.deadline_s or 0, stall_s=spec.cohort.stall_s,
             frozen=[blob(asdict(file)) for file in Parts.from_json(run.adapter).frozen],
             folds=[blob(asdict(file)) for file in folds],
             delta=None if delta is None else delta_message(delta), measures=assignment.measures,
-            alone_rounds=assignment.alone_rounds,
+            alone_rounds=assignment.alone_rounds, counted_round=counted_round,
         )  # fmt: skip
         self._put(pb.CoordinatorMessage(assignment=message))
 

@@ -77,7 +77,7 @@ def test_fedprox_minimises_the_loss_and_the_distance_from_the_global_model(
 def test_fedprox_pulls_a_weight_that_the_step_does_not_use(tmp_path: Path) -> None:
     module = nn.ModuleDict({"used": nn.Linear(1, 1, bias=False), "resting": nn.Linear(1, 1, bias=False)})
     start = RoundStart(
-        trained=dict(module.named_parameters()), global_model=tmp_path / "none", round=1, rate_sum=1.0,
+        trained=dict(module.named_parameters()), global_model=tmp_path / "none", rate_sum=1.0,
         controls=SiteControls(tmp_path),
     )  # fmt: skip
     algorithm = begin_round(FedProx(name="fedprox", mu=0.5), start)
@@ -145,7 +145,8 @@ def test_rounds_that_go_on_from_checkpoints_end_with_the_bytes_of_undisturbed_on
         for round_ in (1, 2):
             order = make_order(local=local, round_=round_, model_path=str(model))
             perform(order)
-            SiteControls(alone.directory).commit(order.id)
+            if algorithm["name"] == "scaffold":
+                SiteControls(alone.directory).leavings.commit(order.id)
             updates.append(Path(order.update_path).read_bytes())
         return updates
 
@@ -156,7 +157,7 @@ def test_rounds_that_go_on_from_checkpoints_end_with_the_bytes_of_undisturbed_on
 def second_update(alone: Any, make_order: MakeOrder, model: Path, settle: str) -> bytes:
     first = make_order(local=SCAFFOLD, model_path=str(model))
     alone.perform(first)
-    getattr(SiteControls(alone.directory), settle)(first.id)
+    getattr(SiteControls(alone.directory).leavings, settle)(first.id)
     second = make_order(local=SCAFFOLD, round_=2, model_path=str(model))
     alone.perform(second)
     return Path(second.update_path).read_bytes()
@@ -184,12 +185,13 @@ def test_a_round_tried_again_begins_from_the_control_variates_before_it(
     updates = []
     for name, round_ in (("a", 1), ("b", 2), ("c", 2)):
         order = make_order(local=SCAFFOLD, round_=round_, id=name, model_path=str(controlled_model))
+        SiteControls(alone.directory).leavings.settle(round_, None)
         alone.perform(order)
-        SiteControls(alone.directory).commit(order.id)
+        SiteControls(alone.directory).leavings.deliver(order.id)
         updates.append(Path(order.update_path).read_bytes())
     assert updates[1] == updates[2]
     files = {file.name for file in (alone.directory / "control").iterdir()}
-    assert files == {"round-1.safetensors", "round-2.safetensors"}
+    assert files == {"kept.safetensors", "delivered.safetensors"}
 
 
 def test_scaffold_without_control_variates_in_the_global_model_says_so(
@@ -205,6 +207,6 @@ def test_control_variates_of_another_model_are_named(
     controls = SiteControls(alone.directory)
     group = Group(0, 1, torch.device("cpu"), None)
     controls.prepare({"other": torch.ones(2)}, make_order(id="x"), group)
-    controls.commit("x")
-    with pytest.raises(TrainingFailed, match=r"round-1\.safetensors cannot be used .*delete the file"):
+    controls.leavings.commit("x")
+    with pytest.raises(TrainingFailed, match=r"kept\.safetensors cannot be used .*delete the file"):
         alone.perform(make_order(local=SCAFFOLD, round_=2, model_path=str(controlled_model)))

@@ -34,7 +34,7 @@ def test_what_is_left_out_arrives_later(exchange, tmp_path, chain):
         feedback.commit()
         wanted += delta(base, trained)
         told += session.changes()["w"]
-    kept = load_file(tmp_path / "residual.safetensors")["w"].double().numpy()
+    kept = load_file(tmp_path / "kept.safetensors")["w"].double().numpy()
     assert np.abs(wanted - told).max() > 1e-5  # something is left out, or this would show nothing
     np.testing.assert_allclose(told + kept, wanted, atol=1e-7)
 
@@ -73,13 +73,13 @@ def test_an_exact_codec_leaves_nothing_out(exchange, tmp_path, chain):
     feedback = Feedback(tmp_path, "one")
     exchange(chain, *models(1)).encode(feedback)
     feedback.commit()
-    assert not any(tensor.any() for tensor in load_file(tmp_path / "residual.safetensors").values())
+    assert not any(tensor.any() for tensor in load_file(tmp_path / "kept.safetensors").values())
 
 
 def test_an_update_that_is_given_up_leaves_no_trace(exchange, tmp_path):
     lost = Feedback(tmp_path, "lost")
     exchange(["topk"], *models(1)).encode(lost)
-    lost.discard()
+    lost.leavings.discard("lost")
     assert list(tmp_path.iterdir()) == []
     later = Feedback(tmp_path, "later")
     with_folder = exchange(["topk"], *models(2)).encode(later).encoded.read_bytes()
@@ -103,9 +103,9 @@ def test_an_update_that_fails_to_encode_leaves_the_pending_residual_as_it_was(ex
 
 def test_only_the_update_that_was_prepared_can_be_committed(exchange, tmp_path):
     exchange(["topk"], *models(1)).encode(Feedback(tmp_path, "one"))
-    with pytest.raises(WrongState, match="no residual is prepared for update other"):
+    with pytest.raises(WrongState, match="nothing is prepared for update other"):
         Feedback(tmp_path, "other").commit()
-    Feedback(tmp_path, "other").discard()
+    Feedback(tmp_path, "other").leavings.discard("other")
     Feedback(tmp_path, "one").commit()
 
 
@@ -118,7 +118,7 @@ def test_a_crash_between_delivery_and_commit_is_made_good_after_the_restart(exch
         {path.name: path.read_bytes() for path in (tmp_path / end).iterdir()} for end in ("site", "restarted")
     ]
     assert left[0] == left[1]
-    assert list(left[0]) == ["residual.safetensors"]
+    assert list(left[0]) == ["kept.safetensors"]
 
 
 def test_the_residual_is_durable_before_the_update_can_be_delivered(exchange, tmp_path, monkeypatch):
