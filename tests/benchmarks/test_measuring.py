@@ -52,7 +52,7 @@ def test_the_work_of_others_is_counted_without_that_of_the_measured(tmp_path):
             time.sleep(0.2)
             began_s, began = time.time(), [sum(process.cpu_times()) for process in (ours, other)]
             time.sleep(1.0)
-            ended_s, ended = time.time(), [sum(process.cpu_times()) for process in (ours, other)]
+            ended, ended_s = [sum(process.cpu_times()) for process in (ours, other)], time.time()
             time.sleep(0.2)
     our_s, other_s = (end - begin for begin, end in zip(began, ended, strict=True))
     others_s = sampler.others_cores(began_s, ended_s) * (ended_s - began_s)

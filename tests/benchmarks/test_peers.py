@@ -202,7 +202,7 @@ def test_a_peers_server_tells_when_rounds_end_and_how_far_off_its_model_is(tmp_p
         [("a", first["a"] + np.float32(0.002)), ("b", first["b"].astype(np.float64)), ("c", first["b"])]
     )
     told = Told.read(marks)
-    assert told.marks_s == [pytest.approx(time.time(), abs=5)]
+    assert told.marks_s == [pytest.approx(time.time(), abs=60)]
     assert told.verdict == {"off_by": pytest.approx(0.0, abs=1e-8), "wrong": ["c", "b"]}
     marks.unlink()
     case.check([("a", first["a"] + np.float32(0.001)), ("b", np.full(4, np.nan, np.float32))])

@@ -9,6 +9,7 @@ import pytest
 from fedloom.v1 import session_pb2 as pb
 from fedloom_client import assignments as assignments_module
 from fedloom_client import signs as signs_module
+from fedloom_client.assignments import Assignments
 from fedloom_client.training.orders import WorkerResult
 from fedloom_common.digests import digest_of_file
 
@@ -198,7 +199,12 @@ async def test_the_end_of_a_run_stops_its_work_and_lets_all_of_it_go(world: Any)
 async def test_work_that_the_coordinator_does_not_ask_for_again_is_given_up(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assignments_module, "RESEND_S", 0.3)
+    queues, received = [], []
+    attached, receive = Assignments.attached, Assignments.receive
+    monkeypatch.setattr(Assignments, "attached", lambda queue: (attached(queue), queues.append(queue)))
+    monkeypatch.setattr(
+        Assignments, "receive", lambda queue, asked: (receive(queue, asked), received.append(asked.id))
+    )
     world.group.gate.clear()
     world.daemon()
     await world.attached()
@@ -206,8 +212,11 @@ async def test_work_that_the_coordinator_does_not_ask_for_again_is_given_up(
     await world.group.started.wait()
     world.coordinator.break_session()
     await world.attached(2)
-    await asyncio.sleep(0.6)
+    await world.until(lambda: received == ["kept", "kept"])
+    queues[-1]._drop_unconfirmed()  # as the time to send it again is over
+    await asyncio.sleep(0.1)
     assert world.group.cancelled == 0
+    monkeypatch.setattr(assignments_module, "RESEND_S", 0.3)
     world.coordinator.open.clear()
     world.coordinator.break_session()
     await world.attached(3)

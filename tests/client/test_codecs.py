@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +157,19 @@ async def test_a_kill_after_the_receipt_lets_what_was_left_out_count_once(
     daemon = world.daemon()
     await world.attached()
     exchange.trains(1)
-    deliver = Residuals.deliver
+    deliver, tried = Residuals.deliver, threading.Event()
 
     def killed(self: Residuals, run_id: str, assignment_id: str) -> None:
         if after_delivery:
             deliver(self, run_id, assignment_id)
+        tried.set()
         raise asyncio.CancelledError
 
     with monkeypatch.context() as patch:
         patch.setattr(Residuals, "deliver", killed)
         world.coordinator.assign(exchange.assignment("r1", 1))
         await world.coordinator.until(lambda: world.coordinator.receipts == ["r1"])
-        await asyncio.sleep(0.2)
+        await world.until(tried.is_set)
         await world.stop(daemon)
     assert (exchange.residual / "delivered.safetensors").exists() is after_delivery
     beats = len(world.coordinator.kinds("heartbeat"))
@@ -313,9 +315,10 @@ async def test_what_was_left_out_goes_with_the_run(world: Any, may_resume: bool)
     world.daemon()
     await world.attached()
     await exchange.round(1)
+    left_out = exchange.residual / "delivered.safetensors"
     world.coordinator.send(run_ended=pb.RunEnded(run_id="run-1", may_resume=may_resume))
-    await asyncio.sleep(0.3)
-    assert (exchange.residual / "delivered.safetensors").exists() is may_resume
+    await (asyncio.sleep(0.3) if may_resume else world.until(lambda: not left_out.exists()))
+    assert left_out.exists() is may_resume
 
 
 class Downward(Exchange):

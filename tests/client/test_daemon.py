@@ -167,7 +167,7 @@ async def fedloom(*arguments: str) -> tuple[int, str]:
 
 
 async def test_the_command_attaches_and_health_says_whether_it_is_attached(world: Any) -> None:
-    world.coordinator.heartbeat_s = 1.0
+    world.coordinator.heartbeat_s = 60.0
     site = write_site(world.folder, world.coordinator.port)
     assert await fedloom("health", "--config", str(site)) == (
         1,

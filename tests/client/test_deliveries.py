@@ -55,10 +55,7 @@ async def test_a_lost_receipt_does_not_send_the_update_again(
     world.coordinator.write_errors = [(grpc.StatusCode.UNAVAILABLE, "the line broke")]
     world.coordinator.receipts = ["r1-train"]
     world.coordinator.grant("r1-train")
-    for _ in range(500):
-        if "update delivered" in caplog.text:
-            break
-        await asyncio.sleep(0.02)
+    await world.until(lambda: "update delivered" in caplog.text)
     assert world.coordinator.write_errors == []
     assert world.coordinator.write_offsets == []
 
@@ -225,8 +222,4 @@ async def test_leave_to_upload_what_is_not_here_is_only_logged(
 
 
 async def outbox_is_empty(world: Any) -> None:
-    for _ in range(500):
-        if not list((world.state / "outbox").iterdir()):
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("the outbox is not empty")
+    await world.until(lambda: not list((world.state / "outbox").iterdir()))

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +54,11 @@ class Bench:
     async def perform(self, name: str, run_id: str) -> None:
         order = Order(id=name, work="evaluate", run_id=run_id, round=1, model_path="", assets_dir="", spec={})
         await self.warm.perform(order, "plays", lambda progress: None)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not holds():  # noqa: ASYNC110 (any condition at all)
+                await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -107,18 +113,30 @@ async def test_the_folder_of_a_run_under_way_stays_whatever_others_come(bench: B
 async def test_an_idle_group_is_let_go_and_comes_back_for_work(bench: Bench) -> None:
     bench.warm = bench.make(idle_s=0.05)
     await bench.perform("one", "a")
-    await asyncio.sleep(0.2)
-    assert bench.events[-1] == "a/plays stops"
+    await bench.until(lambda: bench.events[-1] == "a/plays stops")
     await bench.perform("two", "a")
     assert bench.events[-1] == "a/plays performs two"
 
 
-async def test_work_in_time_keeps_a_group_from_being_let_go(bench: Bench) -> None:
-    bench.warm = bench.make(idle_s=0.2)
-    for number in range(6):
+async def test_work_in_time_keeps_a_group_from_being_let_go(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[asyncio.Event] = []
+
+    async def rest(seconds: float) -> None:
+        rests.append(asyncio.Event())
+        await rests[-1].wait()
+
+    monkeypatch.setattr("fedloom_client.groups.asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": rest}))
+    for number in range(3):
         await bench.perform(str(number), "a")
-        await asyncio.sleep(0.06)
+        await bench.until(lambda number=number: len(rests) > number)
+    for over in rests[:-1]:
+        over.set()
+    await asyncio.sleep(0.05)
     assert "a/plays stops" not in bench.events
+    rests[-1].set()
+    await bench.until(lambda: bench.events[-1] == "a/plays stops")
 
 
 async def test_the_end_of_another_run_leaves_the_group(bench: Bench) -> None:

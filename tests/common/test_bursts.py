@@ -1,5 +1,3 @@
-import time
-
 from fedloom_common.bursts import KEPT_BUCKETS, Buckets, Bursts
 
 
@@ -33,8 +31,9 @@ def test_buckets_are_forgotten_only_when_they_are_full_again() -> None:
 
 
 def test_the_number_of_what_went_untold_is_told_with_the_next() -> None:
-    bursts = Bursts(per_s=50, burst=1)
+    clock = Clock()
+    bursts = Bursts(per_s=50, burst=1, clock=clock)
     assert [bursts.untold("a") for _ in range(3)] == [0, None, None]
-    time.sleep(0.05)
+    clock.now_s += 0.05
     assert bursts.untold("a") == 2
     assert bursts.untold("b") == 0
