@@ -14,6 +14,8 @@ from fedloom_common.runspec import RunSpec
 from fedloom_server.app import Coordinator
 from fedloom_server.records import Run
 
+WAIT_S = 60.0  # for what takes a moment, on a machine that may stand still for seconds
+
 INITIAL = {
     "layer.weight": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,
     "layer.bias": np.linspace(-1, 1, 4, dtype=np.float32),
@@ -27,7 +29,7 @@ def spec_of(**changes: object) -> RunSpec:
         "data": "text",
         "rounds": 1,
         "local": {"steps": 100, "batch_examples": 100},
-        "cohort": {"stall_s": 20},
+        "cohort": {"stall_s": 60},
     }
     # Most tests count on a model's metrics with its round; those of ``before_training`` say so.
     evaluation = {"when": "after_round"} | dict(changes.pop("evaluation", {}))
@@ -77,22 +79,22 @@ class Bench:
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
         return await self.running.runs.submissions.enqueue(spec, folder, priority=priority)
 
-    async def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
+    async def until(self, holds: Callable[[], bool], seconds: float = WAIT_S) -> None:
         async with asyncio.timeout(seconds):
             while not holds():  # noqa: ASYNC110 (any condition at all)
                 await asyncio.sleep(0.01)
 
-    async def ended(self, run: Run, seconds: float = 20) -> Run:
+    async def ended(self, run: Run, seconds: float = WAIT_S) -> Run:
         await self.until(lambda: self.running.store.run(run.id).state.is_end, seconds)
         return self.running.store.run(run.id)
 
-    async def in_state(self, run: Run, *states: str, seconds: float = 20) -> Run:
-        await self.until(lambda: self.running.store.run(run.id).state in states, seconds)
+    async def in_state(self, run: Run, *states: str) -> Run:
+        await self.until(lambda: self.running.store.run(run.id).state in states)
         return self.running.store.run(run.id)
 
-    async def waits(self, run: Run, why: str, seconds: float = 20) -> Run:
+    async def waits(self, run: Run, why: str) -> Run:
         """The run as soon as it waits for a reason that holds a text."""
-        await self.until(lambda: why in self.running.store.run(run.id).reason, seconds)
+        await self.until(lambda: why in self.running.store.run(run.id).reason)
         return await self.in_state(run, "waiting")
 
     def model(self, run: Run) -> dict[str, np.ndarray]:

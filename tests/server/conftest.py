@@ -12,6 +12,8 @@ from sitefaults import Fault
 from fedloom_common.runspec import RunSpec
 from fedloom_server.app import Coordinator, coordinator
 from fedloom_server.config import CoordinatorConfig
+from fedloom_server.pending import Pending
+from fedloom_server.watching import SiteProgress
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +44,38 @@ async def bench(config: CoordinatorConfig, tmp_path: Path) -> AsyncIterator[Benc
         yield bench
         for name in bench.tasks:
             await bench.detach(name)
+
+
+class Clock:
+    """Time as the patience with sites sees it: only a test lets it pass, however busy the machine is."""
+
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What silence and deadlines of assignments are measured by."""
+    clock = Clock()
+    for room in ("assignments", "patience", "reports", "uploads"):
+        monkeypatch.setattr(f"fedloom_server.{room}._now_s", clock)
+    return clock
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[SiteProgress]:
+    """What sites have said of their work, as the coordinator hears it."""
+    heard: list[SiteProgress] = []
+    take = Pending.told
+
+    def noted(entry: Pending, progress: SiteProgress, now_s: float) -> None:
+        take(entry, progress, now_s)
+        heard.append(progress)
+
+    monkeypatch.setattr(Pending, "told", noted)
+    return heard
 
 
 @pytest.fixture

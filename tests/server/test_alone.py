@@ -59,7 +59,7 @@ async def test_each_site_trains_alone_for_as_many_rounds_as_counted_and_the_repo
     assert not any(a.bytes_up for a in alone(bench, run).values())
 
 
-async def test_a_site_that_refuses_or_is_gone_is_shown_with_the_reason(bench, spec, fault):
+async def test_a_site_that_refuses_or_is_gone_is_shown_with_the_reason(bench, spec, clock, fault):
     bench.site("stays")
     bench.site("refuses", fault=fault.REFUSES_ALONE)
     leaves = bench.site("leaves")
@@ -68,6 +68,8 @@ async def test_a_site_that_refuses_or_is_gone_is_shown_with_the_reason(bench, sp
     run = await bench.enqueue(wanted)
     await bench.until(lambda: len(alone(bench, run)) == 3)
     await bench.detach("leaves")
+    await bench.until(lambda: alone(bench, run)["stays"].state == "done")
+    clock.now_s += 1.1
     run = await bench.ended(run)
     assert run.state == "finished"
     found = reports(bench.running, run)

@@ -152,7 +152,7 @@ async def test_a_run_that_nobody_can_work_for_says_why_and_goes_on_by_itself(ben
 
 
 async def test_a_run_whose_sites_have_all_gone_leaves_its_place_and_goes_on_with_the_first_to_return(
-    config, bench_of, async_spec, initial, fault
+    config, bench_of, async_spec, initial, clock, fault
 ):
     """By hand: a makes each of the two versions alone; the other run takes the only place meanwhile."""
     async with coordinator(config.model_copy(update={"concurrent_runs": 1})) as running:
@@ -165,6 +165,7 @@ async def test_a_run_whose_sites_have_all_gone_leaves_its_place_and_goes_on_with
         await bench.until(lambda: version(bench, run) == 1)
         for name in "ab":
             await bench.detach(name)
+        clock.now_s += 1.1
         await bench.waits(run, "waits for sites: 0 of 1 fit, 0 connected")
         assert (await bench.in_state(other, "waiting")).reason == running.store.run(run.id).reason
         free(a)

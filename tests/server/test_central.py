@@ -21,6 +21,11 @@ def works(running, run, site):
     return [(a.work, a.round) for a in running.store.assignments(run.id) if a.site == site]
 
 
+def done(running, run, site):
+    rows = running.store.assignments(run.id)
+    return [(a.work, a.round) for a in rows if a.site == site and a.state == "done"]
+
+
 @pytest.mark.parametrize("when", ["before_training", "after_round"])
 async def test_a_central_site_measures_every_model_and_its_metrics_stand_by_themselves(bench, spec, when):
     bench.evaluator("lab", loss=2.5)
@@ -70,14 +75,19 @@ async def test_a_model_is_measured_while_the_next_round_trains_and_the_round_wai
     assert metrics(bench.running, run, "central_loss")[3] == 2.5
 
 
-async def test_a_silent_central_site_holds_a_round_no_longer_than_its_deadline(bench, spec):
+async def test_a_silent_central_site_holds_a_round_no_longer_than_its_deadline(bench, spec, clock):
     lab = bench.evaluator("lab", loss=2.5)
     lab.evaluate_gate = asyncio.Event()
     await bench.until(lambda: bench.running.sites.connected())
     site = bench.site("a")
     site.measure = lambda tensors: 4.0
     wanted = spec(rounds=1, evaluation=CENTRAL | {"deadline_s": 3})
-    run = await bench.ended(await bench.enqueue(wanted))
+    run = await bench.enqueue(wanted)
+    for count, work in enumerate((("train", 1), ("evaluate", 1)), start=1):  # what site a measures
+        await bench.until(lambda work=work: work in done(bench.running, run, "a"))
+        await bench.until(lambda count=count: len(lab.asked) == count)
+        clock.now_s += 3.1
+    run = await bench.ended(run)
     assert run.state == "finished"
     lost = [a for a in bench.running.store.assignments(run.id) if a.site == "lab"]
     assert {a.state for a in lost} == {"lost"}

@@ -51,7 +51,14 @@ async def test_what_is_folded_leaves_the_disk_while_a_site_is_still_awaited(conf
         await bench.running.runs.stop(run.id, "enough")
 
 
-async def test_a_deterministic_round_lets_the_site_that_all_wait_for_go_first(config, spec, bench_of, fault):
+def announced(bench, run) -> list[str]:
+    """Who has an update ready."""
+    return sorted(a.site for a in bench.running.store.assignments(run.id, 1) if a.update_digest)
+
+
+async def test_a_deterministic_round_lets_the_site_that_all_wait_for_go_first(
+    config, spec, bench_of, clock, fault
+):
     async with coordinator(config.model_copy(update={"staged_updates": 1})) as running:
         bench = bench_of(running)
         first = bench.site("a", fault=fault.SILENT)
@@ -61,7 +68,9 @@ async def test_a_deterministic_round_lets_the_site_that_all_wait_for_go_first(co
         run = await bench.enqueue(
             spec(cohort=cohort, aggregation={"deterministic": True}, evaluation={"initial": False})
         )
-        await bench.until(first.assigned.is_set)
+        await bench.until(lambda: first.assigned.is_set() and announced(bench, run) == ["b", "c", "d"])
+        await bench.until(lambda: ("done", "") in bench.outcomes(run).values())  # the others find no room
+        clock.now_s += 2.1
         assert (await bench.ended(run)).state == "finished"
         assert bench.outcomes(run)["a"][0] == "lost"
         assert {bench.outcomes(run)[name][0] for name in "bcd"} == {"done"}
@@ -224,7 +233,7 @@ async def test_a_fold_that_breaks_off_keeps_no_site_waiting(config, spec, bench_
         bench = bench_of(running)
         for number in range(3):
             bench.site(f"site-{number}")
-        run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 3})), seconds=10)
+        run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 3})))
         assert run.state == "failed"
         assert "database is locked" in run.reason
 

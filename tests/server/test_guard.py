@@ -69,7 +69,7 @@ async def serving(edge: Edge) -> AsyncIterator[grpc.aio.Channel]:
 async def stuck(edge: Edge) -> None:
     """Returns once what the edge says goes nowhere any more."""
     said = -1
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while edge.said != said or said == 0:
             said = edge.said
             await asyncio.sleep(0.3)
@@ -85,7 +85,7 @@ async def test_a_call_that_is_ended_while_it_writes_tells_its_peer_why(reads, ca
         await stuck(edge)
         assert edge.endings.end(edge.call, NotPermitted("out with you"))
         with pytest.raises(grpc.aio.AioRpcError, match="out with you") as caught:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while await call.read() is not grpc.aio.EOF:
                     pass
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
@@ -100,7 +100,7 @@ async def test_a_line_that_breaks_while_a_call_writes_is_one_line_of_the_log_and
         await call.read()
         await stuck(edge)
         await channel.close()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await asyncio.wait([edge.call])
     told = [line for line in caplog.records if line.name != "fedloom_common.channels"]
     assert [(line.levelname, line.message) for line in told] == [
@@ -114,7 +114,7 @@ async def test_a_message_that_cannot_be_sent_on_a_line_that_holds_is_an_error(ca
     edge.fault = grpc.aio.InternalError("two messages at once")
     async with serving(edge) as channel:
         with pytest.raises(grpc.aio.AioRpcError, match="the coordinator's log has its cause"):
-            await asyncio.wait_for(channel.stream_stream(ATTACH)(iter([b""])).read(), 20)
+            await asyncio.wait_for(channel.stream_stream(ATTACH)(iter([b""])).read(), 60)
     assert "two messages at once" in caplog.text
 
 

@@ -103,7 +103,7 @@ async def test_a_site_that_was_not_written_down_before_a_kill_is_waited_for_afte
     await asyncio.sleep(0.05)
     assert not waiting.done()
     with sites.attached("a", Description(), link=object()):
-        await asyncio.wait_for(waiting, 10)
+        await asyncio.wait_for(waiting, 60)
     store.close()
 
 

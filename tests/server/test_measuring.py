@@ -89,27 +89,34 @@ async def test_patience_goes_on_if_the_last_model_turns_out_better(bench, spec):
     assert [a.measures for a in works(bench, run, "train")] == [True, True, False, True]
 
 
-async def test_a_late_update_tells_of_the_older_model_that_its_site_measured(bench, spec):
-    bench.site("fast")
-    slow = bench.site("slow")
+async def test_a_late_update_tells_of_the_older_model_that_its_site_measured(bench, spec, clock):
+    fast, slow = bench.site("fast"), bench.site("slow")
     slow.measure = lambda tensors: 100.0
-    slow.gate = asyncio.Semaphore(0)
+    fast.gate, slow.gate = asyncio.Semaphore(1), asyncio.Semaphore(0)
     cohort = {"min_sites": 2, "quorum": 1, "deadline_s": 1, "late": "carry"}
     run = await bench.enqueue(spec(rounds=3, cohort=cohort, evaluation=before()))
+    await bench.until(lambda: bench.outcomes(run).get("fast") == ("done", "") and slow.asked)
+    clock.now_s += 1.1
     await bench.until(lambda: bench.running.store.run(run.id).rounds_done == 1)
     assert losses(bench, run)[0] < 11  # of the fast site alone
     slow.gate.release()
+    await bench.until(lambda: bench.running.store.assignment(slow.asked[0].id).state == "done")
+    for site in (fast, fast, slow, slow):
+        site.gate.release()
     run = await bench.ended(run)
     late = [a for a in works(bench, run, "train") if a.staleness]
     assert [(a.site, a.base_round) for a in late] == [("slow", 0)]
     assert losses(bench, run)[0] > 50  # the mean of both
 
 
-async def test_a_site_that_measures_nothing_trains_all_the_same(bench, spec, fault):
+async def test_a_site_that_measures_nothing_trains_all_the_same(bench, spec, clock, fault):
     bench.site("a", fault=fault.NEVER_EVALUATES)
     bench.site("b")
     wanted = spec(rounds=2, cohort={"min_sites": 2, "stall_s": 1}, evaluation=before(deadline_s=1))
-    run = await bench.ended(await bench.enqueue(wanted))
+    run = await bench.enqueue(wanted)
+    await bench.until(lambda: [a.site for a in works(bench, run, "evaluate") if a.state == "done"] == ["b"])
+    clock.now_s += 1.1
+    run = await bench.ended(run)
     assert [a.state for a in works(bench, run, "train")] == ["done"] * 4
     assert all(loss is not None for loss in losses(bench, run).values())
 

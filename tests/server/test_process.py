@@ -61,7 +61,7 @@ class Service:
         return self._systemd.recv(100).decode()
 
     def page(self, path):
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=60) as answer:
             return answer.read().decode()
 
     def lines(self):
@@ -88,7 +88,7 @@ async def test_its_life_as_systemd_an_intruder_and_a_watching_operator_see_it(se
     folder = service.kit / "operators/ann"
     tls = TlsFiles(ca=folder / "ca.crt", certificate=folder / "operator.crt", key=folder / "operator.key")
     async with open_channel(f"localhost:{service.port}", tls, None) as channel:
-        await RunServiceStub(channel).List(runs_pb2.ListRequest(), timeout=20)
+        await RunServiceStub(channel).List(runs_pb2.ListRequest(), timeout=60)
         service.process.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(service.heard) == "STOPPING=1"
         assert await asyncio.to_thread(service.process.wait, 25) == 0, "an idle connection holds nobody up"
@@ -103,5 +103,5 @@ def knock_without_certificate(port):
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as raw, context.wrap_socket(raw) as secure:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as raw, context.wrap_socket(raw) as secure:
         assert secure.recv(1) == b"", "it is let go"

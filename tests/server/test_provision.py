@@ -99,7 +99,7 @@ async def test_folders_that_were_copied_elsewhere_meet_over_tls(kit: Kit, tmp_pa
         config = site_config(moved) if identity.startswith("site") else operator_config(moved)
         assert config.coordinator == "127.0.0.1:7443"
         async with open_channel(f"127.0.0.1:{port}", config.tls, None) as channel:
-            assert (await channel.unary_unary("/test.Who/Who")(b"", timeout=10)).decode() == identity
+            assert (await channel.unary_unary("/test.Who/Who")(b"", timeout=60)).decode() == identity
     await server.stop(None)
 
 

@@ -29,7 +29,7 @@ async def test_watch_tells_of_every_round_and_ends_with_the_run(bench, spec, cha
     watching = asyncio.create_task(watch())
     await bench.until(lambda: events)
     bench.site("a")
-    await asyncio.wait_for(watching, 20)
+    await asyncio.wait_for(watching, 60)
     assert events[-1].run.state == pb.RUN_STATE_FINISHED
     finished = {e.round.number for e in events if e.round.state == pb.ROUND_STATE_FINISHED}
     assert finished == {0, 1, 2}

@@ -1,6 +1,7 @@
 """The queue: several runs at once, by priority; pause, resume, stop and clone; what goes wrong is kept."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -143,13 +144,30 @@ async def test_a_paused_run_keeps_the_updates_that_have_come_and_goes_on_in_the_
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 2, rtol=1e-6)
 
 
-async def test_a_round_that_outlasts_the_run_s_time_is_finished_after_a_pause(bench, spec, initial, fault):
+class Later:
+    """The time by which a run's own is measured; it may be set forward."""
+
+    ahead_s = 0.0
+
+    def time(self):
+        return time.time() + self.ahead_s
+
+
+@pytest.fixture
+def later(monkeypatch):
+    monkeypatch.setattr("fedloom_server.rounds.time", later := Later())
+    return later
+
+
+async def test_a_round_that_outlasts_the_run_s_time_is_finished_after_a_pause(
+    bench, spec, initial, later, fault
+):
     bench.site("done", step=1.0)
     late = bench.site("late", step=3.0, fault=fault.SILENT)
-    short = spec(rounds=50, cohort={"min_sites": 2}, evaluation=TRAIN_ONLY, stop={"wall_s": 0.2})
+    short = spec(rounds=50, cohort={"min_sites": 2}, evaluation=TRAIN_ONLY, stop={"wall_s": 600})
     run = await bench.enqueue(short)
     await bench.until(lambda: bench.outcomes(run).get("done") == ("done", "") and late.assigned.is_set())
-    await asyncio.sleep(0.3)
+    later.ahead_s = 601
     await bench.running.runs.pause(run.id, "")
     late.fault = fault.NONE
     bench.running.runs.resume(run.id)
@@ -161,12 +179,12 @@ async def test_a_round_that_outlasts_the_run_s_time_is_finished_after_a_pause(be
     assert list(bench.running.store.spool.folder.iterdir()) == []
 
 
-async def test_a_round_between_two_tries_does_not_outlast_the_run_s_time(bench, spec, fault):
+async def test_a_round_between_two_tries_does_not_outlast_the_run_s_time(bench, spec, later, fault):
     bench.site("a", fault=fault.FAILS)
-    short = spec(rounds=50, cohort={"attempts": 1}, stop={"wall_s": 2})
+    short = spec(rounds=50, cohort={"attempts": 1}, stop={"wall_s": 600})
     run = await bench.enqueue(short)
     await bench.waits(run, "the quorum is 1")
-    await asyncio.sleep(2)
+    later.ahead_s = 601
     bench.running.runs.resume(run.id)
     run = await bench.ended(run)
     assert (run.state, run.rounds_done) == ("finished", 0)
@@ -345,13 +363,15 @@ async def test_a_round_that_asks_more_sites_goes_on_with_as_many_updates_as_it_w
     assert bench.running.store.failures(run.id) == []
 
 
-async def test_a_late_update_joins_the_next_round_as_a_change_of_its_own_base(bench, spec, initial):
+async def test_a_late_update_joins_the_next_round_as_a_change_of_its_own_base(bench, spec, initial, clock):
     """By hand: round 1 takes a alone; round 2 takes a, and what slow made of the first model."""
     a, slow = bench.site("a", step=1.0, examples=10), bench.site("slow", step=8.0, examples=30)
     a.gate, slow.gate = asyncio.Semaphore(1), asyncio.Semaphore(0)
     staleness = {"exponent": 1.0}
     cohort = {"min_sites": 2, "quorum": 1, "deadline_s": 3, "late": "carry", "staleness": staleness}
     run = await bench.enqueue(spec(rounds=2, cohort=cohort, evaluation=TRAIN_ONLY))
+    await bench.until(lambda: bench.outcomes(run).get("a") == ("done", "") and slow.asked)
+    clock.now_s += 3.1
     await bench.until(lambda: bench.running.store.run(run.id).rounds_done == 1)
     name = f"{run.id}.1.1.train.slow"
     assert [asked.id for asked in slow.asked] == [name]
@@ -367,23 +387,30 @@ async def test_a_late_update_joins_the_next_round_as_a_change_of_its_own_base(be
     np.testing.assert_allclose(bench.model(run)["layer.bias"], wanted, rtol=1e-6)
 
 
-async def test_work_that_waits_at_its_site_is_alive_as_long_as_what_it_waits_for(bench, spec, fault):
-    """Both runs give a site up after a second of silence; what it does first makes progress for two."""
+async def test_work_that_waits_at_its_site_is_alive_as_long_as_what_it_waits_for(
+    bench, spec, clock, told, fault
+):
+    """Both runs give a site up after 0.2 s of silence; what it does first makes progress for 0.45."""
     site = bench.site("a", fault=fault.SILENT)
-    cohort = {"stall_s": 1, "attempts": 1}
+    cohort = {"stall_s": 0.2, "attempts": 1}
     runs = [await bench.enqueue(spec(name=f"run-{n}", cohort=cohort, evaluation=TRAIN_ONLY)) for n in "12"]
     await bench.until(lambda: len(site.asked) == 2)
     first, queued = (f"{run.id}.1.1.train.a" for run in runs)
     site.send(progress=pb.Progress(assignment_id=queued, phase=pb.PHASE_QUEUED))
-    for step in range(20):
+    await bench.until(lambda: told)
+    for step in range(3):
+        clock.now_s += 0.15
         site.send(progress=pb.Progress(assignment_id=first, phase=pb.PHASE_TRAIN, done=step))
-        await asyncio.sleep(0.1)
+        await bench.until(lambda step=step: told[-1].done == step and told[-1].phase == "train")
+    await asyncio.sleep(0.5)  # the silent would be lost
     store = bench.running.store
     assert [store.assignment(name).state for name in (first, queued)] == ["open", "open"]
+    clock.now_s += 0.25
     reason = (await bench.waits(runs[0], "reported")).reason
-    assert "no progress for 1 s; last seen in train, 19 of ? done" in reason
+    assert "no progress for 0.2 s; last seen in train, 2 of ? done" in reason
+    clock.now_s += 0.25
     reason = (await bench.waits(runs[1], "reported")).reason
-    assert "no progress for 1 s; last seen in queued" in reason
+    assert "no progress for 0.2 s; last seen in queued" in reason
 
 
 @pytest.mark.parametrize(
@@ -398,7 +425,7 @@ async def test_work_that_waits_at_its_site_is_alive_as_long_as_what_it_waits_for
     ],
 )
 async def test_a_late_update_outlives_a_failed_try(
-    config, bench_of, spec, initial, monkeypatch, staged_updates, comes, step
+    config, bench_of, spec, initial, clock, monkeypatch, staged_updates, comes, step
 ):
     monkeypatch.setattr("fedloom_server.rounds.ATTEMPT_PAUSE_S", 0.1)
     async with coordinator(config.model_copy(update={"staged_updates": staged_updates})) as running:
@@ -409,6 +436,8 @@ async def test_a_late_update_outlives_a_failed_try(
         cohort = {"min_sites": 3, "quorum": 2, "deadline_s": 4, "late": "carry", "attempts": 5}
         cohort["staleness"] = {"exponent": 1.0}
         run = await bench.enqueue(spec(rounds=2, cohort=cohort, evaluation=TRAIN_ONLY))
+        await bench.until(lambda: list(bench.outcomes(run).values()).count(("done", "")) == 2 and slow.asked)
+        clock.now_s += 4.1
         await bench.until(lambda: any(asked.round == 2 for asked in a.asked))
         await bench.until(lambda: any(asked.round == 2 for asked in b.asked))
         late = f"{run.id}.1.1.train.slow"

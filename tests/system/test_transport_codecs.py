@@ -228,7 +228,7 @@ async def test_over_restarts_of_both_ends_nothing_of_any_change_is_lost_or_told_
     async with coordinator(world.config) as running:
         world.join(running, *SITES)
         await world.rounds_done(running, run, 4)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len({group.models[-1] for group in world.groups.values()}) > 1:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         run = running.store.run(run.id)

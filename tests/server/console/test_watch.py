@@ -184,7 +184,7 @@ async def test_ctrl_c_leaves_the_run_going_and_says_so(fake, tmp_path):
     assert process.stdout is not None
     assert await process.stdout.readline() == b"run a1b2c3 is running\n"
     process.send_signal(signal.SIGINT)
-    _, stderr = await asyncio.wait_for(process.communicate(), 20)
+    _, stderr = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 130
     assert "The run goes on. See it again with: fedloom run watch a1b2c3" in stderr.decode()
     assert "Traceback" not in stderr.decode()

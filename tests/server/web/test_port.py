@@ -22,7 +22,7 @@ def observed(config):
 async def page(running, path):
     def ask():
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{running.http_port}{path}", timeout=20) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{running.http_port}{path}", timeout=60) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
