@@ -32,6 +32,7 @@ async def run_buffered(run: Run, federation: Federation) -> str:
 
     Raises:
         TooFewSites: nobody works for it any more, and nobody is there who could.
+        TooFewUpdates: all who are there have failed time and again.
         BadTensor: the updates make no finite model.
     Source: Nguyen et al. 2022, arXiv:2106.06639, algorithm 1, weighted by examples.
     """

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from fedloom_common.errors import TooFewUpdates
 from fedloom_server.batches import require_sites
 from fedloom_server.cohorts import wanted
 from fedloom_server.federation import Federation
@@ -16,6 +17,7 @@ from fedloom_server.versions import Versions
 
 REST_S = 2.0  # after a site's first failure; twice as long after each further one in a row
 LONGEST_REST_S = 300.0
+MOST_FAILURES = 3  # in a row, of every site that is here: then the run waits, and others have its place
 _BLAMELESS = (AssignmentState.DONE, AssignmentState.CANCELLED)
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class IdleSites:
 
         Raises:
             TooFewSites: nobody works for it, and nobody who fits is here.
+            TooFewUpdates: nor does anybody, as all who are here have failed time and again.
         """
         run, reason = self._run, "" if is_busy else self._why_all_rest()
         if run.reason == reason:
@@ -103,11 +106,14 @@ class IdleSites:
             logger.info("waiting for sites", extra={"run": run.id, "reason": reason})
 
     def _why_all_rest(self) -> str:
-        resting = [rest.why for site, rest in self._rests.items() if self._rests_now(site)]
-        if resting:
-            return f"waits a while after failures: {'; '.join(resting[:CAUSES_TOLD])}"
-        require_sites(self._run, self._sites)
-        return ""
+        resting = [rest for site, rest in self._rests.items() if self._rests_now(site)]
+        if not resting:
+            require_sites(self._run, self._sites)
+            return ""
+        why = "; ".join(rest.why for rest in resting[:CAUSES_TOLD])
+        if all(rest.failures >= MOST_FAILURES for rest in resting):
+            raise TooFewUpdates(f"every site has failed {MOST_FAILURES} times or more in a row ({why})")
+        return f"waits a while after failures: {why}"
 
     def _rests_now(self, site: str) -> bool:
         """Whether a site that is here is to be left alone."""

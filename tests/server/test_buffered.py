@@ -151,6 +151,28 @@ async def test_a_run_that_nobody_can_work_for_says_why_and_goes_on_by_itself(ben
     assert (run.state, run.reason) == ("finished", "the only round is done")
 
 
+async def test_a_run_whose_sites_all_fail_time_and_again_leaves_its_place_and_goes_on_with_a_mended_one(
+    config, bench_of, async_spec, fault, monkeypatch
+):
+    monkeypatch.setattr("fedloom_server.idle.REST_S", 0.2)
+    monkeypatch.setattr("fedloom_server.waiting.FIRST_PAUSE_S", 0.2)
+    async with coordinator(config.model_copy(update={"concurrent_runs": 1})) as running:
+        bench = bench_of(running)
+        sites = [bench.site(name, fault=fault.FAILS) for name in "ab"]
+        run = await bench.enqueue(async_spec(buffer=1, rounds=1, cohort={"min_sites": 2}))
+        other = await bench.enqueue(async_spec(name="other", buffer=1, rounds=1))
+        reason = (await bench.waits(run, "goes on when a site attaches again")).reason
+        assert "every site has failed 3 times or more in a row (a failed: ValueError: no such file" in reason
+        assert "b failed: ValueError" in reason
+        assert running.store.failures(run.id)[-1].cause == "waiting"
+        await bench.until(lambda: running.store.run(other.id).started_at_s > 0)
+        await bench.detach("a")
+        sites[0].fault = fault.NONE
+        bench.attach(sites[0])
+        for ended in (await bench.ended(run), await bench.ended(other)):
+            assert ended.state == "finished"
+
+
 async def test_a_run_whose_sites_have_all_gone_leaves_its_place_and_goes_on_with_the_first_to_return(
     config, bench_of, async_spec, initial, clock, fault
 ):
