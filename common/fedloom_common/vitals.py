@@ -55,6 +55,21 @@ async def _trouble(check: Check) -> str | None:
         return f"no answer in {CHECK_S:g} s"
 
 
+def seldom(check: Check, every_s: float) -> Check:
+    """A check that is made once in ``every_s`` at most, never twice at a time, however often asked for."""
+    latest: asyncio.Task[str | None] | None = None
+    began_s = 0.0
+
+    async def answer() -> str | None:
+        nonlocal latest, began_s
+        now_s = asyncio.get_running_loop().time()
+        if latest is None or (latest.done() and now_s - began_s >= every_s):
+            latest, began_s = asyncio.ensure_future(check()), now_s
+        return await asyncio.shield(latest)
+
+    return answer
+
+
 def disk_above(folder: Path, floor_bytes: int) -> Check:
     """A check that so much is free on a folder's disk."""
 

@@ -116,6 +116,15 @@ class Files:
         place = self._place(digest)
         return place.is_file() or place.name in self._stored
 
+    def require_answer(self) -> None:
+        """Look whether the object storage can be reached, if there is one.
+
+        Raises:
+            StorageUnavailable: it cannot.
+        """
+        if self._objects is not None:
+            self._objects.require_answer()
+
     def all(self) -> list[KeptFile]:
         """Every file that is kept."""
         written = {path.name: path.stat().st_mtime for path in self._folder.iterdir()}

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,10 @@ class Objects:
         """When each file was written, by name."""
         with _failures("list"):
             self._storage.invalidate_cache()
-            if not self._storage.exists(self._root):
+            try:  # not exists(): to many storages a failure is a file that is not there
+                found = self._storage.ls(self._root, detail=True)
+            except FileNotFoundError:
                 return {}
-            found = self._storage.ls(self._root, detail=True)
         return {
             item["name"].rpartition("/")[2]: _written_at_s(item) for item in found if item["type"] == "file"
         }
@@ -89,6 +90,16 @@ class Objects:
                 self._storage.rm_file(self._key(name))
             except FileNotFoundError:
                 return
+
+    def require_answer(self) -> None:
+        """Look whether the storage can be reached.
+
+        Raises:
+            StorageUnavailable: it cannot.
+        """
+        with _failures("answer"), suppress(FileNotFoundError):
+            self._storage.invalidate_cache()
+            self._storage.info(self._root)
 
     def try_out(self) -> None:
         """Write a file of a few bytes where models go, read it back and remove it.

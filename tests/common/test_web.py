@@ -16,7 +16,7 @@ from fedloom_common import web
 from fedloom_common.authority import Authority
 from fedloom_common.errors import BadSpec
 from fedloom_common.identity import Role, TlsFiles
-from fedloom_common.vitals import LoopLag, disk_above
+from fedloom_common.vitals import LoopLag, disk_above, seldom, troubles
 from fedloom_common.web import Vitals, http_port
 
 
@@ -53,6 +53,40 @@ def tls(tmp_path: Path) -> TlsFiles:
         tmp_path / "a.crt", tmp_path / "a.key"
     )
     return TlsFiles(ca=tmp_path / "ca" / "ca.crt", certificate=tmp_path / "a.crt", key=tmp_path / "a.key")
+
+
+async def test_what_is_asked_seldom_is_asked_once_whoever_wants_to_know():
+    problems, asked = [None, "it is away", None], 0
+
+    async def ask() -> str | None:
+        nonlocal asked
+        asked += 1
+        return problems[asked - 1]
+
+    check = seldom(ask, 0.5)
+    assert [await check() for _ in range(5)] == [None] * 5
+    await asyncio.sleep(0.6)
+    assert [await check() for _ in range(5)] == ["it is away"] * 5
+    assert asked == 2
+
+
+async def test_what_is_asked_seldom_and_hangs_is_asked_once_and_told_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("fedloom_common.vitals.CHECK_S", 0.05)
+    answered, asked = asyncio.Event(), 0
+
+    async def hang() -> None:
+        nonlocal asked
+        asked += 1
+        await answered.wait()
+
+    checks = {"storage": seldom(hang, 0.01)}
+    assert [await troubles(checks) for _ in range(3)] == [{"storage": "no answer in 0.05 s"}] * 3
+    assert asked == 1
+    answered.set()
+    await asyncio.sleep(0.02)
+    assert await troubles(checks) == {}
 
 
 async def test_a_process_that_answers_is_healthy_and_says_how_late_its_loop_is():

@@ -38,6 +38,29 @@ def names_in(url: str) -> list[str]:
     return sorted(Objects(url).all())
 
 
+class Away(fsspec.AbstractFileSystem):
+    """A storage that nobody reaches, and that takes this for files that are not there, as many do."""
+
+    protocol = "away"
+
+    def info(self, path, **options):
+        raise ConnectionError("no route to host")
+
+    ls = info
+
+
+def test_a_storage_that_is_away_is_not_taken_for_an_empty_one():
+    fsspec.register_implementation("away", Away, clobber=True)
+    for ask in (Objects("away://bucket").all, Objects("away://bucket").require_answer):
+        with pytest.raises(StorageUnavailable):
+            ask()
+
+
+def test_a_storage_in_which_nothing_lies_yet_answers(url):
+    Objects(url).require_answer()
+    assert Objects(url).all() == {}
+
+
 async def test_a_file_is_fetched_back_when_the_disk_has_lost_it(tmp_path, url):
     stored = Files(tmp_path / "one", Objects(url)).put(new_file(tmp_path, b"model" * 1000))
     files = Files(tmp_path / "two", Objects(url))

@@ -1,7 +1,7 @@
 """The coordinator's HTTP port: what makes it ready, and who measures it."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -9,12 +9,13 @@ from grpc_health.v1 import health, health_pb2
 
 from fedloom_common.errors import StorageUnavailable
 from fedloom_common.httpport import http_encryption
-from fedloom_common.vitals import Check, LoopLag, disk_above
+from fedloom_common.vitals import Check, LoopLag, disk_above, seldom
 from fedloom_server.config import CoordinatorConfig
 from fedloom_server.federation import Federation
 from fedloom_server.rpc.calls import Calls
-from fedloom_server.store import Store
 from fedloom_server.trust import Trust
+
+STORAGE_LOOK_S = 30.0  # the object storage is others', and what it is asked may cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ async def coordinator_port(service: Service) -> AsyncIterator[int | None]:
 
 def readiness(service: Service) -> dict[str, Check]:
     """What must hold for sites and operators to be served well."""
-    config = service.config
+    config, store = service.config, service.federation.store
 
     async def draining() -> str | None:
         return "it goes away, and what is under way may end" if service.calls.is_draining else None
@@ -70,18 +71,21 @@ def readiness(service: Service) -> dict[str, Check]:
             return None
         return f"gRPC on {config.listen} does not serve: it starts, or ends"
 
-    return {
+    checks = {
         "draining": draining,
         "grpc": serving,
-        "database": _database(service.federation.store),
+        "database": _answers(store.require_answer),
         "disk": disk_above(config.state_dir, config.disk_floor_bytes),
     }
+    if config.model_storage:
+        checks["model_storage"] = seldom(_answers(store.files.require_answer), STORAGE_LOOK_S)
+    return checks
 
 
-def _database(store: Store) -> Check:
+def _answers(require_answer: Callable[[], None]) -> Check:
     async def check() -> str | None:
         try:
-            await asyncio.to_thread(store.require_answer)
+            await asyncio.to_thread(require_answer)
         except StorageUnavailable as error:
             return str(error)
         return None

@@ -12,6 +12,7 @@ from fedloom_common.errors import BadSpec, StorageUnavailable
 from fedloom_server.app import coordinator
 from fedloom_server.config import CoordinatorConfig
 from fedloom_server.meters import OTHER_SITES, Meters
+from fedloom_server.objects import Objects
 
 
 @pytest.fixture
@@ -136,6 +137,27 @@ async def test_a_database_that_is_gone_makes_it_not_ready(observed, monkeypatch)
     [problem] = json.loads(body)["problems"]
     assert problem["check"] == "database"
     assert "does not answer" in problem["problem"]
+
+
+async def test_a_model_storage_that_is_away_makes_it_not_ready_and_is_asked_seldom(
+    observed, tmp_path, monkeypatch
+):
+    asked = 0
+
+    def lost(storage):
+        nonlocal asked
+        asked += 1
+        raise StorageUnavailable("the storage of models cannot answer now")
+
+    config = observed.model_copy(update={"model_storage": f"file://{tmp_path}/bucket"})
+    async with coordinator(config) as running:
+        monkeypatch.setattr(Objects, "require_answer", lost)
+        told = [await page(running, "/readyz") for _ in range(3)]
+        monkeypatch.undo()
+
+    wanted = [{"check": "model_storage", "problem": "the storage of models cannot answer now"}]
+    assert [(status, json.loads(body)["problems"]) for status, body in told] == [(503, wanted)] * 3
+    assert asked == 1
 
 
 def test_a_thousand_sites_have_series_of_their_own_and_all_others_one():
