@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from fuzz.targets import TARGETS, Verdict, seeds
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
@@ -24,7 +24,7 @@ def test_a_well_formed_input_is_read(name):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(data=st.data())
 def test_spoilt_inputs_are_read_or_refused_as_they_must_be(name, data):
     """A good input with some bytes replaced, cut out or put in."""

@@ -38,7 +38,9 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 PIECE = 1 << 16
 CODE_LIMITS = {"fp16": 65520.0, "bf16": (2 - 2**-8) * 2.0**127}  # from there on values round to infinity
 fast = settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=6,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -63,7 +63,7 @@ def tensors_of(shape, dtype, count, seed, magnitude):
 
 
 @given(small_shapes, dtypes, weights, st.integers(0, 1 << 32), st.sampled_from([1e-30, 1e-6, 1.0, 1e4, 1e38]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_it_is_numpys_float64_mean_to_one_ulp(tmp_path_factory, shape, dtype, examples, seed, magnitude):
     tensors = tensors_of(shape, dtype, len(examples), seed, magnitude)
     mean = mean_of(tmp_path_factory.mktemp("mean"), tensors, examples)
@@ -73,7 +73,7 @@ def test_it_is_numpys_float64_mean_to_one_ulp(tmp_path_factory, shape, dtype, ex
 
 
 @given(large_shapes, dtypes, weights, st.integers(0, 1 << 32))
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12)
 def test_it_is_numpys_float64_mean_over_the_ends_of_pieces(tmp_path_factory, shape, dtype, examples, seed):
     tensors = tensors_of(shape, dtype, len(examples), seed, 1.0)
     mean = mean_of(tmp_path_factory.mktemp("mean"), tensors, examples)
@@ -90,7 +90,7 @@ def test_it_is_numpys_float64_mean_over_the_ends_of_pieces(tmp_path_factory, sha
         )
     )
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_any_fp32_values_average_to_one_ulp(tmp_path_factory, case):
     values, examples = case
     tensors = [torch.tensor([value], dtype=torch.float32) for value in values]

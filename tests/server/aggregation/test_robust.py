@@ -111,7 +111,7 @@ def saved(path, tensors):
 
 @pytest.mark.parametrize("name", RULES)
 @given(seed=seeds)
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_a_rule_is_its_definition(tmp_path_factory, name, seed):
     folder, generator = tmp_path_factory.mktemp("rule"), torch.Generator().manual_seed(seed)
     spec, reference = RULES[name]
@@ -171,7 +171,7 @@ def test_stale_updates_join_with_their_scaled_change(tmp_path):
 
 
 @given(st.integers(2, 7), st.integers(1, 30), seeds)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_no_small_step_shortens_the_distances_to_the_geometric_median(sites, values, seed):
     rng = np.random.default_rng(seed)
     vectors, examples = rng.normal(size=(sites, values)), rng.integers(1, 20, sites)

@@ -75,7 +75,7 @@ updates_drawn = st.lists(
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     st.integers(0, 1 << 32),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_it_is_numpys_float64_result(tmp_path_factory, drawn, shape, dtype, seed):
     folder = tmp_path_factory.mktemp("stale")
     generator = torch.Generator().manual_seed(seed)
