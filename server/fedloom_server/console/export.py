@@ -70,21 +70,10 @@ async def export(
         ProtocolError: the coordinator named a file that is not a plain name.
         FederationError: the coordinator has no such model, or could not send it.
     """
-    answer: ExportResponse = await coordinator.call(
-        coordinator.runs.Export,
-        ExportRequest(
-            run_id=run_id, round=None if round_number == "best" else round_number,
-            best=round_number == "best", as_adapter=adapter is not None,
-        ),
-    )  # fmt: skip
-    _require_adapter(answer, adapter)
+    answer = await _ask(coordinator, run_id, round_number, adapter)
     full_id = answer.run.id
     earlier = _earlier_files(directory, full_id)
-    check_names(answer.files)
-    check_names(answer.frozen)
-    for fold in answer.folds:  # all have one name, and their digests tell them apart
-        check_names([fold])
-    files = [*answer.files, *answer.frozen, *answer.folds]
+    files = _named_files(answer)
     total = sum(file.size_bytes for file in files)
     with _writing(directory, total):
         directory.mkdir(parents=True, exist_ok=True)
@@ -99,6 +88,33 @@ async def export(
         _write_marker(directory, full_id, names)
     made_bytes = sum((directory / name).stat().st_size for name in names)
     return Export(run_id=full_id, round=answer.round, directory=directory, size_bytes=made_bytes)
+
+
+async def _ask(
+    coordinator: Coordinator,
+    run_id: str,
+    round_number: int | Literal["best"] | None,
+    adapter: AsAdapter | None,
+) -> ExportResponse:
+    request = ExportRequest(
+        run_id=run_id, round=None if round_number == "best" else round_number,
+        best=round_number == "best", as_adapter=adapter is not None,
+    )  # fmt: skip
+    answer: ExportResponse = await coordinator.call(coordinator.runs.Export, request)
+    if adapter is not None and not answer.frozen:
+        raise WrongState(
+            f"run {answer.run.id} trained the whole model: there is no adapter to export; leave --adapter out"
+        )
+    return answer
+
+
+def _named_files(answer: ExportResponse) -> list[Blob]:
+    """All that is to come, once its names are found to be harmless."""
+    check_names(answer.files)
+    check_names(answer.frozen)
+    for fold in answer.folds:  # all have one name, and their digests tell them apart
+        check_names([fold])
+    return [*answer.files, *answer.frozen, *answer.folds]
 
 
 def check_names(files: Iterable[Blob]) -> None:
@@ -203,13 +219,6 @@ async def _fetch(
             )
         before += file.size_bytes
         on_bytes(before)
-
-
-def _require_adapter(answer: ExportResponse, adapter: AsAdapter | None) -> None:
-    if adapter is not None and not answer.frozen:
-        raise WrongState(
-            f"run {answer.run.id} trained the whole model: there is no adapter to export; leave --adapter out"
-        )
 
 
 def _names(answer: ExportResponse, adapter: AsAdapter | None) -> set[str]:

@@ -1,7 +1,8 @@
 """``fedloom run pause | resume | stop | clone | failures``: what an operator does to runs that are there."""
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +14,7 @@ from fedloom.v1.runs_pb2 import (
     ResumeRequest,
     StopRequest,
 )
+from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import parse_run_spec
 from fedloom_server.console.connection import Operator, operator_command
@@ -27,21 +29,13 @@ Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 @operator_command(app, "pause")
 async def pause(operator: Operator, run: RunId, reason: Reason = "") -> None:
     """Hold a run until it is resumed; its sites stop, and the updates that have come are kept."""
-    async with operator.connect() as coordinator:
-        after = await coordinator.call_at_length(
-            coordinator.runs.Pause, PauseRequest(run_id=run, reason=reason)
-        )
-    say_state(after)
+    await _hold(operator, lambda runs: runs.Pause, PauseRequest(run_id=run, reason=reason))
 
 
 @operator_command(app, "stop")
 async def stop(operator: Operator, run: RunId, reason: Reason = "") -> None:
     """Stop a run; its last model stays, and it can be resumed."""
-    async with operator.connect() as coordinator:
-        after = await coordinator.call_at_length(
-            coordinator.runs.Stop, StopRequest(run_id=run, reason=reason)
-        )
-    say_state(after)
+    await _hold(operator, lambda runs: runs.Stop, StopRequest(run_id=run, reason=reason))
 
 
 @operator_command(app, "resume")
@@ -98,6 +92,15 @@ async def failures(
         console_for_output().print(
             failures_view(answer.failures) if answer.failures else "Nothing went wrong."
         )
+
+
+async def _hold(
+    operator: Operator, method: Callable[[RunServiceStub], Any], request: PauseRequest | StopRequest
+) -> None:
+    """Take a run out of work, which may last as long as a step of it, and tell its state then."""
+    async with operator.connect() as coordinator:
+        after = await coordinator.call_at_length(method(coordinator.runs), request)
+    say_state(after)
 
 
 def _round_number(text: str) -> int | None:

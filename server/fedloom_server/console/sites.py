@@ -1,9 +1,11 @@
 """``fedloom sites``: who takes part in the federation, and who may."""
 
 import time
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from google.protobuf.message import Message
 
 from fedloom.v1.runs_pb2 import Site
 from fedloom.v1.sites_pb2 import (
@@ -15,6 +17,7 @@ from fedloom.v1.sites_pb2 import (
     UnblockSiteRequest,
     UndrainSiteRequest,
 )
+from fedloom.v1.sites_pb2_grpc import SiteServiceStub
 from fedloom_common.errors import BadSpec
 from fedloom_server.console.connection import Operator, operator_command
 from fedloom_server.console.formats import as_data, console_for_output, json_text, plain
@@ -25,6 +28,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Name = Annotated[str, typer.Argument(metavar="SITE", help="Name of the site.")]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
+Method = Callable[[SiteServiceStub], Any]
 
 
 @app.callback()
@@ -57,31 +61,27 @@ async def show(operator: Operator, site: Name, as_json: AsJson = False) -> None:
 @operator_command(app, "drain")
 async def drain(operator: Operator, site: Name, reason: Reason = "", as_json: AsJson = False) -> None:
     """Give a site nothing new; it finishes what it has, and `sites list` says when that is done."""
-    async with operator.connect() as coordinator:
-        request = DrainSiteRequest(name=site, reason=reason)
-        _told(await coordinator.call(coordinator.sites.Drain, request), as_json)
+    request = DrainSiteRequest(name=site, reason=reason)
+    await _decide(operator, lambda sites: sites.Drain, request, as_json)
 
 
 @operator_command(app, "undrain")
 async def undrain(operator: Operator, site: Name, as_json: AsJson = False) -> None:
     """Give a drained site work again."""
-    async with operator.connect() as coordinator:
-        _told(await coordinator.call(coordinator.sites.Undrain, UndrainSiteRequest(name=site)), as_json)
+    await _decide(operator, lambda sites: sites.Undrain, UndrainSiteRequest(name=site), as_json)
 
 
 @operator_command(app, "block")
 async def block(operator: Operator, site: Name, reason: Reason = "", as_json: AsJson = False) -> None:
     """End a site's session and its work at once, and refuse its calls until it is unblocked."""
-    async with operator.connect() as coordinator:
-        request = BlockSiteRequest(name=site, reason=reason)
-        _told(await coordinator.call(coordinator.sites.Block, request), as_json)
+    request = BlockSiteRequest(name=site, reason=reason)
+    await _decide(operator, lambda sites: sites.Block, request, as_json)
 
 
 @operator_command(app, "unblock")
 async def unblock(operator: Operator, site: Name, as_json: AsJson = False) -> None:
     """Let a blocked site attach again."""
-    async with operator.connect() as coordinator:
-        _told(await coordinator.call(coordinator.sites.Unblock, UnblockSiteRequest(name=site)), as_json)
+    await _decide(operator, lambda sites: sites.Unblock, UnblockSiteRequest(name=site), as_json)
 
 
 @operator_command(app, "forget")
@@ -108,12 +108,14 @@ async def label(
 ) -> None:
     """Set labels of a site, by which runs choose it."""
     labels, dropped = _label_changes(changes)
+    request = LabelSiteRequest(name=site, labels=labels, dropped=dropped)
+    await _decide(operator, lambda sites: sites.Label, request, as_json)
+
+
+async def _decide(operator: Operator, method: Method, request: Message, as_json: bool) -> None:
+    """Have the coordinator change what holds for a site, and tell what holds then."""
     async with operator.connect() as coordinator:
-        request = LabelSiteRequest(name=site, labels=labels, dropped=dropped)
-        _told(await coordinator.call(coordinator.sites.Label, request), as_json)
-
-
-def _told(site: Site, as_json: bool) -> None:
+        site: Site = await coordinator.call(method(coordinator.sites), request)
     if as_json:
         typer.echo(json_text(as_data(site)))
         return
