@@ -29,10 +29,12 @@ class Central:
         return self._measuring is not None and not self._measuring.done()
 
     def begin(self, number: int, *, is_last: bool = False) -> None:
-        """Begin to measure a round's model, if it is due, or if it is the last and any is."""
+        """Begin to measure a round's model, if it is due, or if it is the last and any is; not while busy."""
         evaluation = self._run.spec.evaluation
         due = is_due(self._run.spec, number) or (is_last and bool(evaluation.every_rounds))
         if evaluation.central and due:
+            if self._measuring is not None:
+                self._measuring.result()  # nobody waited for it; an error of it ends the work as any other
             self._measuring = asyncio.create_task(self._measure(number), name="central evaluation")
 
     async def settled(self) -> bool:
@@ -44,7 +46,7 @@ class Central:
         """Wait for nothing any more; what is open in the store stays so, to be taken up again."""
         if self._measuring is not None:
             self._measuring.cancel()
-            await asyncio.wait([self._measuring])
+            await asyncio.gather(self._measuring, return_exceptions=True)
 
     async def _measure(self, number: int) -> bool:
         store, run = self._federation.store, self._run

@@ -5,7 +5,9 @@ import asyncio
 import pytest
 from rich.console import Console
 
+from fedloom_common.errors import NotFound
 from fedloom_server.app import coordinator
+from fedloom_server.central import Central
 from fedloom_server.console.measured import sites_data, sites_table
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.rpc.messages import round_message
@@ -134,6 +136,20 @@ async def test_an_asynchronous_run_is_measured_centrally_too(bench, spec):
     run = await bench.ended(await bench.enqueue(wanted))
     assert run.state == "finished"
     assert metrics(bench.running, run, "central_loss")[3] == 2.5
+
+
+async def test_an_error_of_a_measurement_beside_versions_ends_the_run_as_one_between_rounds_does(
+    bench, spec, monkeypatch
+):
+    async def lost(central, number):
+        raise NotFound(f"the model of round {number} is gone")
+
+    monkeypatch.setattr(Central, "_measure", lost)
+    bench.site("a")
+    for mode in ({"kind": "sync"}, {"kind": "async", "buffer": 1}):
+        run = await bench.ended(await bench.enqueue(spec(rounds=9, mode=mode, evaluation=CENTRAL)))
+        assert (run.state, run.reason.removesuffix(" is gone")[:-1]) == ("failed", "the model of round ")
+        assert run.rounds_done < 9
 
 
 async def test_each_sites_metrics_by_round_as_a_table_and_as_data(bench, spec):
