@@ -1,5 +1,6 @@
 """A run's model for the outside: which files, and a card of the facts behind it."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -112,19 +113,27 @@ def _facts(
         is_best = best is not None and best.number == last
         which = f"its best model by {run.spec.goal.metric}, " if is_best else ""
         reason += f"; this is {which}that of round {last}"
-    names = {assignment.site for assignment in counted}.difference(run.spec.evaluation.central)
+    mine, by_site = _by_site(counted), _by_site(assignments)
+    names = mine.keys() - set(run.spec.evaluation.central)
     return CardFacts(
         run_id=run.id,
         spec=run.spec,
         rounds_done=last,
         reason=reason,
-        sites=[_site(name, counted, _latest_measured(name, assignments, last)) for name in sorted(names)],
+        sites=[_site(name, mine[name], _latest_measured(by_site[name], last)) for name in sorted(names)],
         history=[RoundResult(number=record.number, metrics=record.metrics) for record in rounds],
     )
 
 
+def _by_site(assignments: Sequence[Assignment]) -> dict[str, list[Assignment]]:
+    found = defaultdict(list)
+    for assignment in assignments:
+        found[assignment.site].append(assignment)
+    return found
+
+
 def _site(name: str, counted: Sequence[Assignment], measured: Mapping[str, float]) -> SiteFacts:
-    trained = [a for a in counted if a.site == name and a.work is Work.TRAIN]
+    trained = [assignment for assignment in counted if assignment.work is Work.TRAIN]
     return SiteFacts(
         site=name,
         rounds=len(trained),
@@ -135,15 +144,15 @@ def _site(name: str, counted: Sequence[Assignment], measured: Mapping[str, float
     )
 
 
-def _latest_measured(site: str, assignments: Sequence[Assignment], last: int) -> Mapping[str, float]:
-    """What a site measured of the latest model that it has measured, of those up to round ``last``.
+def _latest_measured(assignments: Sequence[Assignment], last: int) -> Mapping[str, float]:
+    """What their site measured of the latest model that it has measured, of those up to round ``last``.
 
     By an evaluation, or before it trained: then in the round after the model's.
     """
     latest: Mapping[str, float] = {}
     number = 0
     for assignment in assignments:
-        if assignment.site != site or assignment.state is not AssignmentState.DONE:
+        if assignment.state is not AssignmentState.DONE:
             continue
         before = before_of(assignment) if assignment.work is Work.TRAIN else None
         if assignment.work is Work.EVALUATE and number <= assignment.round <= last:

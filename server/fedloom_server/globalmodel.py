@@ -36,5 +36,6 @@ def _state_before(store: Store, run: Run, record: Round) -> str:
     """The digest of what the round before left, by its row: it is the one that made the base model."""
     if record.number == 1:
         return run.optimizer_digest
-    before = [other for other in store.rounds(run.id) if other.number == record.number - 1]
-    return before[0].optimizer_digest
+    before = store.round(run.id, record.number - 1)
+    assert before is not None, "it made the base"
+    return before.optimizer_digest

@@ -91,3 +91,24 @@ async def test_a_run_without_a_measured_model_has_no_best_one(bench, spec):
     with pytest.raises(NotFound, match="is measured by loss yet"):
         export(bench.running.store, run.id, "best")
     assert export(bench.running.store, run.id, None).round == 1
+
+
+async def test_an_export_looks_at_the_assignments_no_more_often_the_more_sites_there_are(
+    bench, spec, monkeypatch
+):
+    class Watched(list):
+        looks = 0
+
+        def __iter__(self):
+            Watched.looks += 1
+            return super().__iter__()
+
+    for name in "abcdefgh":
+        bench.site(name)
+    run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 8})))
+    store = bench.running.store
+    everything = Watched(store.assignments(run.id))
+    monkeypatch.setattr(store, "assignments", lambda run_id: everything)
+    card = export(store, run.id, None).card
+    assert all(f"| {name} | 1 | 10 |" in card for name in "abcdefgh")
+    assert Watched.looks <= 2
