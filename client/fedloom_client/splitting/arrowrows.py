@@ -102,6 +102,9 @@ class SavedDataset:
 
     def copy(self, sites: NDArray[np.int32], folders: Sequence[Path]) -> str:
         """Copy the records, with the features as they are."""
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()  # there would be one for each site
         for number, folder in enumerate(folders):
             self._data.select(np.flatnonzero(sites == number)).save_to_disk(str(folder / "saved"))
         return "data/saved"

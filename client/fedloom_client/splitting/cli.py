@@ -33,7 +33,7 @@ def split(
     by_file: Annotated[bool, typer.Option("--by-file", help="A site for each file.")] = False,
     dirichlet: Annotated[
         float | None,
-        typer.Option(help="Skew of the labels: 0.1 is strong, 1 is moderate, 100 is nearly none.", min=1e-4),
+        typer.Option(help="Skew of the labels: 0.1 is strong, 1 is moderate, 100 is nearly none."),
     ] = None,
     iid: Annotated[bool, typer.Option("--iid", help="Records at random.")] = False,
     sites: Annotated[
@@ -70,14 +70,17 @@ def split(
     made_split = _split(census, rule)
     shares = shares_of(census, made_split, label)
     made = Made(rule=rule, format=kind, inputs=paths, shares=shares)
-    found_by = write_sites(records, made_split, made, to)
+    _tell(made, label, found_by=write_sites(records, made_split, made, to))
+
+
+def _tell(made: Made, label: str | None, found_by: str) -> None:
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = PIPE_COLUMNS
-    console.print(skew_table(shares, label))
-    if (distance := mean_distance(shares)) is not None:
+    console.print(skew_table(made.shares, label))
+    if (distance := mean_distance(made.shares)) is not None:
         console.print(f"distance of sites' labels from all, on average: {distance:.3f} (0 alike, 1 apart)")
-    console.print(f"In each site's config: data: {{NAME: {{format: {kind}, files: [{found_by}]}}}}")
+    console.print(f"In each site's config: data: {{NAME: {{format: {made.format}, files: [{found_by}]}}}}")
 
 
 def _split(census: Census, rule: dict[str, Any]) -> rules.Split:

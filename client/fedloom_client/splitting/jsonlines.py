@@ -1,5 +1,6 @@
 """JSON lines: one object a line, copied byte by byte."""
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -44,7 +45,9 @@ class JsonLines:
         for number, path in enumerate(self._paths):
             with path.open("rb") as file:
                 for line_number, line in enumerate(file, start=1):
-                    if not line.isspace():
+                    if line_number == 1:  # a mark is a file's, and must not come to lie within another
+                        line = line.removeprefix(codecs.BOM_UTF8)
+                    if line.strip():
                         yield number, line_number, line
 
 

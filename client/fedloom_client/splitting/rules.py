@@ -12,6 +12,7 @@ from fedloom_client.splitting.census import Census, Coded
 from fedloom_common.errors import BadSpec
 
 MOST_SITES = 500  # each has a file open while records are copied
+ALPHAS = 1e-4, 1e6  # beyond, shares round to 0 and 1, or to all alike
 DRAWS = 1000  # of proportions, until every site has enough
 
 Shares = NDArray[np.float64]
@@ -48,9 +49,11 @@ def dirichlet(label: Coded, sites: int, *, alpha: float, seed: int, at_least: in
     Proportions are drawn anew until every site has ``at_least`` so many records.
 
     Raises:
-        BadSpec: that never happened.
+        BadSpec: that never happened, or α is out of bounds.
     Source: Yurochkin et al. 2019, arXiv:1905.12022, section 4; Li et al. 2022, arXiv:2102.02079.
     """
+    if not ALPHAS[0] <= alpha <= ALPHAS[1]:
+        raise BadSpec(f"--dirichlet is {alpha:g}: wanted a number from {ALPHAS[0]:g} to {ALPHAS[1]:g}")
     generator = np.random.default_rng(seed)
     totals = np.bincount(label.codes, minlength=len(label.values))
     for _ in range(DRAWS):

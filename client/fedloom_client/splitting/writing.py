@@ -78,6 +78,9 @@ def _manifest(made: Made, files: str) -> dict[str, Any]:
 
 
 def _input(path: Path) -> dict[str, Any]:
-    """What tells an input apart: of a directory the files in it that are data."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.arrow"))
-    return {"path": str(path), "files": {file.name: digest_of_file(file) for file in files}}
+    """What tells an input apart: of a directory the files in it that are data, splits' by their folders."""
+    if path.is_file():
+        files = {path.name: path}
+    else:
+        files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*.arrow"))}
+    return {"path": str(path), "files": {name: digest_of_file(file) for name, file in files.items()}}

@@ -85,11 +85,23 @@ def test_a_saved_dataset_is_split_by_the_names_of_its_classes(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
     rows = {"text": ["a", "b", "c"], "label": [1, 0, 1]}
     Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
-    split(tmp_path / "saved", "--by-column", "label", "--to", tmp_path / "sites")
+    output = split(tmp_path / "saved", "--by-column", "label", "--to", tmp_path / "sites")
+    assert "Saving the dataset" not in output
     made = load_from_disk(str(tmp_path / "sites/pos/data/saved"))
     assert made["text"][:] == ["a", "c"]
     assert made.features == features
     assert load_from_disk(str(tmp_path / "sites/neg/data/saved"))["text"][:] == ["b"]
+
+
+def test_the_manifest_tells_the_files_of_splits_apart(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_dict({"text": ["a", "b"]})
+    DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "saved"))
+    split(tmp_path / "saved", "--iid", "--sites", "2", "--to", tmp_path / "sites")
+    [told] = json.loads((tmp_path / "sites/manifest.json").read_text())["inputs"]
+    name = "data-00000-of-00001.arrow"
+    assert told["files"].keys() == {f"train/{name}", f"test/{name}"}
 
 
 def test_a_directory_that_holds_no_train_is_refused(tmp_path):
@@ -139,6 +151,8 @@ def test_a_sites_config_takes_what_the_split_made(lines, tmp_path):
         (["--iid", "--by-file"], "give one of --by-column, --by-file"),
         (["--by-column", "town"], "line 1 of .* has no column town: it has label, text, ward"),
         (["--dirichlet", "1", "--sites", "2"], "--dirichlet needs --label"),
+        (["--dirichlet", "inf", "--label", "label", "--sites", "2"], "--dirichlet is inf: wanted a number"),
+        (["--dirichlet", "nan", "--label", "label", "--sites", "2"], "--dirichlet is nan: wanted a number"),
         (["--iid"], "--iid needs --sites"),
         (["--iid", "--sizes", "0.5,0.6"], "add up to 1"),
         (["--iid", "--sizes", "half"], "wanted shares such as"),
@@ -152,6 +166,14 @@ def test_wrong_input_is_told_and_nothing_is_made(lines, tmp_path, arguments, mes
     with pytest.raises(BadSpec, match=message):
         split(lines, *arguments, "--to", tmp_path / "sites")
     assert not (tmp_path / "sites").exists()
+
+
+def test_a_files_mark_of_utf_8_stays_behind(tmp_path):
+    mark = "\N{ZERO WIDTH NO-BREAK SPACE}"
+    for name, row in (("a", ROWS[0]), ("b", ROWS[1])):
+        (tmp_path / f"{name}.jsonl").write_text(mark + json.dumps(row) + "\n")
+    split(tmp_path / "*.jsonl", "--iid", "--sites", "1", "--to", tmp_path / "sites")
+    assert read(tmp_path / "sites/site-1/data/data.jsonl") == ROWS[:2]
 
 
 @pytest.mark.parametrize(
