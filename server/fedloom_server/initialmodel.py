@@ -91,7 +91,8 @@ def _tokenizer(spec: RunSpec) -> Tokenizer:
         return tokenizer
     key = "model.path" if spec.model.tokenizer == "auto" else "model.tokenizer"
     folder = _folder(source, key)
-    with _mistakes_as_bad_spec(f"{key}: {folder} has no tokenizer that transformers loads"):
+    with _mistakes_as_bad_spec(f"{key}: {folder} has no tokenizer that transformers loads", (Exception,)):
+        # of a file for a newer version the tokenizers library raises an Exception and no kind of it
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for key_of_loading in ("is_local", "local_files_only"):  # transformers would save them with the tokenizer
         tokenizer.init_kwargs.pop(key_of_loading, None)
@@ -296,11 +297,11 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def _mistakes_as_bad_spec(what: str) -> Iterator[None]:
+def _mistakes_as_bad_spec(what: str, kinds: tuple[type[Exception], ...] = _MISTAKES) -> Iterator[None]:
     """Tell the user what transformers found wrong with what they gave."""
     try:
         yield
-    except _MISTAKES as error:
+    except kinds as error:
         told = str(error) or type(error).__name__
         if told.startswith("Unrecognized configuration class"):  # and then every class that there is
             told = "transformers has none of that model type; choose another model, or another task.kind"

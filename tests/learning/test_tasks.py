@@ -194,6 +194,32 @@ def with_padding(run: Any, *, config: int | None = None, new_token: str | None =
     return run
 
 
+def of_tokenizer(run: Any, change: Callable[[dict[str, Any]], None]) -> Any:
+    """The run with another tokenizer.json."""
+    file = run.assets / "tokenizer.json"
+    content = json.loads(file.read_text())
+    change(content["model"])
+    file.write_text(json.dumps(content))
+    return run
+
+
+def test_a_tokenizer_for_a_newer_library_is_told(new_run: Callable[..., Any]) -> None:
+    run = of_tokenizer(new_run("gpt2", CHAT), lambda model: model.update(type="Newer"))
+    with pytest.raises(TrainingFailed, match="tokenizer does not load: data did not match"):
+        run.site("a", PROMPTS).train()
+
+
+def test_tokens_numbers_may_have_gaps(new_run: Callable[..., Any]) -> None:
+    model = {"config": TINY_GPT2 | {"vocab_size": 70_001}}
+    run = new_run("gpt2", {"kind": "causal_lm", "context_tokens": 8}, model=model, local={"steps": 1})
+    site = of_tokenizer(run, lambda model: model["vocab"].update(h=70_000)).site(
+        "a", [{"text": "hh" * 9}] * 20
+    )
+    assert site.train().metrics["loss"] > 0
+    [packed] = (site.folder / "packed").glob("*/train/input_ids.bin")
+    assert np.fromfile(packed, np.int32)[:2].tolist() == [70_000, 70_000]
+
+
 PROMPTS = [{"prompt": "a" * length, "response": "b"} for length in range(1, 20)]
 
 

@@ -275,6 +275,13 @@ def test_a_model_that_is_not_finite_is_refused(pretrained):
     assert "tensor transformer.ln_f.bias holds NaN or infinity" in refusal_of(pretrained)
 
 
+def test_a_tokenizer_for_a_newer_library_is_refused(pretrained):
+    file = pretrained / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"model": content["model"] | {"type": "Newer"}}))
+    assert "has no tokenizer that transformers loads: data did not match" in refusal_of(pretrained)
+
+
 def test_a_directory_without_tokenizer_is_refused(pretrained):
     (pretrained / "tokenizer.json").unlink()
     (pretrained / "tokenizer_config.json").unlink()

@@ -26,8 +26,8 @@ class CausalLM(BaseTask):
 
     @property
     def tokens(self) -> int:
-        """Tokens that the tokenizer knows."""
-        return len(self._assets.tokenizer)
+        """One more than the tokenizer's largest."""
+        return self._assets.tokens
 
     @property
     def separator(self) -> int:

@@ -29,7 +29,7 @@ class MaskedLM(BaseTask):
         self._mask = assets.token("mask_token", "mask token to hide others with")
         self._first = [] if tokenizer.cls_token_id is None else [tokenizer.cls_token_id]
         self._last = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
-        self.tokens = len(tokenizer)
+        self.tokens = assets.tokens
         self.block_tokens = spec.context_tokens - len(self._first) - len(self._last)
 
     @property

@@ -102,7 +102,7 @@ class TextTask(Task, Protocol):
 
     @property
     def tokens(self) -> int:
-        """Tokens that the tokenizer knows."""
+        """One more than the largest token that the tokenizer knows."""
         ...
 
     @property

@@ -31,9 +31,15 @@ class Assets:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     str(self.folder), trust_remote_code=False, local_files_only=True
                 )
-            except (OSError, ValueError) as error:
+            except Exception as error:  # so does tokenizers, and no kind of it, of a newer version's file
                 raise TrainingFailed(f"the model's tokenizer does not load: {error}") from error
         return self._tokenizer
+
+    @property
+    def tokens(self) -> int:
+        """One more than the largest number of a token: numbers may have gaps."""
+        numbers: Mapping[str, int] = self.tokenizer.get_vocab()
+        return max(numbers.values()) + 1
 
     def token(self, name: str, what: str) -> int:
         """The number of a special token, such as ``eos_token``; ``what`` tells people what it is.
@@ -107,13 +113,11 @@ def bytes_of_tokens(tokenizer: Any) -> list[int]:
     is_byte_level = backend is not None and '"ByteLevel"' in json.dumps(
         json.loads(backend.to_str())["decoder"]
     )
-    sizes = [0] * len(tokenizer)
-    for token, number in tokenizer.get_vocab().items():
-        if number in special:
-            continue
-        if number >= len(sizes):
-            sizes += [0] * (number + 1 - len(sizes))
-        sizes[number] = len(token) if is_byte_level else _written_bytes(token)
+    numbers: dict[str, int] = tokenizer.get_vocab()
+    sizes = [0] * (max(numbers.values()) + 1)
+    for token, number in numbers.items():
+        if number not in special:
+            sizes[number] = len(token) if is_byte_level else _written_bytes(token)
     return sizes
 
 
