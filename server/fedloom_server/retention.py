@@ -151,6 +151,7 @@ def _of_other_runs(store: Store, run: Run, digests: Collection[str]) -> set[str]
     """Those that other runs name too: runs of one spec begin with the same model."""
     columns = (Round.base_digest, Round.model_digest, Round.delta_digest, Round.optimizer_digest)
     named = store.digests(
-        *(select(column).where(Round.run_id != run.id, column.in_(digests)) for column in columns)
+        select(Run.optimizer_digest).where(Run.id != run.id, Run.optimizer_digest.in_(digests)),
+        *(select(column).where(Round.run_id != run.id, column.in_(digests)) for column in columns),
     )
     return named | store.part_digests(None, besides=run.id).intersection(digests)

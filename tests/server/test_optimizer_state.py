@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 
 from fedloom_server.app import coordinator
 from fedloom_server.config import KeepModels
+from fedloom_server.retention import drop_old_models
 
 DILOCO = {"name": "diloco", "lr": 0.5, "momentum": 0.8}
 
@@ -63,6 +64,18 @@ async def test_a_clone_that_goes_on_from_a_model_goes_on_from_its_momentum(bench
     clone = await bench.ended(clone)
     wanted = initial["layer.bias"] + steps_by_hand([3.0] * ((after or 2) + 1))
     np.testing.assert_allclose(bench.model(clone)["layer.bias"], wanted, rtol=1e-5)
+
+
+async def test_the_state_that_a_clone_began_with_stays_with_its_model_when_the_origin_drops_both(bench, spec):
+    two_sites(bench)
+    store, submissions = bench.running.store, bench.running.runs.submissions
+    origin = await bench.ended(await bench.enqueue(optimizer(spec, 2)))
+    clone = await submissions.clone_from_model(origin.id, optimizer(spec, 1).model_dump_json(), 1)
+    clone = await bench.ended(clone)
+    drop_old_models(store, origin, KeepModels(last=1, best=0))
+    began = store.rounds(clone.id)[0].base_digest
+    assert began == store.rounds(origin.id)[1].model_digest
+    assert (store.files.has(began), store.files.has(clone.optimizer_digest)) == (True, True)
 
 
 async def test_a_clone_with_another_optimizer_begins_without_momentum(bench, spec, initial):
