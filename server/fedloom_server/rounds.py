@@ -165,7 +165,7 @@ def _advance(run: Run, record: Round, state: RoundState, federation: Federation,
     """Make a step durable, and tell it."""
     record.state = state
     federation.store.save(run, record, *more)
-    if state in (RoundState.FINISHED, RoundState.FAILED):
+    if state is RoundState.FINISHED:
         federation.meters.round_ended(record)
     federation.watching.tell(run.id, run)
     tell_round(run, record, federation)

@@ -21,7 +21,7 @@ from fedloom_server.closing import train_alone
 from fedloom_server.cohorts import sites_needed, wanted
 from fedloom_server.failures import failure_of_run
 from fedloom_server.federation import Federation
-from fedloom_server.records import AssignmentState, Base, Run, RunState
+from fedloom_server.records import AssignmentState, Base, RoundState, Run, RunState
 from fedloom_server.retention import bring_models
 from fedloom_server.rounds import run_rounds
 from fedloom_server.sites import LOOK_S
@@ -221,10 +221,14 @@ class Runs:
             assignment.reason = ended if is_open else f"no round was left to take its late update: {ended}"
             assignment.state, assignment.is_late = AssignmentState.CANCELLED, False
             rows.append(assignment)
-        rows += self._store.close_rounds(run)
+        closed = self._store.close_rounds(run)
+        rows += closed
         if run.state is RunState.FAILED:
             rows.append(failure_of_run(run, log))
         self._store.save(*rows)
+        for record in closed:
+            if record.state is RoundState.FAILED:
+                self._federation.meters.round_ended(record)
         self._store.clear_spool(run.id)
         if len(self._under_way) <= 1:
             self._store.spool.spares.clear()  # nobody is left who would write over them

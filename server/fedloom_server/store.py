@@ -259,8 +259,8 @@ class Store:
         self.database.do(lambda session: session.execute(old))
 
     def close_rounds(self, run: Run) -> list[Round]:
-        """The unfinished round of a run that ends early, closed: training is lost, later steps can go on."""
-        unfinished = [record for record in self.rounds(run.id) if record.state is not RoundState.FINISHED]
+        """Unfinished rounds of a run that ends early, closed: training is lost, later steps can go on."""
+        unfinished = self.unfinished_rounds(run.id)
         for record in unfinished:
             record.ended_at_s = run.ended_at_s
             if record.state is RoundState.TRAINING:

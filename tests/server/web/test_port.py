@@ -81,6 +81,18 @@ async def test_each_version_of_an_asynchronous_run_counts_once(observed, bench_o
     assert found["fedloom_rounds_total", "finished"] == len(ended)
 
 
+@pytest.mark.parametrize("mode", [{"kind": "sync"}, {"kind": "async", "buffer": 2}])
+async def test_a_round_that_ends_with_its_run_counts_as_failed(observed, bench_of, spec, fault, mode):
+    async with coordinator(observed) as running:
+        bench = bench_of(running)
+        site = bench.site("a", fault=fault.SILENT)
+        run = await bench.enqueue(spec(mode=mode, evaluation={"initial": False}))
+        await bench.until(site.assigned.is_set)
+        await running.runs.stop(run.id, "")
+        found = await samples(running)
+    assert (found["fedloom_rounds_total", "failed"], found["fedloom_rounds_total", "finished"]) == (1, 0)
+
+
 async def test_an_attempt_that_brings_too_few_updates_is_counted(observed, bench_of, spec, fault):
     async with coordinator(observed) as running:
         bench = bench_of(running)
