@@ -1,6 +1,7 @@
 """A federation of real processes and certificates over loopback, driven by the commands that a user types."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -9,10 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+
+from fedloom_common.cli import main
 
 FEDLOOM = Path(sys.executable).with_name("fedloom")
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -32,18 +37,14 @@ class Processes:
         self("provision", "operator", "ann")
 
     def __call__(self, *arguments: str, status: int = 0) -> str:
-        """Run a command to its end; its standard output, and its error if a failure is expected."""
+        """Run a command to its end; its standard output, and its error if a failure is expected.
+
+        In this process: to start another one takes longer than most commands.
+        """
         place = ("--dir", str(self.kit)) if arguments[0] == "provision" else self.config()
-        done = subprocess.run(
-            [FEDLOOM, *arguments, *place],
-            check=False,
-            capture_output=True,
-            text=True,
-            env=ENVIRONMENT,
-            timeout=200,
-        )
-        assert done.returncode == status, (arguments, done.returncode, done.stdout, done.stderr)
-        return done.stdout if status == 0 else done.stderr
+        ended, output, errors = _ended([*arguments, *place])
+        assert ended == status, (arguments, ended, output, errors)
+        return output if status == 0 else errors
 
     def config(self) -> tuple[str, str]:
         return "--config", str(self.kit / "operators/ann/operator.yaml")
@@ -51,8 +52,7 @@ class Processes:
     def coordinator(self, *flags: str) -> None:
         config = self.kit / "coordinator/coordinator.yaml"
         self._start("coordinator", "coordinator", config, *flags)
-        health = [FEDLOOM, "coordinator", "health", "--config", config]
-        self.until(lambda: subprocess.run(health, check=False, capture_output=True).returncode == 0)
+        self.until(lambda: _ended(["coordinator", "health", "--config", str(config)])[0] == 0)
 
     def site(self, name: str, files: dict[str, str], *flags: str) -> None:
         """Provision a site, give it data, start its daemon."""
@@ -122,6 +122,24 @@ class Processes:
             statuses[name] = process.wait()
         self.running.clear()
         return statuses
+
+
+def _ended(arguments: list[str]) -> tuple[int, str, str]:
+    """A command's status, standard output and standard error; in a thread, as a test's may have a loop."""
+    output, errors = io.StringIO(), io.StringIO()
+
+    def run() -> int:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    with (
+        patch.object(sys, "argv", ["fedloom", *arguments]),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+        ThreadPoolExecutor(1) as alone,
+    ):
+        return alone.submit(run).result(), output.getvalue(), errors.getvalue()
 
 
 @pytest.fixture(scope="module")

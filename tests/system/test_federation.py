@@ -107,15 +107,20 @@ def test_scaffolds_control_variates_are_the_mean_gradient_and_no_export_has_them
         torch.testing.assert_close(held[f"control/{name}"], expected, rtol=0, atol=1e-6)
 
 
-def test_the_loss_that_sites_report_is_that_of_the_exported_model(federation, tmp_path):
-    run = federation.submit(
-        spec_of("adam", rounds=2, local={"steps": 4, "batch_examples": 4, "optimizer": {"lr": 0.003}})
-    )
+@pytest.fixture(scope="module")
+def learnt(federation):
+    """A run of two rounds that has ended; each site trained alone as well."""
+    local = {"steps": 4, "batch_examples": 4, "optimizer": {"lr": 0.003}}
+    run = federation.submit(spec_of("adam", rounds=2, local=local, evaluation={"alone": True}))
     federation("run", "watch", run)
-    shown = federation.show(run)
+    return run
+
+
+def test_the_loss_that_sites_report_is_that_of_the_exported_model(federation, learnt, tmp_path):
+    shown = federation.show(learnt)
     first, last = shown["rounds"][0]["metrics"], shown["rounds"][-1]["metrics"]
     assert last["loss"] < first["loss"]
-    federation("run", "export", run, "--to", str(tmp_path / "model"))
+    federation("run", "export", learnt, "--to", str(tmp_path / "model"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     held_out = []
@@ -132,14 +137,11 @@ def test_the_loss_that_sites_report_is_that_of_the_exported_model(federation, tm
     assert all(site in card for site in WORDS)
 
 
-def test_the_report_compares_each_site_with_its_own_training(federation):
-    local = {"steps": 4, "batch_examples": 4, "optimizer": {"lr": 0.003}}
-    run = federation.submit(spec_of("worth", rounds=2, local=local, evaluation={"alone": True}))
-    federation("run", "watch", run)
-    report = json.loads(federation("run", "report", run, "--json"))
+def test_the_report_compares_each_site_with_its_own_training(federation, learnt):
+    report = json.loads(federation("run", "report", learnt, "--json"))
     assert [site["site"] for site in report["sites"]] == sorted(WORDS)
     assert sum(site["data_share"] for site in report["sites"]) == pytest.approx(1)
-    shown = json.loads(federation("run", "show", run, "--sites", "--json"))
+    shown = json.loads(federation("run", "show", learnt, "--sites", "--json"))
     for site in report["sites"]:
         known = {number: told["metrics"]["loss"] for number, told in shown[site["site"]]["rounds"].items()}
         assert set(known) == {"0", "1", "2"}
@@ -147,7 +149,7 @@ def test_the_report_compares_each_site_with_its_own_training(federation):
         assert site["alone"] < site["initial"]
         assert site["gain"] == pytest.approx(site["alone"] - site["federated"])
         assert site["worth_joining"] == (site["gain"] > 0)
-    assert "worth joining" in federation("run", "report", run)
+    assert "worth joining" in federation("run", "report", learnt)
 
 
 def test_int8_both_ways_learns_with_less_than_a_third_of_the_bytes(federation):
