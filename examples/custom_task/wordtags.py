@@ -19,9 +19,10 @@ from fedloom_client.training.tasks import (
     Measured,
     PluginSetting,
     Sums,
+    label_metrics,
+    label_sums,
     mean_cross_entropy,
 )
-from fedloom_common.scores import macro_f1
 
 
 class WordTags(BaseTask):
@@ -60,28 +61,11 @@ class WordTags(BaseTask):
 
     def measure(self, model: nn.Module, inputs: Inputs) -> Sums:
         """The loss over all words; by tag, how many are predicted, actual, and both."""
-        logits, labels = self._logits(model, inputs), inputs["labels"]
-        is_word, number = labels != IGNORED, len(self._names)
-        predicted, actual = logits.argmax(-1)[is_word], labels[is_word]
-        return {
-            "loss": mean_cross_entropy(logits, labels).double() * is_word.sum(),
-            "hits": torch.bincount(actual[predicted == actual], minlength=number),
-            "predicted": torch.bincount(predicted, minlength=number),
-            "actual": torch.bincount(actual, minlength=number),
-        }
+        return label_sums(self._logits(model, inputs), inputs["labels"])
 
     def metrics(self, sums: Mapping[str, Sequence[float]], targets: int) -> Measured:
         """Loss, accuracy over words, and macro F1 over tags."""
-        counts = {name: [int(count) for count in sums[name]] for name in ("hits", "predicted", "actual")}
-        return Measured(
-            metrics={
-                "loss": sums["loss"][0] / targets,
-                "accuracy": sum(counts["hits"]) / targets,
-                "macro_f1": macro_f1(**counts),
-            },
-            weights={"accuracy": targets},
-            counts=counts,
-        )
+        return label_metrics(sums, targets)
 
     def _logits(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         """[examples, tokens, tags]"""

@@ -8,7 +8,12 @@ base.py losses.py tokenizers.py              what they share
 """
 
 from fedloom_client.training.tasks.base import BaseTask
-from fedloom_client.training.tasks.losses import mean_cross_entropy, token_sums
+from fedloom_client.training.tasks.losses import (
+    label_metrics,
+    label_sums,
+    mean_cross_entropy,
+    token_sums,
+)
 from fedloom_client.training.tasks.making import new_task, packing_key
 from fedloom_client.training.tasks.protocol import (
     IGNORED,
@@ -27,6 +32,6 @@ from fedloom_client.training.tasks.tokenizers import refuse_remote_code
 
 __all__ = [
     "IGNORED", "AnyTask", "BadRecord", "BaseTask", "Example", "Inputs", "Measured", "PluginSetting",
-    "RecordTask", "Sums", "Task", "TextTask", "mean_cross_entropy", "new_task", "packing_key",
-    "refuse_remote_code", "token_sums",
+    "RecordTask", "Sums", "Task", "TextTask", "label_metrics", "label_sums", "mean_cross_entropy",
+    "new_task", "packing_key", "refuse_remote_code", "token_sums",
 ]  # fmt: skip

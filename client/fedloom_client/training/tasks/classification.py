@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from fedloom_client.training.tasks.base import BaseTask
-from fedloom_client.training.tasks.losses import mean_cross_entropy
+from fedloom_client.training.tasks.losses import label_metrics, label_sums, mean_cross_entropy
 from fedloom_client.training.tasks.protocol import IGNORED, BadRecord, Example, Inputs, Measured, Sums
 from fedloom_client.training.tasks.tokenizers import Assets, encode_up_to, text_of
 from fedloom_common.errors import TrainingFailed
 from fedloom_common.runspec import Classification as Spec
-from fedloom_common.scores import macro_f1
 
 LABELS_TOLD = 20
 
@@ -47,26 +46,11 @@ class Classification(BaseTask):
 
     def measure(self, model: nn.Module, inputs: Inputs) -> Sums:
         """The loss over all texts; by label, how many are predicted, actual, and both."""
-        logits, labels = _logits(model, inputs), inputs["labels"][:, 0]
-        predicted, number = logits.argmax(-1), len(self._spec.labels)
-        return {
-            "loss": mean_cross_entropy(logits, labels).double() * len(labels),
-            "hits": torch.bincount(labels[predicted == labels], minlength=number),
-            "predicted": torch.bincount(predicted, minlength=number),
-            "actual": torch.bincount(labels, minlength=number),
-        }
+        return label_sums(_logits(model, inputs), inputs["labels"][:, 0])
 
     def metrics(self, sums: Mapping[str, Sequence[float]], targets: int) -> Measured:
         """Loss, accuracy and macro F1."""
-        counts = {name: [int(count) for count in sums[name]] for name in ("hits", "predicted", "actual")}
-        return Measured(
-            metrics={
-                "loss": sums["loss"][0] / targets,
-                "accuracy": sum(counts["hits"]) / targets,
-                "macro_f1": macro_f1(**counts),
-            },
-            counts=counts,
-        )
+        return label_metrics(sums, targets)
 
     def _label(self, came: object) -> int:
         if isinstance(came, str) and came in self._numbers:
