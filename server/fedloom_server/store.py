@@ -151,6 +151,11 @@ class Store:
             query = query.where(Assignment.round == round_number)
         return self._all(query.order_by(Assignment.round, Assignment.attempt, Assignment.site))
 
+    def assignments_between(self, run_id: str, first: int, last: int) -> list[Assignment]:
+        """A run's assignments of the rounds from ``first`` to ``last``, as ``assignments`` gives them."""
+        query = select(Assignment).where(Assignment.run_id == run_id, Assignment.round.between(first, last))
+        return self._all(query.order_by(Assignment.round, Assignment.attempt, Assignment.site))
+
     def assignment(self, assignment_id: str) -> Assignment | None:
         """One assignment; None if there is none of that id."""
         return self.database.do(lambda session: session.get(Assignment, assignment_id))

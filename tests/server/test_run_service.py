@@ -10,6 +10,8 @@ from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom.v1.transfer_pb2_grpc import TransferServiceStub
 from fedloom_common.channels import open_channel
 from fedloom_common.identity import Peer, Role
+from fedloom_server.records import Assignment
+from fedloom_server.rpc import runs
 
 
 @pytest.fixture
@@ -33,6 +35,28 @@ async def test_watch_tells_of_every_round_and_ends_with_the_run(bench, spec, cha
     assert events[-1].run.state == pb.RUN_STATE_FINISHED
     finished = {e.round.number for e in events if e.round.state == pb.ROUND_STATE_FINISHED}
     assert finished == {0, 1, 2}
+
+
+async def test_a_page_of_a_runs_rounds_reads_no_rows_of_other_rounds(bench, spec, channel, monkeypatch):
+    bench.site("a")
+    run = await bench.ended(await bench.enqueue(spec(rounds=5, evaluation={"initial": False})))
+    monkeypatch.setattr(runs, "PAGE_BYTES", 0)
+    monkeypatch.setattr(runs, "ROUNDS_AT_ONCE", 2)
+    store, loaded = bench.running.store, set()
+    read = store._all
+
+    def noting(query):
+        found = read(query)
+        loaded.update(row.round for row in found if isinstance(row, Assignment))
+        return found
+
+    monkeypatch.setattr(store, "_all", noting)
+    page = await RunServiceStub(channel).Get(pb.GetRequest(run_id=run.id, from_round=3))
+    assert ([told.number for told in page.rounds], page.next_round) == ([3], 4)
+    assert [site.site for site in page.rounds[0].sites] == ["a", "a"]
+    assert loaded == {3, 4}
+    last = await RunServiceStub(channel).Get(pb.GetRequest(run_id=run.id, from_round=5))
+    assert ([told.number for told in last.rounds], last.HasField("next_round")) == ([5], False)
 
 
 async def test_watching_an_ended_run_tells_it_all_and_returns(bench, spec, channel):

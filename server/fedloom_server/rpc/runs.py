@@ -1,6 +1,6 @@
 """The gRPC edge of operators' calls."""
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import dropwhile
 from typing import Any, Literal, TypeVar
@@ -12,7 +12,7 @@ from fedloom.v1 import runs_pb2 as pb
 from fedloom.v1.runs_pb2_grpc import RunServiceServicer
 from fedloom_server.exports import export
 from fedloom_server.models import MODEL_FILE
-from fedloom_server.records import Assignment, Run
+from fedloom_server.records import Assignment, Round, Run
 from fedloom_server.rpc.messages import (
     blob,
     change_message,
@@ -28,6 +28,7 @@ from fedloom_server.watching import Watching
 
 PAGE_BYTES = 1 << 20  # of one answer; a round with many sites takes it beyond, and a message has 8 MiB
 FAILURES_BYTES = 2 << 20
+ROUNDS_AT_ONCE = 50
 
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
@@ -60,10 +61,10 @@ class RunEdge(RunServiceServicer):
         """One run with its rounds."""
         run = self._store.run(request.run_id)
         answer = pb.GetResponse(run=self._run(run))
-        rounds = [message for message in self._rounds(run) if message.number >= request.from_round]
-        answer.rounds.extend(_fitting(rounds, PAGE_BYTES))
-        if len(answer.rounds) < len(rounds):
-            answer.next_round = rounds[len(answer.rounds)].number
+        records = [record for record in self._store.rounds(run.id) if record.number >= request.from_round]
+        answer.rounds.extend(_fitting(self._told(run, records), PAGE_BYTES))
+        if len(answer.rounds) < len(records):
+            answer.next_round = records[len(answer.rounds)].number
         return answer
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchEvent]:  # noqa: N802
@@ -75,7 +76,7 @@ class RunEdge(RunServiceServicer):
             run = self._store.run(run.id)
             has_ended = run.state.is_end
             yield pb.WatchEvent(run=self._run(run))
-            for message in self._rounds(run):
+            for message in self._told(run, self._store.rounds(run.id)):
                 yield pb.WatchEvent(round=message)
             while not has_ended:
                 change = await watcher.get()
@@ -143,15 +144,16 @@ class RunEdge(RunServiceServicer):
     def _run(self, run: Run) -> pb.Run:
         return run_message(run, self._store.history(run.id), MODEL_FILE)
 
-    def _rounds(self, run: Run) -> list[pb.Round]:
+    def _told(self, run: Run, records: Sequence[Round]) -> Iterator[pb.Round]:
+        """Rounds with what their sites did, read a few rounds at a time: a long run's rows are many."""
         central = run.spec.evaluation.central
-        by_round: dict[int, list[Assignment]] = {}
-        for assignment in self._store.assignments(run.id):
-            by_round.setdefault(assignment.round, []).append(assignment)
-        return [
-            round_message(record, by_round.get(record.number, []), MODEL_FILE, central=central)
-            for record in self._store.rounds(run.id)
-        ]
+        for first in range(0, len(records), ROUNDS_AT_ONCE):
+            part = records[first : first + ROUNDS_AT_ONCE]
+            by_round: dict[int, list[Assignment]] = {}
+            for assignment in self._store.assignments_between(run.id, part[0].number, part[-1].number):
+                by_round.setdefault(assignment.round, []).append(assignment)
+            for record in part:
+                yield round_message(record, by_round.get(record.number, []), MODEL_FILE, central=central)
 
 
 def _fitting(messages: Iterable[M], most_bytes: int) -> Iterator[M]:
