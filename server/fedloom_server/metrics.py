@@ -9,8 +9,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fedloom_common.errors import AttemptFailed
 from fedloom_server.evaluation import before_of
@@ -25,6 +26,8 @@ FLUSH_SAMPLES = 500
 """Of one flush; a thousand sites take two."""
 LARGEST_STEP = 1 << 53
 _LEADS = {Work.TRAIN: "train_", Work.EVALUATE: "", Work.ALONE: "alone_"}
+
+Row = TypeVar("Row")
 
 logger = logging.getLogger(__name__)
 
@@ -45,29 +48,36 @@ class Point:
 
 def points_of(store: Store, run: Run) -> Iterator[Point]:
     """Every point of a run, round by round: results over all sites, each site's, then samples."""
-    samples = store.metric_points(run.id)
-    results = [a for a in store.assignments(run.id) if a.state is AssignmentState.DONE]
+    samples = _by(store.metric_points(run.id), lambda sample: sample.round)
+    done = [a for a in store.assignments(run.id) if a.state is AssignmentState.DONE]
+    results = _by(done, lambda assignment: assignment.round)
+    trainings = _by((a for a in done if a.work is Work.TRAIN), lambda assignment: assignment.base_round)
     for record in store.rounds(run.id):
         at_s, number = record.ended_at_s, record.number
         for name, value in record.metrics.items():
             yield Point(round=number, site="", name=name, step=0, value=value, at_s=at_s)
-        for result in results:
-            if (result.round, result.attempt) != (number, record.attempt):
+        for result in results.get(number, ()):
+            if result.attempt != record.attempt:
                 continue
             lead = _LEADS[result.work]
             for name, value in result.metrics.items():
                 yield Point(round=number, site=result.site, name=lead + name, step=0, value=value, at_s=at_s)
-        trainings = [a for a in results if a.work is Work.TRAIN and a.base_round == number]
-        told = {a.site: before for a in trainings if (before := before_of(a)) is not None}
+        told = {a.site: before for a in trainings.get(number, ()) if (before := before_of(a)) is not None}
         for site, before in told.items():
             for name, value in before.metrics.items():
                 yield Point(round=number, site=site, name=name, step=0, value=value, at_s=at_s)
-        for sample in samples:
-            if sample.round == number:
-                yield Point(
-                    round=number, site=sample.site, name=sample.name, step=sample.step, value=sample.value,
-                    at_s=sample.at_s,
-                )  # fmt: skip
+        for sample in samples.get(number, ()):
+            yield Point(
+                round=number, site=sample.site, name=sample.name, step=sample.step, value=sample.value,
+                at_s=sample.at_s,
+            )  # fmt: skip
+
+
+def _by(rows: Iterable[Row], round_of: Callable[[Row], int]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(round_of(row), []).append(row)
+    return found
 
 
 class Samples:

@@ -39,6 +39,34 @@ def written(store: Store) -> list[tuple[str, str, int, float]]:
     return [(point.site, point.name, point.step, point.value) for point in store.metric_points("a1")]
 
 
+def test_each_training_is_looked_at_once_however_many_rounds_there_are(store, monkeypatch):
+    looks = 0
+    rounds = [
+        Round(run_id="a1", number=number, state=RoundState.FINISHED, base_digest="", started_at_s=1.0)
+        for number in range(1, 21)
+    ]
+    trainings = [
+        Assignment(
+            id=f"a1.{number}.1.train.a", run_id="a1", round=number, attempt=1, work=Work.TRAIN, site="a",
+            model_digest="", model_bytes=1, state=AssignmentState.DONE, metrics={"loss": float(number)},
+        )
+        for number in range(1, 21)
+    ]  # fmt: skip
+    store.save(*rounds, *trainings)
+
+    def base_round(assignment):
+        nonlocal looks
+        looks += 1
+        return assignment.round - 1
+
+    monkeypatch.setattr(Assignment, "base_round", property(base_round))
+    points = list(points_of(store, store.run("a1")))
+    assert [(point.round, point.name, point.value) for point in points] == [
+        (number, "train_loss", float(number)) for number in range(1, 21)
+    ]
+    assert looks == 20
+
+
 def test_what_a_site_measured_in_two_attempts_is_one_point(store):
     rounds = [
         Round(
