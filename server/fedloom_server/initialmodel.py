@@ -213,6 +213,8 @@ def _require_fit(spec: RunSpec, model: PreTrainedModel, tokenizer: Tokenizer) ->
     """Check that the model has room for the tokenizer's ids and the task's context."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < 0:  # XLNet's way to say that there is no limit
+        positions = None
     if positions is not None:
         positions -= _reserved_positions(model)
     if positions is not None and spec.task.longest > positions:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedloom_client.training.tasks import IGNORED, new_task
+from fedloom_client.training.tasks import IGNORED, label_metrics, label_sums, new_task
 from fedloom_client.training.tasks.seq2seq import rouge_l
 from fedloom_client.training.tasks.tokenizers import bytes_of_tokens
 from fedloom_common.errors import TrainingFailed
@@ -173,6 +173,18 @@ def test_rouge_l_by_hand(came: str, wanted: str, score: float) -> None:
     assert rouge_l(came, wanted) == pytest.approx(score)
 
 
+def test_labels_are_counted_by_hand_also_where_the_model_has_more_outputs_than_names() -> None:
+    logits = torch.eye(4)[[0, 0, 1, 3, 2]].mul(50)  # predicts 0, 0, 1, 3, and 2 where nothing is asked
+    sums = label_sums(logits, torch.tensor([0, 1, 1, 3, IGNORED]))
+    assert {name: sums[name].tolist() for name in ("hits", "predicted", "actual")} == {
+        "hits": [1, 1, 0, 1], "predicted": [2, 1, 0, 1], "actual": [1, 2, 0, 1],
+    }  # fmt: skip
+    assert sums["loss"].item() == pytest.approx(50.0)  # of the one that is wrong
+    measured = label_metrics({name: value.reshape(-1).tolist() for name, value in sums.items()}, 4)
+    assert measured.metrics["loss"] == pytest.approx(12.5)
+    assert measured.metrics["accuracy"] == 0.75
+
+
 def test_held_out_texts_of_which_no_token_is_hidden_are_not_measured(new_run: Callable[..., Any]) -> None:
     task = {"kind": "masked_lm", "context_tokens": 8, "masked_share": 1e-9}
     site = new_run("bert", task).site("a", [{"text": "hello there"}] * 12)
@@ -192,6 +204,14 @@ def with_padding(run: Any, *, config: int | None = None, new_token: str | None =
         tokenizer.add_special_tokens({"pad_token": new_token})
         tokenizer.save_pretrained(run.assets)
     return run
+
+
+def test_a_model_without_a_limit_of_positions_reads_texts_of_any_length(new_run: Callable[..., Any]) -> None:
+    xlnet = {"model_type": "xlnet", "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    run = new_run("bert", CLASSES, model={"config": xlnet}, local={"steps": 1})
+    assert json.loads((run.assets / "config.json").read_text()).get("max_position_embeddings", -1) == -1
+    texts = [{"text": "a" * length, "label": length % 3} for length in range(1, 20)]
+    assert run.site("a", texts).train().metrics["loss"] > 0
 
 
 def of_tokenizer(run: Any, change: Callable[[dict[str, Any]], None]) -> Any:

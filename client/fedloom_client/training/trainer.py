@@ -230,7 +230,7 @@ class Trainer:
                 "tokens: give the run a model and a tokenizer that belong together"
             )
         wanted, most = self._spec.task.longest, getattr(module.config, "max_position_embeddings", None)
-        if most is not None and most < wanted:
+        if most is not None and 0 <= most < wanted:  # XLNet says -1 for as many as one likes
             raise TrainingFailed(f"the task reads {wanted} tokens at once, but the model at most {most}")
 
 
