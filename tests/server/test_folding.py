@@ -64,13 +64,13 @@ async def test_a_deterministic_round_lets_the_site_that_all_wait_for_go_first(
         first = bench.site("a", fault=fault.SILENT)
         for name in "bcd":
             bench.site(name)
-        cohort = {"min_sites": 4, "quorum": 3, "stall_s": 2}
+        cohort = {"min_sites": 4, "quorum": 3, "stall_s": 0.2}
         run = await bench.enqueue(
             spec(cohort=cohort, aggregation={"deterministic": True}, evaluation={"initial": False})
         )
         await bench.until(lambda: first.assigned.is_set() and announced(bench, run) == ["b", "c", "d"])
         await bench.until(lambda: ("done", "") in bench.outcomes(run).values())  # the others find no room
-        clock.now_s += 2.1
+        clock.now_s += 0.21
         assert (await bench.ended(run)).state == "finished"
         assert bench.outcomes(run)["a"][0] == "lost"
         assert {bench.outcomes(run)[name][0] for name in "bcd"} == {"done"}

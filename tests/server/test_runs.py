@@ -368,10 +368,10 @@ async def test_a_late_update_joins_the_next_round_as_a_change_of_its_own_base(be
     a, slow = bench.site("a", step=1.0, examples=10), bench.site("slow", step=8.0, examples=30)
     a.gate, slow.gate = asyncio.Semaphore(1), asyncio.Semaphore(0)
     staleness = {"exponent": 1.0}
-    cohort = {"min_sites": 2, "quorum": 1, "deadline_s": 3, "late": "carry", "staleness": staleness}
+    cohort = {"min_sites": 2, "quorum": 1, "deadline_s": 0.3, "late": "carry", "staleness": staleness}
     run = await bench.enqueue(spec(rounds=2, cohort=cohort, evaluation=TRAIN_ONLY))
     await bench.until(lambda: bench.outcomes(run).get("a") == ("done", "") and slow.asked)
-    clock.now_s += 3.1
+    clock.now_s += 0.31
     await bench.until(lambda: bench.running.store.run(run.id).rounds_done == 1)
     name = f"{run.id}.1.1.train.slow"
     assert [asked.id for asked in slow.asked] == [name]
@@ -433,11 +433,11 @@ async def test_a_late_update_outlives_a_failed_try(
         a, b = bench.site("a", step=1.0, examples=10), bench.site("b", step=4.0, examples=30)
         slow = bench.site("slow", step=8.0, examples=20)
         a.gate, b.gate, slow.gate = asyncio.Semaphore(1), asyncio.Semaphore(1), asyncio.Semaphore(0)
-        cohort = {"min_sites": 3, "quorum": 2, "deadline_s": 4, "late": "carry", "attempts": 5}
+        cohort = {"min_sites": 3, "quorum": 2, "deadline_s": 0.4, "late": "carry", "attempts": 5}
         cohort["staleness"] = {"exponent": 1.0}
         run = await bench.enqueue(spec(rounds=2, cohort=cohort, evaluation=TRAIN_ONLY))
         await bench.until(lambda: list(bench.outcomes(run).values()).count(("done", "")) == 2 and slow.asked)
-        clock.now_s += 4.1
+        clock.now_s += 0.41
         await bench.until(lambda: any(asked.round == 2 for asked in a.asked))
         await bench.until(lambda: any(asked.round == 2 for asked in b.asked))
         late = f"{run.id}.1.1.train.slow"
