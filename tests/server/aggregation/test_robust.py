@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
@@ -49,7 +49,7 @@ def krum_of(f):
 
 def multi_krum_of(f, m, weighted=False):
     def of(vectors, examples):
-        best = np.argsort(krum_scores_of(vectors, f))[:m]
+        best = np.argsort(krum_scores_of(vectors, f))[: m or len(vectors) - f - 2]
         return np.average(vectors[best], axis=0, weights=np.array(examples)[best] if weighted else None)
 
     return of
@@ -59,11 +59,12 @@ def weiszfeld_of(weights_of, smoothing):
     def of(vectors, examples):
         weights = weights_of(np.array(examples, float))
         point = (weights[:, None] * vectors).sum(axis=0) / weights.sum()
-        while True:
+        for _ in range(GeometricMedianRule().iterations):  # where an update is nearly the median, all of them
             pulls = weights / np.maximum(smoothing, np.linalg.norm(vectors - point, axis=1))
             before, point = point, (pulls[:, None] * vectors).sum(axis=0) / pulls.sum()
             if np.linalg.norm(point - before) <= 1e-11:
-                return point
+                break
+        return point
 
     return of
 
@@ -78,7 +79,7 @@ RULES = {
         {"name": "multi_krum", "byzantine": 1, "selected": 4, "weighted": True},
         multi_krum_of(1, 4, weighted=True),
     ),
-    "multi-krum-n-f-2": ({"name": "multi_krum", "byzantine": 2}, multi_krum_of(2, 5)),
+    "multi-krum-n-f-2": ({"name": "multi_krum", "byzantine": 2}, multi_krum_of(2, None)),
     "geometric-median": (
         {"name": "geometric_median"},
         weiszfeld_of(lambda examples: examples, 1e-6),
@@ -110,17 +111,18 @@ def saved(path, tensors):
 
 
 @pytest.mark.parametrize("name", RULES)
-@given(seed=seeds)
+@given(seed=seeds, sites=st.sampled_from([SITES, SITES - 1]))  # an even number has two in the middle
+@example(seed=508215, sites=SITES)  # the geometric median is not at its place after all steps
 @settings(max_examples=12)
-def test_a_rule_is_its_definition(tmp_path_factory, name, seed):
+def test_a_rule_is_its_definition(tmp_path_factory, name, seed, sites):
     folder, generator = tmp_path_factory.mktemp("rule"), torch.Generator().manual_seed(seed)
     spec, reference = RULES[name]
     base = saved(folder / "base", drawn(generator))
-    tensors = [drawn(generator, 10.0**-k if k < 3 else 1.0) for k in range(SITES)]
-    examples = [1 + int(number) for number in torch.randint(0, 50, (SITES,), generator=generator)]
+    tensors = [drawn(generator, 10.0**-k if k < 3 else 1.0) for k in range(sites)]
+    examples = [1 + int(number) for number in torch.randint(0, 50, (sites,), generator=generator)]
     updates = [
         Update(site=f"{k}", path=saved(folder / f"{k}", tensors[k]), examples=examples[k])
-        for k in range(SITES)
+        for k in range(sites)
     ]
     aggregator_for(Aggregation(rule=spec)).aggregate(base, updates, folder / "out")
     wanted = reference(np.stack([flat(update) for update in tensors]), examples)
