@@ -44,6 +44,8 @@ class AdapterRun:
         rank = max(ranks.values())
         self.a = {f"{name}.A": random.normal(size=(rank, shape[1])) for name, shape in SHAPES.items()}
         self.b = {f"{name}.B": np.zeros((shape[0], rank)) for name, shape in SHAPES.items()}
+        self.beside: Tensors = {}
+        """What is trained whole beside the adapter, as a classifier's head."""
 
     async def begin(self, spec, **changes: object) -> Run:
         folder: Path = self.bench.folder / "adapter"
@@ -51,7 +53,8 @@ class AdapterRun:
         save_file(self.base, folder / "base.safetensors")
         if self.merge == "ffa":
             save_file(fp32(self.a), folder / "adapter_a.safetensors")
-        save_file(fp32(self.b if self.merge == "ffa" else self.a | self.b), folder / "model.safetensors")
+        trained = (self.b if self.merge == "ffa" else self.a | self.b) | self.beside
+        save_file(fp32(trained), folder / "model.safetensors")
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
         targets = [
             {"weight": name, "a": f"{name}.A", "b": f"{name}.B", "is_transposed": name == "two.weight"}
@@ -153,6 +156,17 @@ async def test_an_exact_merge_is_the_mean_of_the_sites_weights_however_few_updat
             assert distance(adapters.weights(number), adapters.exact(number)) < 1e-6
         sent = adapters.sent["a", 3]
         assert sent["one.weight.B"].shape == (24, ranks["a"])
+
+
+@pytest.mark.parametrize("merge", ["fedit", "fedex", "ffa", "stack"])
+async def test_what_is_trained_whole_beside_adapters_becomes_the_weighted_mean(spec, bench, merge):
+    ranks = {"a": 1, "b": 4, "c": 2} if merge == "stack" else SAME
+    adapters = AdapterRun(bench, merge, ranks)
+    adapters.beside = {"score.weight": np.ones((3, 20))}
+    await bench.ended(await adapters.begin(spec))
+    head = load_file(bench.running.store.files.path(adapters.record(1).model_digest))["score.weight"]
+    mean = sum(SITES[site] / 100 * adapters.sent[site, 1]["score.weight"].astype(float) for site in SITES)
+    np.testing.assert_allclose(head, mean, rtol=1e-6, atol=1e-7)
 
 
 async def test_plain_averages_of_a_and_b_are_not_the_mean_of_the_sites_weights(spec, bench):
