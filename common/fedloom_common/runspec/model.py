@@ -14,7 +14,7 @@ class ModelSpec(Strict):
     """Which model is trained, and with which tokenizer."""
 
     path: str | None = None
-    """Directory at the coordinator with a pretrained causal language model; give this or ``config``."""
+    """Directory at the coordinator with a pretrained model; give this or ``config``."""
     config: dict[str, Any] | None = None
     """A transformers config with its ``model_type``; the coordinator draws its weights from the seed."""
     tokenizer: str = "auto"
