@@ -35,7 +35,7 @@ def write_sites(records: Records, split: Split, made: Made, into: Path) -> str:
     """Write ``into``/<site>/data and the manifest; the glob by which a site finds its files in its folder.
 
     Raises:
-        BadSpec: the folder is there already, and not empty.
+        BadSpec: the folder is there already, and not empty, or is the working directory.
         StorageFull: the disk is full; nothing stays.
     """
     with _whole_folder(into) as folder:
@@ -53,6 +53,9 @@ def write_sites(records: Records, split: Split, made: Made, into: Path) -> str:
 def _whole_folder(into: Path) -> Iterator[Path]:
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise BadSpec(f"{into} is there already and not an empty folder: give --to another one")
+    into = into.resolve()
+    if into == Path.cwd():  # which is replaced, and a shell that stands in it would see none
+        raise BadSpec(f"{into} is the working directory: give --to a folder in it, or another one")
     partial = into.with_name(f".{into.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:

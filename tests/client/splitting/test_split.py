@@ -205,3 +205,18 @@ def test_names_that_tell_no_format_ask_for_it(tmp_path):
         split(tmp_path / "notes.dat", "--iid", "--sites", "1", "--to", tmp_path / "sites")
     with pytest.raises(BadSpec, match="no file matches"):
         split(tmp_path / "*.nothing", "--iid", "--sites", "1", "--to", tmp_path / "sites")
+
+
+def test_the_working_directory_is_no_folder_to_make(lines, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(BadSpec, match="is the working directory: give --to a folder in it"):
+        split(lines, "--iid", "--sites", "2", "--to", ".")
+
+
+def test_an_empty_folder_behind_a_link_takes_the_sites(lines, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    split(lines, "--iid", "--sites", "2", "--to", tmp_path / "link")
+    made = {path.name for path in (tmp_path / "disk").iterdir()}
+    assert made == {"manifest.json", "site-1", "site-2"}
