@@ -27,7 +27,7 @@ def save_curves(experiment: Experiment, results: Sequence[Result], path: Path) -
     colours = dict(zip(by_arm, COLOURS * 3, strict=False))
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained", sharey=True)
     for arm in experiment.arms:
-        if arm.name not in by_arm:
+        if arm.name not in by_arm or arm.steps is not None:  # only its bytes are of interest
             continue
         found = by_arm[arm.name]
         style: Mapping[str, Any] = {"color": colours[arm.name], "linewidth": 1.6}
