@@ -106,7 +106,7 @@ class IdleSites:
             logger.info("waiting for sites", extra={"run": run.id, "reason": reason})
 
     def _why_all_rest(self) -> str:
-        resting = [rest for site, rest in self._rests.items() if self._rests_now(site)]
+        resting = [rest for site, rest in sorted(self._rests.items()) if self._rests_now(site)]
         if not resting:
             require_sites(self._run, self._sites)
             return ""

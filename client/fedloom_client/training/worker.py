@@ -4,7 +4,7 @@ import os
 import socket
 
 from fedloom_client.training import launcher
-from fedloom_client.training.processes import die_with_parent
+from fedloom_client.training.processes import die_with_parent, leave_at_once
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     record(_work)(listener)
+    leave_at_once()
 
 
 def _reserve_port() -> socket.socket | None:

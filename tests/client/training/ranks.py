@@ -16,6 +16,7 @@ from torch import distributed
 
 from fedloom_client.training.group import Group
 from fedloom_client.training.orders import Job
+from fedloom_client.training.processes import leave_at_once
 from fedloom_client.training.service import WarmRank
 from fedloom_client.training.sharding import local
 
@@ -44,6 +45,7 @@ def main() -> None:
         results[name] = perform(group, Job.from_json(json.dumps(entry["job"])), entry["cut_after"])
     jobs.with_suffix(f".{rank}").write_text(json.dumps(results))
     group.leave()
+    leave_at_once()
 
 
 def perform(group: Group, job: Job, cut_after: int | None) -> dict[str, Any]:
