@@ -84,7 +84,6 @@ def rules_experiment(sites: int, steps: int, seeds: tuple[int, ...]) -> Experime
 
 def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
     """How often sites exchange, through which codecs, and with how many of them gone."""
-    hs = (1, 10, 50, 100, 250)
     averaged = [
         Arm(
             name=f"fedavg-h{h}",
@@ -92,10 +91,11 @@ def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
             local_steps=h,
             rates_of="central" if h == 1 else "",
         )
-        for h in hs
+        for h in (1, 10, 50, 250)
     ]
     nesterov = [
-        replace(DILOCO_H10, name=f"diloco-h{h}", told=f"DiLoCo, H = {h}", local_steps=h) for h in hs[1:]
+        replace(DILOCO_H10, name=f"diloco-h{h}", told=f"DiLoCo, H = {h}", local_steps=h)
+        for h in (10, 50, 100, 250)
     ]
     codecs = [
         replace(
