@@ -50,6 +50,10 @@ def run_null_training(
     port, sites = free_port(), [f"site-{number}" for number in range(1, case.sites + 1)]
     folder.mkdir(parents=True)
     (_provision if case.tls else _write_configs)(folder / "kit", port, sites)
+    for site in sites:  # nobody reads it, but a site without data is given no work
+        data = folder / "kit/sites" / site / "data/texts.txt"
+        data.parent.mkdir(exist_ok=True)
+        data.write_text("A text.")
     initial: list[NDArray[np.float32]] = []
 
     def look(arrival: Arrival) -> None:
