@@ -48,11 +48,11 @@ class Arm:
     inner: str = "adamw"
     rates: tuple[float, ...] = ADAMW_RATES
     """Grid of the sites' learning rate."""
+    rates_of: str = ""
+    """An arm whose tuned rate is taken over instead."""
     server: Mapping[str, Any] = field(default_factory=lambda: {"name": "fedavg"})
     server_rates: tuple[float | None, ...] = (None,)
     """Grid of the server's learning rate; None for its default."""
-    rates_of: str = ""
-    """An arm whose rates are taken over instead of tuning, as only the transport or the sites differ."""
     algorithm: Mapping[str, Any] = field(default_factory=lambda: {"name": "plain"})
     transport: Mapping[str, Any] = field(default_factory=dict)
     has_all_tokens: bool = True

@@ -61,14 +61,17 @@ def gates_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
 def rules_experiment(sites: int, steps: int, seeds: tuple[int, ...]) -> Experiment:
     """Every server step and site algorithm at the same token budget, H = 10."""
     sgd = Arm(name="fedavg-sgd-h10", told="FedAvg, SGD at the sites", inner="sgd", rates=SGD_RATES)
+    stepping = (
+        Arm(name="fedavgm-h10", told="FedAvgM", server={"name": "fedavgm"}, server_rates=(0.1, 0.3, 1.0)),
+        replace(DILOCO_H10, server_rates=MOMENTUM_RATES),
+        Arm(name="fedadam-h10", told="FedAdam", server={"name": "fedadam"}, server_rates=ADAPTIVE_RATES),
+    )
     arms = (
         CENTRAL,
         ALONE_ARM,
         ALONE_LONGER,
         FEDAVG,
-        Arm(name="fedavgm-h10", told="FedAvgM", server={"name": "fedavgm"}, server_rates=(0.1, 0.3, 1.0)),
-        replace(DILOCO_H10, server_rates=MOMENTUM_RATES),
-        Arm(name="fedadam-h10", told="FedAdam", server={"name": "fedadam"}, server_rates=ADAPTIVE_RATES),
+        *[replace(arm, rates_of=FEDAVG.name) for arm in stepping],
         Arm(name="fedprox-h10", told="FedProx, μ = 0.01", algorithm={"name": "fedprox", "mu": 0.01}),
         sgd,
         replace(sgd, name="scaffold-h10", told="SCAFFOLD, SGD at the sites", algorithm={"name": "scaffold"}),

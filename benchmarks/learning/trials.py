@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -38,7 +38,7 @@ class Experiment:
 async def run_experiment(
     experiment: Experiment, federation: Federation, data_digest: str, results: Results
 ) -> None:
-    """Do the trials without a result: all arms' grids on the first seed, then their best rates on each seed.
+    """Do the trials without a result: grids on the first seed, then each arm's best rates on every seed.
 
     Several processes may do so at the same time with the same results: each trial is done by one of them.
     """
@@ -46,27 +46,23 @@ async def run_experiment(
     def trial(arm: Arm, seed: int, rates: Rates) -> Trial:
         return Trial(experiment=experiment, arm=arm, seed=seed, rates=rates, data_digest=data_digest)
 
-    grids = {
-        arm.name: [trial(arm, experiment.seeds[0], rates) for rates in grid_of(arm)]
-        for arm in experiment.arms
-        if not arm.rates_of
-    }
-    await _do_all([one for grid in grids.values() for one in grid], federation, results)
-    chosen = {name: _best(grid, results).rates for name, grid in grids.items()}
-    await _do_all(
-        [
-            trial(arm, seed, chosen[arm.rates_of or arm.name])
+    chosen: dict[str, Rates] = {}
+    for is_later in (False, True):  # then the arms that take a rate over
+        grids = {
+            arm.name: [trial(arm, experiment.seeds[0], rates) for rates in grid_of(arm, chosen)]
             for arm in experiment.arms
-            for seed in experiment.seeds[: arm.seeds]
-        ],
-        federation,
-        results,
-    )
+            if bool(arm.rates_of) is is_later
+        }
+        await _do_all([one for grid in grids.values() for one in grid], federation, results)
+        chosen |= {name: _best(grid, results).rates for name, grid in grids.items()}
+    each = [(arm, seed) for arm in experiment.arms for seed in experiment.seeds[: arm.seeds]]
+    await _do_all([trial(arm, seed, chosen[arm.name]) for arm, seed in each], federation, results)
 
 
-def grid_of(arm: Arm) -> list[Rates]:
-    """The learning rates that an arm is tuned on."""
-    return [Rates(local=local, server=server) for local, server in product(arm.rates, arm.server_rates)]
+def grid_of(arm: Arm, chosen: Mapping[str, Rates]) -> list[Rates]:
+    """The learning rates that an arm is tuned on, with the ``chosen`` ones of the arm that it follows."""
+    local = (chosen[arm.rates_of].local,) if arm.rates_of else arm.rates
+    return [Rates(local=rate, server=server) for rate, server in product(local, arm.server_rates)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,12 @@ def test_the_pool_has_every_part_and_the_site_with_most_text_is_alone(corpus, tm
 
 def test_an_arms_grid_is_every_pair_of_rates():
     arm = Arm(name="a", told="", rates=(1.0, 2.0), server_rates=(0.5, None))
-    assert [str(rates) for rates in grid_of(arm)] == ["1-0.5", "1", "2-0.5", "2"]
+    assert [str(rates) for rates in grid_of(arm, {})] == ["1-0.5", "1", "2-0.5", "2"]
+
+
+def test_the_grid_of_an_arm_that_follows_another_has_the_others_rate_at_the_sites():
+    arm = Arm(name="a", told="", rates=(1.0, 2.0), rates_of="b", server_rates=(0.5, 0.7))
+    assert [str(rates) for rates in grid_of(arm, {"b": Rates(local=3.0, server=0.1)})] == ["3-0.5", "3-0.7"]
 
 
 def test_arms_that_would_not_see_equal_tokens_are_refused():
@@ -355,10 +360,10 @@ def test_every_arm_of_a_profile_is_a_run_that_may_be_submitted(profile, tmp_path
     place = Place(corpus=tmp_path, split="role", downloads=tmp_path, scratch=tmp_path)
     for plan in plans(profile, place):
         experiment = plan.experiment
-        known = {"": None}
+        known: dict[str, Rates] = {}
         for arm in experiment.arms:
-            assert arm.rates_of in known, f"{arm.name} comes before the arm whose rates it takes over"
-            known[arm.name] = None
-            spec = run_spec(experiment.setting, arm, grid_of(arm)[0], seed=1)
+            assert not arm.rates_of or not experiment.arm(arm.rates_of).rates_of
+            known[arm.name] = grid_of(arm, known)[0]
+            spec = run_spec(experiment.setting, arm, known[arm.name], seed=1)
             assert (spec.local.steps or 0) * spec.rounds == (arm.steps or experiment.setting.steps)
-        assert len(known) == len(experiment.arms) + 1
+        assert len(known) == len(experiment.arms)
