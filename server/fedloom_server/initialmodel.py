@@ -33,6 +33,7 @@ from fedloom_server.taskmodels import (
     model_class,
     model_name,
     prepare_tokenizer,
+    require_runs,
     require_same_labels,
     special_tokens,
 )
@@ -63,6 +64,8 @@ def write_model(spec: RunSpec, into: Path) -> list[str]:
     tokenizer = _tokenizer(spec)
     model, drawn = _new_model(spec, tokenizer) if spec.model.path is None else _pretrained(spec, tokenizer)
     _require_fit(spec, model, tokenizer)
+    if spec.model.path is None:
+        require_runs(spec.task, model, tokenizer)
     with _mistakes_as_bad_spec("the model cannot be saved"), storage_errors(into / MODEL_FILE):
         _save(model, tokenizer, into)
     del model

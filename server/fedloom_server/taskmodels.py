@@ -6,6 +6,7 @@ Used by the process that makes initial models alone.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -19,6 +20,7 @@ PLAIN_CHAT = (
 )
 """The chat template of tokenizers that have none."""
 
+_INPUTS = ("input_ids", "attention_mask")
 _NAMES = {
     CausalLM: "causal language model",
     MaskedLM: "masked language model",
@@ -115,3 +117,28 @@ def complete_config(task: Task, config: Any, tokenizer: Tokenizer) -> None:
         config.pad_token_id = filler
     if isinstance(task, Seq2Seq) and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
+
+
+def require_runs(task: Task, model: Any, tokenizer: Tokenizer) -> None:
+    """Check that a new model takes a text as this tokenizer gives it; its configuration may have gaps.
+
+    Raises:
+        BadSpec: it does not.
+    """
+    if isinstance(task, Plugin):
+        return  # what it is given is known at the sites alone
+    inputs = {key: value for key, value in tokenizer("A", return_tensors="pt").items() if key in _INPUTS}
+    if isinstance(task, Seq2Seq):
+        inputs["labels"] = inputs["input_ids"]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            model(**inputs)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BadSpec(
+            f"model.config makes a {type(model).__name__} that does not take a text as its tokenizer gives "
+            f"it ({type(error).__name__}: {error}); give a tokenizer with the special tokens that this model "
+            "expects, say which they are in model.config, or choose another model_type"
+        ) from error
+    finally:
+        model.train()

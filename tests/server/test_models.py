@@ -83,7 +83,7 @@ def test_the_coordinator_does_not_import_transformers():
         pytest.param(LLAMA, set(), id="llama-untied"),
         pytest.param(LLAMA | {"tie_word_embeddings": True}, {"lm_head.weight"}, id="llama-tied"),
         pytest.param(GPT2 | {"dtype": "bfloat16"}, {"lm_head.weight"}, id="bfloat16"),
-        pytest.param(LLAMA | {"model_type": "qwen2"}, set(), id="qwen2"),
+        pytest.param(LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2}, set(), id="qwen2"),
     ],
 )
 def test_transformers_loads_every_tensor_and_ties_what_was_left_out(tmp_path, config, left_out):

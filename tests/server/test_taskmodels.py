@@ -163,3 +163,27 @@ def test_positions_that_a_model_gives_to_padding_are_not_for_texts(tmp_path):
     with pytest.raises(BadSpec, match="reads 63 tokens at once, but the model has 62 positions"):
         write_model(spec_of({"config": roberta}, MASKED | {"context_tokens": 63}), tmp_path / "m")
     assert write_model(spec_of({"config": roberta}, MASKED | {"context_tokens": 62}), tmp_path / "n") == []
+
+
+BART = {
+    "model_type": "bart", "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+ROBERTA = BERT | {"model_type": "roberta"}
+
+
+@pytest.mark.parametrize(
+    ("config", "task"), [(BART, CLASSES), (T5, CLASSES), (ROBERTA, MASKED)], ids=["bart", "t5", "roberta"]
+)
+def test_a_new_model_that_does_not_take_what_its_tokenizer_gives_is_refused(tmp_path, config, task):
+    """The first two tell classes by a token that ends texts, the last counts positions from padding."""
+    with pytest.raises(BadSpec, match=r"model.config makes a .* that does not take a text as its tokenizer"):
+        write_model(spec_of({"config": config}, task), tmp_path / "m")
+
+
+def test_a_new_model_takes_a_text_with_the_special_token_that_its_config_names(tmp_path):
+    write_model(spec_of({"config": ROBERTA | {"pad_token_id": 1}}, MASKED), tmp_path / "m")
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "m").config.pad_token_id == 1
