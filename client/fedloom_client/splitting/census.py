@@ -99,7 +99,7 @@ class Counting:
         if value is None:
             return NOTHING
         if isinstance(value, bool | int | float | str):
-            return str(value)
+            return str(value).encode(errors="backslashreplace").decode()  # JSON may hold half a character
         raise BadSpec(
             f"record {len(self._files)} holds {type(value).__name__} in column {column}, "
             "wanted text or a number"

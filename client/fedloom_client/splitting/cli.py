@@ -51,7 +51,9 @@ def split(
         str | None,
         typer.Option(help="Column of labels, which --dirichlet splits by and the table tells."),
     ] = None,
-    at_least: Annotated[int, typer.Option(help="With --dirichlet, records of the smallest site.", min=1)] = 1,
+    at_least: Annotated[
+        int | None, typer.Option(help="With --dirichlet, records of the smallest site, else 1.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Source of all randomness.", min=0)] = 0,
     format: Annotated[  # noqa: A002
         str | None, typer.Option(help="text, jsonl, parquet or dataset; by the names if not given.")
@@ -87,6 +89,8 @@ def _split(census: Census, rule: dict[str, Any]) -> rules.Split:
     sites, label, seed = rule["sites"], rule["label"], rule["seed"]
     if rule["sizes"] is not None and "iid" not in rule:
         raise BadSpec("--sizes goes with --iid alone")
+    if rule["at_least"] is not None and "dirichlet" not in rule:
+        raise BadSpec("--at-least goes with --dirichlet alone")
     if "by_column" in rule:
         return rules.grouped(census.columns[rule["by_column"]], census.sizes, sites)
     if "by_file" in rule:
@@ -95,7 +99,7 @@ def _split(census: Census, rule: dict[str, Any]) -> rules.Split:
         if label is None or sites is None:
             raise BadSpec("--dirichlet needs --label, the column to split by, and --sites")
         return rules.dirichlet(
-            census.columns[label], sites, alpha=rule["dirichlet"], seed=seed, at_least=rule["at_least"]
+            census.columns[label], sites, alpha=rule["dirichlet"], seed=seed, at_least=rule["at_least"] or 1
         )
     return rules.iid(census, _shares(rule["sizes"], sites), seed)
 

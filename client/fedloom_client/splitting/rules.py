@@ -125,7 +125,7 @@ def plain_names(values: Sequence[str]) -> tuple[str, ...]:
     """Values as names of sites and folders; a number is added to those that become the same."""
     names: list[str] = []
     for value in values:
-        plain = re.sub(r"[^a-z0-9._-]+", "-", value.lower()).strip("._-")[:56] or "site"
+        plain = re.sub(r"[^a-z0-9_-]+", "-", value.lower()).strip("_-")[:56] or "site"
         name, number = plain, 1
         while name in names:
             number += 1

@@ -114,6 +114,7 @@ def test_values_become_names_that_sites_may_have():
     assert plain_names(["Lady Macbeth", "lady macbeth!", "(nothing)", "***", "é", "Ø"]) == (
         "lady-macbeth", "lady-macbeth-2", "nothing", "site", "site-2", "site-3",
     )  # fmt: skip
+    assert plain_names(["manifest.json"]) == ("manifest-json",)  # a file of that name lies beside the folders
 
 
 def test_numbers_have_as_many_digits_as_the_last():

@@ -57,7 +57,7 @@ def test_the_manifest_tells_how_to_make_the_split_again(lines, tmp_path):
     split(lines, "--iid", "--sizes", "0.6,0.4", "--seed", "3", "--label", "label", "--to", tmp_path / "a")
     manifest = json.loads((tmp_path / "a/manifest.json").read_text())
     assert manifest["rule"] == {
-        "iid": True, "sites": None, "sizes": "0.6,0.4", "label": "label", "at_least": 1, "seed": 3,
+        "iid": True, "sites": None, "sizes": "0.6,0.4", "label": "label", "at_least": None, "seed": 3,
     }  # fmt: skip
     assert manifest["inputs"][0]["path"] == str(lines)
     assert manifest["inputs"][0]["files"]["notes.jsonl"].startswith("blake3:")
@@ -158,6 +158,7 @@ def test_a_sites_config_takes_what_the_split_made(lines, tmp_path):
         (["--iid", "--sizes", "half"], "wanted shares such as"),
         (["--iid", "--sizes", "0.5,0.5", "--sites", "3"], "drop one of both"),
         (["--by-file", "--sizes", "1"], "--sizes goes with --iid alone"),
+        (["--by-file", "--at-least", "2"], "--at-least goes with --dirichlet alone"),
         (["--iid", "--sites", "6"], "of 5 records site 6 of 6 would get none"),
         (["--iid", "--sites", "1", "--format", "csv"], "--format is csv"),
     ],
@@ -220,3 +221,16 @@ def test_an_empty_folder_behind_a_link_takes_the_sites(lines, tmp_path):
     split(lines, "--iid", "--sites", "2", "--to", tmp_path / "link")
     made = {path.name for path in (tmp_path / "disk").iterdir()}
     assert made == {"manifest.json", "site-1", "site-2"}
+
+
+def test_half_a_character_in_a_label_is_told_as_json_writes_it(tmp_path):
+    (tmp_path / "notes.jsonl").write_text('{"label": "\\ud83d"}\n{"label": "é"}\n')
+    output = split(
+        tmp_path / "notes.jsonl", "--by-column", "label", "--label", "label", "--to", tmp_path / "sites"
+    )
+    assert r"\ud83d" in output
+    sites = json.loads((tmp_path / "sites/manifest.json").read_text())["sites"]
+    assert {name: site["labels"] for name, site in sites.items()} == {
+        "ud83d": {r"\ud83d": 1},
+        "site": {"é": 1},
+    }
