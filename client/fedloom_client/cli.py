@@ -72,7 +72,10 @@ def policy(
     spec: Annotated[Path, typer.Option("--spec", help="File of a run spec.")],
     config: ConfigFile = None,
 ) -> None:
-    """Tell whether this site would take part in a run now; if not, which rules refuse it, and exit with 1."""
+    """Tell whether this site would take part in a run now; if not, which rules refuse it, and exit with 1.
+
+    It goes by the config file, which a daemon that runs has read when it started.
+    """
     from fedloom_client.consent import foretell
 
     reasons = foretell(_settings(config, context.args), spec)
