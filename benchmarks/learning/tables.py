@@ -39,7 +39,8 @@ def comparison(experiment: Experiment, results: Sequence[Result]) -> str:
         rows.append(each_step)
     head = ["arm", metric, "million tokens", "MB on the wire", "MB to the target", "learning rate", "seeds"]
     told = "" if target is None else (
-        f"\nTarget: {TARGET_RATIO} x the pooled training's final {metric}, {target:.4f}.\n"
+        f"\nTarget: {TARGET_RATIO} x the {metric} at the end of the pooled training's curve, {target:.4f}; "
+        "curves are measured on a part of the held-out examples, final models on more.\n"
     )  # fmt: skip
     return markdown(head, rows) + told
 
