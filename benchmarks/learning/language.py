@@ -122,4 +122,9 @@ def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
         setting=byte_gpt(4, steps),
         arms=(CENTRAL, *averaged, *nesterov, INT8, *codecs, seldom_int8, *dropout),
         seeds=seeds,
+        topics={
+            "how often": [arm.name for arm in (CENTRAL, *averaged, *nesterov)],
+            "how small": [arm.name for arm in (CENTRAL, DILOCO_H10, INT8, *codecs, nesterov[2], seldom_int8)],
+            "with sites gone": [arm.name for arm in (CENTRAL, FEDAVG, *dropout)],
+        },
     )

@@ -24,24 +24,27 @@ def save_curves(experiment: Experiment, results: Sequence[Result], path: Path) -
     by_arm = {name: found for name, found in arms_of(experiment, results).items() if _has_curve(found)}
     if not by_arm:
         return False
-    colours = dict(zip(by_arm, COLOURS * 3, strict=False))
-    figure, panels = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained", sharey=True)
-    for arm in experiment.arms:
-        if arm.name not in by_arm or arm.steps is not None:  # only its bytes are of interest
-            continue
-        found = by_arm[arm.name]
-        style: Mapping[str, Any] = {"color": colours[arm.name], "linewidth": 1.6}
-        style |= {} if arm.is_federated else {"linestyle": "--"}
-        _draw(panels[0], [[p.tokens / MB for p in r.curve] for r in found], found, arm.told, style)
-        if arm.is_federated:
-            _draw(panels[1], [[p.wire_bytes / MB for p in r.curve] for r in found], found, "", style)
-    panels[0].set(xlabel="million tokens, all sites together", ylabel="validation loss, nats a token")
-    panels[1].set(xlabel="MB on the wire, all sites, both ways", xscale="log")
+    topics = experiment.topics or {"": [arm.name for arm in experiment.arms]}
+    figure, rows = plt.subplots(
+        len(topics), 2, figsize=(13, 4.8 * len(topics)), layout="constrained", sharey=True, squeeze=False
+    )
+    for panels, (topic, names) in zip(rows, topics.items(), strict=True):
+        for name, colour in zip(names, COLOURS * 3, strict=False):
+            arm, found = experiment.arm(name), by_arm.get(name)
+            if found is None or arm.steps is not None:  # only its bytes are of interest
+                continue
+            style = {"color": colour, "linewidth": 1.6, "linestyle": "-" if arm.is_federated else "--"}
+            _draw(panels[0], [[p.tokens / MB for p in r.curve] for r in found], found, arm.told, style)
+            if arm.is_federated:
+                _draw(panels[1], [[p.wire_bytes / MB for p in r.curve] for r in found], found, "", style)
+        panels[0].set(xlabel="million tokens, all sites together", ylabel="validation loss, nats a token")
+        panels[0].set_title(topic, loc="left", fontsize=11)
+        panels[1].set(xlabel="MB on the wire, all sites, both ways", xscale="log")
+        panels[0].legend(frameon=False, fontsize=8)
+        for panel in panels:
+            panel.spines[["top", "right"]].set_visible(False)
     low = min(point.metrics["loss"] for found in by_arm.values() for r in found for point in r.curve)
-    panels[0].set_ylim(low * 0.97, low * 1.6)
-    panels[0].legend(frameon=False, fontsize=8)
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
+    rows[0][0].set_ylim(low * 0.97, low * 1.6)
     figure.suptitle(experiment.title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

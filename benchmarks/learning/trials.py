@@ -6,7 +6,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -29,6 +29,8 @@ class Experiment:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     """Learning rates are tuned on the first."""
+    topics: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Arms to be seen side by side, by what they are to show; all in one plot if none are given."""
 
     def arm(self, name: str) -> Arm:
         """The arm of a name."""
