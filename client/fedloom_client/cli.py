@@ -91,9 +91,9 @@ def node(context: typer.Context, config: ConfigFile = None) -> None:
     """Lend this further host's devices to the site's worker group (workers.nnodes)."""
     settings = _settings(config, context.args)
     set_up_logging(settings.log_format, settings.log_level)
-    from fedloom_client.workers import join_group
+    from fedloom_client.furtherhost import join_group
 
-    sys.exit(join_group(settings))
+    asyncio.run(join_group(settings))
 
 
 def _settings(config: Path | None, flags: list[str]) -> SiteConfig:

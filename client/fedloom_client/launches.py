@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 from asyncio import StreamReader, StreamWriter
-from asyncio.subprocess import DEVNULL
+from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,10 +144,7 @@ class Launched:
             if self._rank is not None and not self._rank.is_lost:
                 self._rank.say_stop()
                 await asyncio.wait({self._exit}, timeout=STOP_S)
-            for sign in (signal.SIGTERM, signal.SIGKILL):
-                if not self._exit.done():
-                    self._process.send_signal(sign)
-                    await asyncio.wait({self._exit}, timeout=2 * SHUTDOWN_TIMEOUT_S)
+            await end_launcher(self._process, self._exit)
         finally:
             if not self._exit.done():
                 self._process.kill()  # the kernel then kills the ranks
@@ -158,11 +155,7 @@ class Launched:
         launch = launch_of(workers, self._logs, control=control, max_restarts=max_restarts)
         (self._logs / FAILURE).unlink(missing_ok=True)
         self._server = await asyncio.start_unix_server(self._arrive, control, limit=LINE_LIMIT_BYTES)
-        with (self._logs / LAUNCHER_LOG).open("wb") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *launcher_command(launch), env=environment(directory), stdin=DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,  # a Ctrl-C in the daemon's terminal is the daemon's to handle
-            )  # fmt: skip
+        self._process = await start_launcher(launch, directory)
         self._exit = asyncio.create_task(self._process.wait())
 
     async def _clean(self) -> None:
@@ -214,14 +207,24 @@ def launch_of(workers: Workers, logs: Path, *, control: Path | None, max_restart
     )
 
 
-def launcher_command(launch: Launch) -> list[str]:
-    """The command line that runs a launcher."""
-    return [sys.executable, "-m", "fedloom_client.training.launcher", launch.to_json()]
+async def start_launcher(launch: Launch, directory: Path) -> Process:
+    """Run a launcher: nothing comes from the hub, caches stay in ``directory``, its output is in the logs."""
+    command = [sys.executable, "-m", "fedloom_client.training.launcher", launch.to_json()]
+    settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str((directory / "huggingface").absolute())}
+    with (Path(launch.logs) / LAUNCHER_LOG).open("wb") as log:
+        return await asyncio.create_subprocess_exec(
+            *command, env=os.environ | settings, stdin=DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,  # a Ctrl-C in the terminal is for this process to handle
+        )  # fmt: skip
 
 
-def environment(directory: Path) -> dict[str, str]:
-    """The environment of the training process: nothing comes from the hub, caches stay at the site."""
-    return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str((directory / "huggingface").absolute())}
+async def end_launcher(launcher: Process, ended: "asyncio.Task[int]") -> None:
+    """Have a launcher end its ranks and itself, if it has not ended."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        if not ended.done():
+            with contextlib.suppress(ProcessLookupError):  # it ends just now
+                launcher.send_signal(sign)
+            await asyncio.wait({ended}, timeout=2 * SHUTDOWN_TIMEOUT_S)
 
 
 def trim_logs(logs: Path) -> None:

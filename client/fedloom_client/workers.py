@@ -8,31 +8,19 @@ The daemon listens, rank 0 connects and says ready, again after every restart.
 
 import asyncio
 import logging
-import socket
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from fedloom_client.config import DataSource, SiteConfig, Workers
-from fedloom_client.launches import (
-    LAUNCHER_LOG,
-    Launched,
-    RankZero,
-    environment,
-    launch_of,
-    launcher_command,
-    trim_logs,
-)
+from fedloom_client.config import DataSource, Workers
+from fedloom_client.launches import Launched, RankZero
 from fedloom_client.signs import signs_of_life
-from fedloom_client.training.launcher import SHUTDOWN_TIMEOUT_S
 from fedloom_client.training.orders import Job, Order, Source, WorkerProgress, WorkerResult
 from fedloom_common.errors import TrainingFailed
 
 CANCEL_S = 10.0  # for the ranks to agree on a stop; a step that lasts longer is ended with its processes
-REJOIN_S = 5.0  # between two tries of a further host to meet the group
 
 logger = logging.getLogger(__name__)
 
@@ -142,39 +130,3 @@ class WorkerGroup:
 
 def _tell_starting(on_progress: Callable[[WorkerProgress], None], lost: int, beats: int) -> None:
     on_progress(WorkerProgress(phase="start", done=lost + beats))
-
-
-def join_group(config: SiteConfig) -> int:
-    """Lend this host's devices to the group of the daemon on another host of the site, until interrupted."""
-    logs = config.state_dir / "logs" / socket.gethostname()
-    logs.mkdir(parents=True, exist_ok=True)
-    while True:
-        trim_logs(logs)
-        launch = launch_of(config.workers, logs, control=None, max_restarts=config.workers.max_restarts)
-        with (logs / LAUNCHER_LOG).open("wb") as log:
-            process = subprocess.Popen(
-                launcher_command(launch),
-                env=environment(config.state_dir),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        try:
-            status = process.wait()
-            logger.info(
-                "the worker group has ended; this host waits for the next one", extra={"status": status}
-            )
-            time.sleep(REJOIN_S if status else 0)
-        except KeyboardInterrupt:
-            process.terminate()
-            _end(process)
-            return 0
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    try:
-        process.wait(2 * SHUTDOWN_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -293,16 +293,20 @@ async def test_no_process_outlives_a_killed_daemon(
 
 
 FURTHER_HOST = """
-import json, sys
+import asyncio, json, sys
 from fedloom_client.config import SiteConfig
-from fedloom_client.workers import join_group
-sys.exit(join_group(SiteConfig(**json.load(open(sys.argv[1])))))
+from fedloom_client.furtherhost import join_group
+asyncio.run(join_group(SiteConfig(**json.load(open(sys.argv[1])))))
 """
 
 
-@pytest.mark.parametrize("groups", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("groups", "sign"),
+    [(1, signal.SIGINT), pytest.param(3, signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=["one-group", "three-groups"],
+)
 async def test_a_further_host_lends_its_ranks_to_every_group_until_interrupted(
-    alone: Any, texts: DataSource, make_order: MakeOrder, tmp_path: Path, groups: int
+    alone: Any, texts: DataSource, make_order: MakeOrder, tmp_path: Path, groups: int, sign: signal.Signals
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -327,7 +331,7 @@ async def test_a_further_host_lends_its_ranks_to_every_group_until_interrupted(
         assert [len(processes_of(tmp_path / name)) for name in ("group", "further")] == [2, 2]
         assert_same_tensors(order.update_path, tmp_path / "single", 1e-6)
         await group.stop()
-    further.send_signal(signal.SIGINT)
+    further.send_signal(sign)
     assert await further.wait() == 0
     assert processes_of(tmp_path / "further") == []
 
