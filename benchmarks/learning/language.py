@@ -109,8 +109,11 @@ def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
         )
         for up, down in ((("bf16",), "bf16"), (("int4",), "int8"), (("topk", "int8", "zstd"), "int8"))
     ]
-    seldom_int8 = replace(INT8, name="diloco-h100-int8", told="DiLoCo, H = 100, int8 both ways",
-                          local_steps=100, rates_of="diloco-h100")  # fmt: skip
+    seldom_int8 = [
+        replace(INT8, name=f"diloco-h{h}-int8", told=f"DiLoCo, H = {h}, int8 both ways", local_steps=h,
+                rates_of=f"diloco-h{h}")
+        for h in (50, 100)
+    ]  # fmt: skip
     dropout = [
         replace(FEDAVG, name=f"fedavg-h10-gone{share}", told=f"FedAvg, H = 10, {share} % of the sites gone",
                 rates_of="fedavg-h10", dropout=share / 100)
@@ -120,11 +123,11 @@ def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
         name="exchange",
         title="4 sites: how often, how small, and with sites gone",
         setting=byte_gpt(4, steps),
-        arms=(CENTRAL, *averaged, *nesterov, INT8, *codecs, seldom_int8, *dropout),
+        arms=(CENTRAL, *averaged, *nesterov, INT8, *codecs, *seldom_int8, *dropout),
         seeds=seeds,
         topics={
             "how often": [arm.name for arm in (CENTRAL, *averaged, *nesterov)],
-            "how small": [arm.name for arm in (CENTRAL, DILOCO_H10, INT8, *codecs, nesterov[2], seldom_int8)],
+            "how small": [arm.name for arm in (CENTRAL, DILOCO_H10, INT8, *codecs, *seldom_int8)],
             "with sites gone": [arm.name for arm in (CENTRAL, FEDAVG, *dropout)],
         },
     )
