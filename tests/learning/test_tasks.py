@@ -185,9 +185,9 @@ def test_labels_are_counted_by_hand_also_where_the_model_has_more_outputs_than_n
     assert measured.metrics["accuracy"] == 0.75
 
 
-def test_held_out_texts_of_which_no_token_is_hidden_are_not_measured(new_run: Callable[..., Any]) -> None:
-    task = {"kind": "masked_lm", "context_tokens": 8, "masked_share": 1e-9}
-    site = new_run("bert", task).site("a", [{"text": "hello there"}] * 12)
+def test_held_out_texts_of_special_tokens_alone_are_not_measured(new_run: Callable[..., Any]) -> None:
+    task = {"kind": "masked_lm", "context_tokens": 8}
+    site = new_run("bert", task).site("a", [{"text": "<|endoftext|>" * 12}] * 12)
     with pytest.raises(TrainingFailed, match="held-out examples none has anything to predict: add some"):
         site.evaluate()
     order = site.order("train", update_path=str(site.folder / "update"))
@@ -298,6 +298,19 @@ def test_tokens_of_sentencepiece_stand_for_the_bytes_that_they_write() -> None:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     assert bytes_of_tokens(fast) == [0, 4, 2, 1, 0, 1]
+
+
+def test_one_token_of_each_block_is_a_target_however_small_the_share(new_run: Callable[..., Any]) -> None:
+    run = new_run("bert", {"kind": "masked_lm", "context_tokens": 8, "masked_share": 1e-9})
+    tokens = np.full((100, 6), END)
+    tokens[:90, 2:4] = 7
+    batch = new_task(run.spec.task, run.assets).batch(
+        {"input_ids": tokens}, (np.random.default_rng([1, row]) for row in range(100))
+    )
+    is_target = batch["labels"] != IGNORED
+    assert is_target.sum(axis=1).tolist() == [1] * 90 + [0] * 10
+    assert (batch["labels"][is_target] == 7).all()
+    assert 20 < is_target[:, 3].sum() < 70  # now one, now the other
 
 
 def test_masks_hide_8_in_10_targets_replace_1_and_leave_1(new_run: Callable[..., Any]) -> None:

@@ -21,6 +21,8 @@ class MaskedLM(BaseTask):
     """Hidden tokens of packed text.
 
     Blocks of text begin and end with the tokenizer's classification and separator tokens, if it has them.
+
+    Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1.
     """
 
     def __init__(self, spec: Spec, assets: Assets) -> None:
@@ -70,7 +72,9 @@ class MaskedLM(BaseTask):
         self, tokens: NDArray[np.int64], inputs: NDArray[np.int64], labels: NDArray[np.int64],
         generator: np.random.Generator,
     ) -> None:  # fmt: skip
-        is_target = (generator.random(len(tokens)) < self._share) & ~np.isin(tokens, self._special)
+        chance = np.where(np.isin(tokens, self._special), np.inf, generator.random(len(tokens)))
+        # One token at least, as BERT has it: a short text would else teach nothing, and count for nothing.
+        is_target = chance <= max(self._share, chance.min(initial=1))
         fate = generator.random(len(tokens))
         other = generator.integers(self.tokens, size=len(tokens))
         labels[is_target] = tokens[is_target]
