@@ -59,7 +59,7 @@ def _full(place: Place) -> list[Plan]:
         _on_corpus(language.exchange_experiment(steps=1000, seeds=SEEDS)),
         _sentiment(place, steps=100),
         _adapters(place, steps=40),
-        _sequences(steps=1000),
+        _sequences(steps=2000),
         _on_corpus(language.rules_experiment(16, steps=1000, seeds=SEEDS[:1])),
     ]
 

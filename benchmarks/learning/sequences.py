@@ -16,7 +16,7 @@ from learning.records import Record, alone_at, write_record_sites
 from learning.trials import Experiment
 
 SITES = 4
-CHARACTERS = (24, 90)
+CHARACTERS = (16, 56)
 """Of one target, at least and at most: a byte is a token here."""
 RATES = (1e-3, 2e-3, 4e-3)
 
@@ -42,7 +42,7 @@ def experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
         title="A small T5 that restores capitals and stops, at four sites",
         setting=Setting(
             model={"config": config, "tokenizer": "bytes"},
-            task={"kind": "seq2seq", "source_tokens": 96, "target_tokens": 96, "generate_examples": 0},
+            task={"kind": "seq2seq", "source_tokens": 64, "target_tokens": 64, "generate_examples": 0},
             sites=SITES,
             steps=steps,
             batch_examples=8,
