@@ -16,6 +16,7 @@ from fedloom_server.meters import Meters
 from fedloom_server.patience import Patience
 from fedloom_server.pending import OpenAssignments, Pending, Terms, facts_of
 from fedloom_server.records import Assignment, AssignmentState, Run
+from fedloom_server.references import names_to
 from fedloom_server.sites import Sites
 from fedloom_server.store import Store
 from fedloom_server.uploads import Uploads
@@ -133,7 +134,7 @@ class Assignments:
             known |= part_digests(entry.run) | {file.digest for file in entry.terms.folds}
             if digest in known or (delta is not None and digest == delta.file.digest):
                 return True
-        return self._store.names_to(site, digest)
+        return names_to(self._store.database, site, digest)
 
     def moved(self, site: str, *, down_bytes: int) -> None:
         """Bytes of a model went to a site: a sign of life of whatever it was asked to do."""

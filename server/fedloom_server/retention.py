@@ -15,6 +15,7 @@ from fedloom_server.adapters.parts import part_digests
 from fedloom_server.best import ranked, restores_best
 from fedloom_server.config import KeepModels
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, RunState
+from fedloom_server.references import named_by, part_digests_of
 from fedloom_server.stopping import RoundResult
 from fedloom_server.store import Store
 
@@ -54,7 +55,7 @@ async def bring_models(store: Store, run: Run) -> None:
         NotFound: a model is not kept.
         StorageUnavailable: the object storage does not answer.
     """
-    needed = store.digests(*(query.where(Run.id == run.id) for query in _working()))
+    needed = named_by(store.database, *(query.where(Run.id == run.id) for query in _working()))
     needed |= part_digests(run)
     for record in store.rounds(run.id):
         if record.model_digest in needed | {run.model_digest}:
@@ -68,8 +69,8 @@ def trim_cache(store: Store) -> None:
     """Leave on disk what work under way needs, and more as far as there is room."""
     under_way = Run.state.not_in([state for state in RunState if state.is_end])
     latest = select(Run.model_digest).where(under_way)
-    in_use = store.digests(latest, *(query.where(under_way) for query in _working()))
-    store.files.trim(in_use | store.part_digests(in_use))
+    in_use = named_by(store.database, latest, *(query.where(under_way) for query in _working()))
+    store.files.trim(in_use | part_digests_of(store.database, in_use))
 
 
 def collect_orphans(store: Store, keep: KeepModels) -> None:
@@ -125,8 +126,8 @@ def _files_of(run: Run, rounds: Sequence[Round]) -> dict[int, set[str]]:
 
 def _in_use(store: Store, digests: Collection[str]) -> set[str]:
     """Those that a run, an unfinished round or an assignment works with, whatever is kept."""
-    in_use = store.digests(select(Run.model_digest), *_working())
-    return (in_use | store.part_digests(in_use)).intersection(digests)
+    in_use = named_by(store.database, select(Run.model_digest), *_working())
+    return (in_use | part_digests_of(store.database, in_use)).intersection(digests)
 
 
 def _working() -> list[Select[str]]:
@@ -150,8 +151,9 @@ def _working() -> list[Select[str]]:
 def _of_other_runs(store: Store, run: Run, digests: Collection[str]) -> set[str]:
     """Those that other runs name too: runs of one spec begin with the same model."""
     columns = (Round.base_digest, Round.model_digest, Round.delta_digest, Round.optimizer_digest)
-    named = store.digests(
+    named = named_by(
+        store.database,
         select(Run.optimizer_digest).where(Run.id != run.id, Run.optimizer_digest.in_(digests)),
         *(select(column).where(Round.run_id != run.id, column.in_(digests)) for column in columns),
     )
-    return named | store.part_digests(None, besides=run.id).intersection(digests)
+    return named | part_digests_of(store.database, None, besides=run.id).intersection(digests)

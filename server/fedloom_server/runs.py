@@ -19,6 +19,7 @@ from fedloom_server.batches import require_sites
 from fedloom_server.buffered import run_buffered
 from fedloom_server.closing import train_alone
 from fedloom_server.cohorts import sites_needed, wanted
+from fedloom_server.ends import begin_again, close_rounds
 from fedloom_server.failures import failure_of_run
 from fedloom_server.federation import Federation
 from fedloom_server.records import AssignmentState, Base, RoundState, Run, RunState
@@ -104,7 +105,7 @@ class Runs:
         run.paused_s += time.time() - interrupted_at_s if interrupted_at_s else 0.0
         run.state, run.reason, run.ended_at_s, run.paused_at_s = RunState.QUEUED, "", 0.0, 0.0
         if begins_again:
-            self._store.begin_again(run)
+            begin_again(self._store, run)
         else:
             unfinished = self._store.unfinished_rounds(run.id)
             for record in unfinished:
@@ -221,7 +222,7 @@ class Runs:
             assignment.reason = ended if is_open else f"no round was left to take its late update: {ended}"
             assignment.state, assignment.is_late = AssignmentState.CANCELLED, False
             rows.append(assignment)
-        closed = self._store.close_rounds(run)
+        closed = close_rounds(self._store, run)
         rows += closed
         if run.state is RunState.FAILED:
             rows.append(failure_of_run(run, log))

@@ -1,7 +1,6 @@
 """The coordinator's durable state: records in a database, and the files beside it."""
 
 import secrets
-import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
@@ -20,10 +19,8 @@ from sqlalchemy import (
     select,
     tuple_,
 )
-from sqlalchemy.orm import Session
 
 from fedloom_common.errors import NotFound, WrongState
-from fedloom_server.adapters.parts import Parts
 from fedloom_server.audit import AuditLog
 from fedloom_server.database import Database, open_database
 from fedloom_server.files import Files
@@ -210,36 +207,6 @@ class Store:
         """Forget a site; what it did stays with its runs."""
         self.database.do(lambda session: session.execute(delete(SiteRecord).where(SiteRecord.name == name)))
 
-    def names_to(self, site: str, digest: str) -> bool:
-        """Whether an assignment of a site names a file: as its model, its delta or an asset of its run."""
-        mine = select(Assignment).where(Assignment.site == site).subquery()
-        of_model = select(mine.c.id).where(mine.c.model_digest == digest)
-        of_delta = (
-            select(mine.c.id)
-            .join(Round, (Round.run_id == mine.c.run_id) & (Round.model_digest == mine.c.model_digest))
-            .where(Round.delta_digest == digest)
-        )
-        runs = select(mine.c.run_id)
-        assets = select(Run.assets).where(Run.id.in_(runs))
-        adapters = (
-            select(Run.adapter).where(Run.id.in_(runs)),
-            select(Round.adapter).where(Round.run_id.in_(runs)),
-        )
-
-        def look(session: Session) -> bool:
-            if any(session.scalar(query.limit(1)) is not None for query in (of_model, of_delta)):
-                return True
-            if any(file["digest"] == digest for files in session.scalars(assets) for file in files):
-                return True
-            return any(
-                file.digest == digest
-                for query in adapters
-                for content in session.scalars(query)
-                for file in Parts.from_json(content).files
-            )
-
-        return self.database.do(look)
-
     def unsettled(self, run_id: str) -> list[Assignment]:
         """A run's assignments that are open, or late and not yet taken by a round."""
         query = select(Assignment).where(Assignment.run_id == run_id)
@@ -263,37 +230,6 @@ class Store:
         old = delete(Failure).where(Failure.run_id == run_id, Failure.id.not_in(newest))
         self.database.do(lambda session: session.execute(old))
 
-    def close_rounds(self, run: Run) -> list[Round]:
-        """Unfinished rounds of a run that ends early, closed: training is lost, later steps can go on."""
-        unfinished = self.unfinished_rounds(run.id)
-        for record in unfinished:
-            record.ended_at_s = run.ended_at_s
-            if record.state is RoundState.TRAINING:
-                record.state, record.reason = RoundState.FAILED, f"the run was {run.state}"
-        return unfinished
-
-    def begin_again(self, run: Run) -> None:
-        """Save a run that is taken up after its end: training begins a new attempt, later steps go on."""
-        changed: list[Base] = [run]
-        for record in self.rounds(run.id):
-            if record.state is not RoundState.FINISHED:
-                record.ended_at_s, record.asked_at_s = 0.0, time.time()
-                changed.append(record)
-            if record.state in (RoundState.TRAINING, RoundState.FAILED):
-                record.state, record.cohort = RoundState.TRAINING, []
-                record.attempt = record.first_attempt = record.attempt + 1
-                record.sum_digest = ""
-            if record.state is RoundState.EVALUATING or record.number == run.rounds_done:
-                cancelled = [
-                    assignment
-                    for assignment in self.assignments(run.id, record.number)
-                    if assignment.work is not Work.TRAIN and assignment.state is AssignmentState.CANCELLED
-                ]
-                for assignment in cancelled:
-                    assignment.state, assignment.reason = AssignmentState.OPEN, ""
-                changed += cancelled
-        self.save(*changed)
-
     def add(self, *records: Base) -> None:
         """Write new records whose keys the database draws; at worst twice, if its answer is lost."""
         self.database.do(lambda session: session.add_all(records))
@@ -301,30 +237,6 @@ class Store:
     def metric_points(self, run_id: str) -> list[MetricPoint]:
         """Samples of a run's training, as they came."""
         return self._all(select(MetricPoint).where(MetricPoint.run_id == run_id).order_by(MetricPoint.id))
-
-    def digests(self, *queries: Select[str]) -> set[str]:
-        """What queries for digests find, all at one moment."""
-        return self.database.do(
-            lambda session: {name for query in queries for name in session.scalars(query)}
-        )
-
-    def part_digests(self, models: Collection[str] | None, *, besides: str = "") -> set[str]:
-        """Files that belong to some models, or to all, where adapters are trained; of all runs but one.
-
-        What a run began with belongs to every model of it.
-        """
-
-        def look(session: Session) -> set[str]:
-            runs = list(session.execute(select(Run.id, Run.adapter).where(Run.id != besides)))
-            begun = {run_id: content for run_id, content in runs if content}
-            found = [Parts.from_json(content) for content in begun.values()]
-            rounds = select(Round.model_digest, Round.adapter).where(Round.run_id.in_(begun))
-            for digest, content in session.execute(rounds) if begun else ():
-                if models is None or digest in models:
-                    found.append(Parts.from_json(content))
-            return {file.digest for parts in found for file in parts.files}
-
-        return self.database.do(look)
 
     def clear_spool(self, run_id: str = "") -> None:
         """Remove spooled files, all or a run's, that no round's present attempt and no later one counts on.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from fedloom_server.aggregation import BaseModel, Update
 from fedloom_server.app import coordinator
 from fedloom_server.config import KeepModels
 from fedloom_server.records import Round, Run
+from fedloom_server.references import names_to
 
 ALPHA = 8.0
 SITES = {"a": 10, "b": 30, "c": 60}
@@ -206,7 +208,7 @@ async def test_a_site_is_told_the_frozen_files_and_folds_and_may_read_them_and_n
     first, second = [item for item in bench.sites["a"].asked if item.work == 1]
     assert [file.name for file in first.frozen] == ["base.safetensors"]
     assert (len(first.folds), len(second.folds)) == (0, 1)
-    names = bench.running.store.names_to
+    names = partial(names_to, bench.running.store.database)
     for file in (*first.frozen, *second.folds):
         assert names("a", file.digest)
         assert not names("stranger", file.digest)

@@ -9,6 +9,7 @@ from sqlalchemy import event
 
 from fedloom_common.errors import NotFound, WrongState
 from fedloom_server.database import open_database
+from fedloom_server.ends import begin_again
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, RunState, Work
 from fedloom_server.store import Store
 
@@ -150,7 +151,7 @@ def test_a_run_taken_up_again_begins_a_new_attempt(store):
         round_of(2, state=RoundState.FAILED, attempt=3, sum_digest="s"),
     )
     run.state = RunState.QUEUED
-    store.begin_again(run)
+    begin_again(store, run)
     first, second = store.rounds("a1")
     assert first.state is RoundState.FINISHED
     assert (second.state, second.attempt, second.first_attempt) == (RoundState.TRAINING, 4, 4)

@@ -94,7 +94,9 @@ async def test_a_site_that_reads_nothing_of_what_it_asks_for_keeps_no_other_from
         path = tmp_path / "large"
         path.write_bytes(bytes(16 << 20))
         stored = running.store.files.put(path)
-        monkeypatch.setattr(running.store, "names_to", lambda site, digest: digest == stored.digest)
+        monkeypatch.setattr(
+            "fedloom_server.assignments.names_to", lambda database, site, digest: digest == stored.digest
+        )
         bench = bench_of(running)
         hostile, honest = bench.site("hostile"), bench.site("honest")
         await bench.until(lambda: all(running.sites.link(name) for name in bench.sites))

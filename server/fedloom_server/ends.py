@@ -1,0 +1,39 @@
+"""What becomes of a run's rounds when it ends early, and when it is taken up after its end."""
+
+import time
+
+from fedloom_server.records import AssignmentState, Base, Round, RoundState, Run, Work
+from fedloom_server.store import Store
+
+
+def close_rounds(store: Store, run: Run) -> list[Round]:
+    """Close a run's unfinished rounds, for the caller to save: training is lost, later steps can go on."""
+    unfinished = store.unfinished_rounds(run.id)
+    for record in unfinished:
+        record.ended_at_s = run.ended_at_s
+        if record.state is RoundState.TRAINING:
+            record.state, record.reason = RoundState.FAILED, f"the run was {run.state}"
+    return unfinished
+
+
+def begin_again(store: Store, run: Run) -> None:
+    """Save a run that is taken up after its end: training begins a new attempt, later steps go on."""
+    changed: list[Base] = [run]
+    for record in store.rounds(run.id):
+        if record.state is not RoundState.FINISHED:
+            record.ended_at_s, record.asked_at_s = 0.0, time.time()
+            changed.append(record)
+        if record.state in (RoundState.TRAINING, RoundState.FAILED):
+            record.state, record.cohort = RoundState.TRAINING, []
+            record.attempt = record.first_attempt = record.attempt + 1
+            record.sum_digest = ""
+        if record.state is RoundState.EVALUATING or record.number == run.rounds_done:
+            cancelled = [
+                assignment
+                for assignment in store.assignments(run.id, record.number)
+                if assignment.work is not Work.TRAIN and assignment.state is AssignmentState.CANCELLED
+            ]
+            for assignment in cancelled:
+                assignment.state, assignment.reason = AssignmentState.OPEN, ""
+            changed += cancelled
+    store.save(*changed)
