@@ -7,24 +7,25 @@ directory, reads no pickled weights and fetches nothing.
 import difflib
 import inspect
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fedloom_common.errors import BadSpec
-from fedloom_common.files import storage_errors, sync_folder
+from fedloom_common.files import storage_errors
 from fedloom_common.runspec import Classification, RunSpec
-from fedloom_common.tensors import read_tensors, write_tensors
 from fedloom_server.bytelevel import byte_tokenizer
+from fedloom_server.modelfolder import (
+    load_model,
+    mistakes_as_bad_spec,
+    require_loadable,
+    save_model,
+    sync_files,
+)
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.taskmodels import (
     complete_config,
@@ -38,14 +39,8 @@ from fedloom_server.taskmodels import (
     special_tokens,
 )
 
-# What transformers raises for a wrong config, directory or file.
-_MISTAKES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
-    SafetensorError, StrictDataclassError, TypeError, ValueError,
-)  # fmt: skip
 # Keys that config classes accept besides those they list.
 _OTHER_KEYS = frozenset({"torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor"})
-_PROBE = "Naïve  text,\n\twith 漢字 and 🙂."
 
 
 def write_model(spec: RunSpec, into: Path) -> list[str]:
@@ -66,11 +61,11 @@ def write_model(spec: RunSpec, into: Path) -> list[str]:
     _require_fit(spec, model, tokenizer)
     if spec.model.path is None:
         require_runs(spec.task, model, tokenizer)
-    with _mistakes_as_bad_spec("the model cannot be saved"), storage_errors(into / MODEL_FILE):
-        _save(model, tokenizer, into)
+    with mistakes_as_bad_spec("the model cannot be saved"), storage_errors(into / MODEL_FILE):
+        save_model(model, tokenizer, into)
     del model
-    with _mistakes_as_bad_spec("the model as saved cannot be loaded again; choose another model"):
-        _require_loadable(into, spec, tokenizer)
+    with mistakes_as_bad_spec("the model as saved cannot be loaded again; choose another model"):
+        require_loadable(into, spec, tokenizer)
     if spec.model.adapter is not None:
         if drawn and not isinstance(spec.task, Classification):
             raise BadSpec(
@@ -80,7 +75,7 @@ def write_model(spec: RunSpec, into: Path) -> list[str]:
         from fedloom_server.initialadapter import write_adapter  # here: peft takes a second to load
 
         write_adapter(spec, into)
-    _sync(into)
+    sync_files(into)
     return drawn
 
 
@@ -94,7 +89,7 @@ def _tokenizer(spec: RunSpec) -> Tokenizer:
         return tokenizer
     key = "model.path" if spec.model.tokenizer == "auto" else "model.tokenizer"
     folder = _folder(source, key)
-    with _mistakes_as_bad_spec(f"{key}: {folder} has no tokenizer that transformers loads", (Exception,)):
+    with mistakes_as_bad_spec(f"{key}: {folder} has no tokenizer that transformers loads", (Exception,)):
         # of a file for a newer version the tokenizers library raises an Exception and no kind of it
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for key_of_loading in ("is_local", "local_files_only"):  # transformers would save them with the tokenizer
@@ -119,7 +114,7 @@ def _new_model(spec: RunSpec, tokenizer: Tokenizer) -> tuple[PreTrainedModel, li
             f"does not have{_hint(str(model_type), CONFIG_MAPPING)}"
         )
     config_class = CONFIG_MAPPING[model_type]
-    with _mistakes_as_bad_spec(f"model.config does not make a {model_type} {model_name(spec.task)}"):
+    with mistakes_as_bad_spec(f"model.config does not make a {model_type} {model_name(spec.task)}"):
         known = {*inspect.signature(config_class).parameters, *config_class().to_dict()}
         _require_known({*known, *config_class.attribute_map, *_OTHER_KEYS}, given, model_type)
         for key, value in _vocabulary(tokenizer).items():
@@ -168,10 +163,10 @@ def _pretrained(spec: RunSpec, tokenizer: Tokenizer) -> tuple[PreTrainedModel, l
         raise BadSpec(
             f"model.path: {folder} has no config.json; wanted a directory that save_pretrained wrote"
         )
-    with _mistakes_as_bad_spec(f"model.path: {folder} has no {name} in safetensors files"):
+    with mistakes_as_bad_spec(f"model.path: {folder} has no {name} in safetensors files"):
         require_same_labels(spec.task, json.loads((folder / "config.json").read_bytes()), folder)
         torch.manual_seed(spec.seed)  # for a head that the model lacks
-        model, report = _load(folder, spec, **head_options(spec.task))
+        model, report = load_model(folder, spec, **head_options(spec.task))
         missing = sorted(report["missing_keys"])
     whole = [tensor for tensor in missing if not may_draw(spec.task, model, tensor)]
     if whole:
@@ -183,16 +178,6 @@ def _pretrained(spec: RunSpec, tokenizer: Tokenizer) -> tuple[PreTrainedModel, l
     return model, missing
 
 
-def _load(folder: Path, spec: RunSpec, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model of a directory, in its own types, and what transformers reports of its tensors."""
-    loaded: Any = model_class(spec.task).from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto",
-        output_loading_info=True, **options,
-    )  # fmt: skip
-    model, report = loaded
-    return model, report
-
-
 def _folder(path: str, key: str) -> Path:
     """A directory at the coordinator that brings no code of its own."""
     folder = Path(path).expanduser().absolute()
@@ -202,7 +187,7 @@ def _folder(path: str, key: str) -> Path:
             "on the coordinator's host, as save_pretrained writes it"
         )
     for name in ("config.json", "tokenizer_config.json"):
-        with _mistakes_as_bad_spec(f"{key}: {folder / name} cannot be read"):
+        with mistakes_as_bad_spec(f"{key}: {folder / name} cannot be read"):
             file = folder / name
             settings = json.loads(file.read_bytes()) if file.is_file() else {}
         if "auto_map" in settings:
@@ -242,72 +227,3 @@ def _reserved_positions(model: PreTrainedModel) -> int:
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
     ]
     return max((filler + 1 for filler in fillers if filler is not None), default=0)
-
-
-def _save(model: PreTrainedModel, tokenizer: Tokenizer, into: Path) -> None:
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    write_tensors(into / MODEL_FILE, _each_storage_once(model))
-    model.config.save_pretrained(into)
-    if model.can_generate():
-        model.generation_config.save_pretrained(into)
-    tokenizer.save_pretrained(into)
-
-
-def _each_storage_once(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state dict without the names that from_pretrained ties to another."""
-    state: dict[str, torch.Tensor] = model.state_dict()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    once: dict[tuple[object, ...], str] = {}
-    for name in sorted(state, key=lambda name: name in tied):
-        once.setdefault(_place(name, state[name]), name)
-    kept = set(once.values())
-    return {name: tensor for name, tensor in state.items() if name in kept}
-
-
-def _place(name: str, tensor: torch.Tensor) -> tuple[object, ...]:
-    """The same for tensors that are one in memory."""
-    if tensor.numel() == 0:
-        return (name,)  # all empty tensors lie at address 0
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def _require_loadable(into: Path, spec: RunSpec, tokenizer: Tokenizer) -> None:
-    """Check that what was saved is what sites and users will load."""
-    model, report = _load(into, spec)
-    for problem, names in report.items():
-        if names:
-            raise BadSpec(
-                f"transformers does not load a saved {type(model).__name__} back: {problem} {names}"
-            )
-    state = model.state_dict()
-    for name, tensor in read_tensors(into / MODEL_FILE):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise BadSpec(f"the initial model's tensor {name} holds NaN or infinity")
-        if name not in state or state[name].dtype != tensor.dtype or not torch.equal(state[name], tensor):
-            raise BadSpec(f"transformers loads tensor {name} of a saved {type(model).__name__} differently")
-    loaded = AutoTokenizer.from_pretrained(into, local_files_only=True, trust_remote_code=False)
-    if loaded.get_vocab() != tokenizer.get_vocab() or loaded.encode(_PROBE) != tokenizer.encode(_PROBE):
-        raise BadSpec(
-            f"transformers does not load the tokenizer back beside a {model.config.model_type} model; give "
-            "model.tokenizer the directory of a tokenizer made for it"
-        )
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-@contextmanager
-def _mistakes_as_bad_spec(what: str, kinds: tuple[type[Exception], ...] = _MISTAKES) -> Iterator[None]:
-    """Tell the user what transformers found wrong with what they gave."""
-    try:
-        yield
-    except kinds as error:
-        told = str(error) or type(error).__name__
-        if told.startswith("Unrecognized configuration class"):  # and then every class that there is
-            told = "transformers has none of that model type; choose another model, or another task.kind"
-        raise BadSpec(f"{what}: {told}") from error
