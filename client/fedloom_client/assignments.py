@@ -204,8 +204,9 @@ class Assignments:
         if isinstance(answer, Outcome):
             logger.info("work done", extra={"assignment": name, "examples": answer.examples})
         else:
-            what = type(answer).__name__.lower()
-            logger.warning("work not done", extra={"assignment": name, what: answer.reason})
+            what, kept = type(answer).__name__.lower(), getattr(answer, "kept", "")
+            facts = {"assignment": name, what: answer.reason} | ({"details": kept} if kept else {})
+            logger.warning("work not done", extra=facts)
         if isinstance(answer, Outcome) and answer.update_digest:
             self._send_outcome(answer)
             return

@@ -96,6 +96,9 @@ class Policy(Strict):
     as the run gave it; that counts as one training of the day."""
     hours_utc: str | None = Field(default=None, pattern=HOURS)
     """When trainings may begin, such as ``20:00-06:00``, in UTC; always if not given."""
+    failure_details: bool = False
+    """Whether the coordinator is told all of why work failed, such as the end of a traceback. What other
+    programs say may quote records, so that else only the first line leaves, which is fedloom's own."""
     codecs: tuple[StageName, ...] | None = None
     """Codecs in which updates may leave, by the names of ``transport.up``; any if not given."""
     privacy: Privacy | None = None

@@ -56,6 +56,13 @@ class Consent:
         except BadSpec as error:
             return str(error)
 
+    def shares_failures(self) -> bool:
+        """Whether the coordinator may be told all of why work failed."""
+        try:
+            return current_policy(self._config).failure_details
+        except BadSpec:
+            return False
+
     def _judge(self, policy: Policy, assignment: Assignment, spec: RunSpec) -> str | None:
         now, is_training = datetime.now(UTC), assignment.work != "evaluate"
         done = self._trainings.read(now)

@@ -136,7 +136,7 @@ class Launched:
         if failure.is_file():
             return f"{failure.read_text()}\n{where}"
         log = last_lines((self._logs / LAUNCHER_LOG).read_text(errors="replace"))
-        return f"the launcher ended with status {self._exit.result()}: {log}\n{where}"
+        return f"the launcher ended with status {self._exit.result()}\n{log}\n{where}"
 
     async def stop(self) -> None:
         """End the launcher and its ranks: politely if they wait for work, else by signals."""

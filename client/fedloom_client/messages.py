@@ -123,6 +123,8 @@ class Failure:
 
     assignment_id: str
     reason: str
+    kept: str = ""
+    """What of the reason stays at the site."""
 
 
 Answer = Outcome | Refusal | Failure

@@ -22,7 +22,7 @@ from fedloom_client.residuals import Residuals
 from fedloom_client.signs import signs_of_life
 from fedloom_client.training.orders import SPARE_UPDATE, Order, WorkerProgress, WorkerResult
 from fedloom_common.codecs.spec import AS_IS
-from fedloom_common.errors import FederationError
+from fedloom_common.errors import FederationError, TrainingFailed
 from fedloom_common.runspec import AdamW, Local, RunSpec, Scaffold, read_run_spec
 
 DEADLINE_GRACE_S = 10.0  # the coordinator's Cancel comes first; this ends work whose coordinator is gone
@@ -67,12 +67,16 @@ class Performer:
                     answer = await self._do(assignment, report)
         except TimeoutError as error:
             late = f"not done by the deadline of {assignment.deadline_s:g} s"
-            answer = _failure(assignment, str(error) or late)
+            answer = Failure(assignment_id=assignment.id, reason=str(error) or late)
+        except TrainingFailed as error:  # the words of whoever failed may quote a record
+            answer = self._failure(assignment, self._explain(error))
         except (FederationError, OSError) as error:
-            answer = _failure(assignment, self._explain(error))
+            answer = Failure(assignment_id=assignment.id, reason=self._explain(error))
         except Exception as error:  # the daemon outlives any assignment, and the operator hears why
             logger.exception("an assignment failed in a way that fedloom does not know")
-            answer = _failure(assignment, f"{type(error).__name__}: {error}")
+            answer = self._failure(
+                assignment, f"a {type(error).__name__} that fedloom does not know\n{error}"
+            )
         finally:
             if self._outbox.get(assignment.id) is None:
                 self._outbox.remove(assignment.id)
@@ -202,6 +206,14 @@ class Performer:
             outcome = replace(outcome, phase_seconds=outcome.phase_seconds | {"encode": encode_s})
         return await self._outbox.add(assignment, outcome)
 
+    def _failure(self, assignment: Assignment, reason: str) -> Failure:
+        """What the coordinator is told: fedloom's own words, and of others' as much as the policy permits."""
+        first, _, rest = reason.strip().partition("\n")
+        if not rest or self._consent.shares_failures():
+            return Failure(assignment_id=assignment.id, reason=reason)
+        told = f"{first} (the rest is in the site's log: policy.failure_details is false)"
+        return Failure(assignment_id=assignment.id, reason=told, kept=rest)
+
     def _explain(self, error: Exception) -> str:
         if os.strerror(errno.ENOSPC) not in str(error):
             return str(error)
@@ -228,10 +240,6 @@ def _checkpoint_bytes(local: Local, model_bytes: int) -> int:
         return 0
     moments = 2 if isinstance(local.optimizer, AdamW) else int(local.optimizer.momentum > 0)
     return 2 * (1 + moments) * model_bytes
-
-
-def _failure(assignment: Assignment, reason: str) -> Failure:
-    return Failure(assignment_id=assignment.id, reason=reason)
 
 
 def _report_download(assignment: Assignment, report: Report) -> OnProgress:

@@ -43,7 +43,10 @@ class WordTags(BaseTask):
             raise BadRecord(f"it has {len(words)} words and {len(tags)} tags, wanted as many")
         unknown = sorted(set(tags) - set(self._names))
         if unknown:
-            raise BadRecord(f"its tag {unknown[0]!r} is none of {', '.join(self._names)}")
+            known = ", ".join(self._names)
+            raise BadRecord(
+                f"a tag of it is none of {known}\nthe tag is {unknown[0]!r}"
+            )  # the rest stays here
         tokens: list[int] = []
         labels: list[int] = []
         for word, tag in zip(words, tags, strict=True):

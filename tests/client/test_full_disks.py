@@ -47,7 +47,7 @@ async def test_a_model_that_cannot_fit_is_not_begun(world: Any, monkeypatch: pyt
 
 async def test_a_disk_that_fills_during_training_is_named(world: Any) -> None:
     world.group.error = TrainingFailed("OSError: [Errno 28] No space left on device: 'packed.bin'")
-    world.daemon()
+    world.daemon(policy={"failure_details": True})
     await world.attached()
     world.coordinator.assign(world.assignment())
     reason = (await world.coordinator.until_heard("failure")).reason

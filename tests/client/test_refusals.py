@@ -66,13 +66,19 @@ async def test_a_bad_assignment_fails_with_the_reason(
     assert world.group.orders == []
 
 
-async def test_a_failed_training_is_reported_and_the_next_assignment_is_done(world: Any) -> None:
+async def test_a_failed_training_is_reported_and_the_next_assignment_is_done(
+    world: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     world.group.error = TrainingFailed("rank 1 died\nZeroDivisionError: division by zero")
     world.daemon()
     await world.attached()
     world.coordinator.assign(world.assignment())
     failure = await world.coordinator.until_heard("failure")
-    assert failure.reason == "rank 1 died\nZeroDivisionError: division by zero"
+    told = "(the rest is in the site's log: policy.failure_details is false)"
+    assert failure.reason == f"rank 1 died {told}"
+    assert [record.details for record in caplog.records if record.message == "work not done"] == [
+        "ZeroDivisionError: division by zero"
+    ]
     assert list((world.state / "outbox").iterdir()) == []
     world.group.error = None
     world.coordinator.assign(world.assignment("r1-again", attempt=2))
@@ -84,4 +90,15 @@ async def test_a_crash_inside_the_daemon_is_a_failure_too(world: Any) -> None:
     world.daemon()
     await world.attached()
     world.coordinator.assign(world.assignment())
-    assert (await world.coordinator.until_heard("failure")).reason == "KeyError: 'a bug'"
+    reason = (await world.coordinator.until_heard("failure")).reason
+    assert reason.startswith("a KeyError that fedloom does not know (the rest is in")
+    assert "a bug" not in reason
+
+
+async def test_a_site_that_permits_it_tells_all_of_a_failure(world: Any) -> None:
+    world.group.error = TrainingFailed("rank 1 died\nZeroDivisionError: division by zero")
+    world.daemon(policy={"failure_details": True})
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    failure = await world.coordinator.until_heard("failure")
+    assert failure.reason == "rank 1 died\nZeroDivisionError: division by zero"

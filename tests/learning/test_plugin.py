@@ -64,7 +64,7 @@ def test_a_site_without_the_plug_in_says_what_to_install(example_run: Any) -> No
 
 def test_a_record_that_a_plug_in_refuses_is_named(installed: None, example_run: Any) -> None:
     bad = [*letters(2), {"words": ["Ann"], "tags": ["river"]}]
-    with pytest.raises(TrainingFailed, match=r"record 3 of .*data\.jsonl: its tag 'river' is none of other,"):
+    with pytest.raises(TrainingFailed, match=r"record 3 of .*data\.jsonl: a tag of it is none of other,"):
         example_run.site("a", bad).train()
 
 

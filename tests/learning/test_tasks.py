@@ -109,8 +109,8 @@ def test_long_records_are_cut_and_counted_and_those_without_an_answer_left_out(
 @pytest.mark.parametrize(
     ("family", "task", "record", "message"),
     [
-        ("bert", CLASSES, {"text": "x", "label": "bad"}, "label is .bad.; wanted one of neg, neu, pos"),
-        ("bert", CLASSES, {"text": "x", "label": 3}, "its label is 3; wanted one of .*from 0 to 2"),
+        ("bert", CLASSES, {"text": "x", "label": "bad"}, "record 2 .*its label is none of neg, neu, pos"),
+        ("bert", CLASSES, {"text": "x", "label": 3}, r"nor a number from 0 to 2: .*\nthe label is 3"),
         ("bert", CLASSES, {"text": None, "label": 1}, "record 2 .*its text is NoneType, wanted text"),
         ("t5", PAIRS, {"source": "x", "target": 7}, "its target is int, wanted text"),
         ("gpt2", CHAT, {"body": "x"}, "it has body; wanted prompt and response, or messages"),
@@ -123,8 +123,10 @@ def test_a_bad_record_is_named_with_what_was_wanted(
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     good = {"text": "a", "label": 0, "source": "a", "target": "b", "messages": turns, "body": "a"}
     first = {name: good[name] for name in record}
-    with pytest.raises(TrainingFailed, match=message):
+    with pytest.raises(TrainingFailed, match=message) as caught:
         new_run(family, task).site("a", [first, record]).train()
+    told, *_ = str(caught.value).splitlines()
+    assert not [value for value in record.values() if isinstance(value, str) and repr(value) in told]
 
 
 def test_a_missing_field_an_empty_file_and_plain_texts_say_what_to_do(

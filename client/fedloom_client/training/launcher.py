@@ -8,6 +8,7 @@ torch is loaded anyway, and so that the cause of a failure reaches the daemon as
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -100,8 +101,10 @@ def describe_failure(error: Any) -> str:
     rank, failure = min(together, key=lambda item: _order(item[1]))
     message = failure.message
     if isinstance(message, dict):
-        callstack = message.get("extraInfo", {}).get("py_callstack") or message.get("message", "")
-        return f"rank {rank} failed with:\n{last_lines(callstack)}"
+        told = message.get("message", "")
+        kind = match[0] if (match := re.match(r"\w+", told)) else "an error"
+        callstack = message.get("extraInfo", {}).get("py_callstack") or told
+        return f"rank {rank} failed with {kind}:\n{last_lines(callstack)}"
     if failure.exitcode == -signal.SIGKILL:
         return f"rank {rank} was killed (SIGKILL): by somebody, or by the kernel for want of memory"
     if failure.exitcode < 0:

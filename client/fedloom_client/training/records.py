@@ -105,8 +105,8 @@ class Records:
             path, reason = self._culprit() or (self._paths[0], str(error))
             wanted = {"text": "UTF-8 text", "jsonl": "one JSON object a line", "parquet": "Parquet"}
             raise TrainingFailed(
-                f"{path} is not {wanted[self.source.format]}: {reason}; mend it, or leave it out of the "
-                "data set's files"
+                f"{path} is not {wanted[self.source.format]}: mend it, or leave it out of the data set's "
+                f"files\n{reason}"
             ) from error
 
     def _stream(self, paths: list[Path]) -> Iterable[dict[str, Any]]:

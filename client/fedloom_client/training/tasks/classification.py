@@ -61,8 +61,8 @@ class Classification(BaseTask):
             ", …" if len(self._numbers) > LABELS_TOLD else ""
         )
         raise BadRecord(
-            f"its label is {came!r}; wanted one of {known}, or a number from 0 to {len(self._numbers) - 1}: "
-            "correct the record, or the labels of the run's task"
+            f"its label is none of {known}, nor a number from 0 to {len(self._numbers) - 1}: correct the "
+            f"record, or the labels of the run's task\nthe label is {came!r}"
         )
 
 

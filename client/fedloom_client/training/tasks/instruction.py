@@ -85,7 +85,7 @@ class Instruction(BaseTask):
                 list(messages), tokenize=False, add_generation_prompt=asks
             )
         except TemplateError as error:
-            raise BadRecord(f"the tokenizer's chat template does not take it: {error}") from error
+            raise BadRecord(f"the tokenizer's chat template does not take it\n{error}") from error
         return text
 
 

@@ -21,7 +21,11 @@ IGNORED = -100
 
 
 class BadRecord(ValueError):
-    """A record is unfit for the task; the message says what came, what was wanted, and what to do."""
+    """A record is unfit for the task; the message says what came, what was wanted, and what to do.
+
+    Its first line goes to the coordinator and quotes nothing of the record; further lines may, see
+    ``policy.failure_details``.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
