@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the modules beside this folde
 
 from machine import machine_facts
 
-from learning.corpora import EXAMPLE, SPLITS
+from learning.corpora import EXAMPLE, SPLITS, digest_of_corpus
 from learning.gates import Gate, gates_of
 from learning.plots import save_curves
 from learning.profiles import PROFILES, Place, Plan, plans
@@ -64,7 +64,9 @@ def main(
             f"--profile is one of {', '.join(PROFILES)}, and --split of {', '.join(SPLITS)}; "
             f"came {profile} and {split}"
         )
-    folder, cores = results / profile, len(os.sched_getaffinity(0))
+    # Another corpus or split is another folder: their figures must never meet in one table.
+    folder = results / f"{profile}-{split}-{digest_of_corpus(corpus)}"
+    cores = len(os.sched_getaffinity(0))
     folder.mkdir(parents=True, exist_ok=True)
     if take_over is not None:
         Results(folder).take_over(read_lines(take_over.read_text()))
@@ -78,10 +80,10 @@ def main(
     if not report:
         facts = machine_facts(PACKAGES) | {"corpus": corpus.name, "split": split}
         (folder / "machine.json").write_text(json.dumps(facts, indent=2) + "\n")
-    raise SystemExit(0 if _report(wanted, folder, page) else 1)
+    raise SystemExit(0 if _report(wanted, folder, page, profile) else 1)
 
 
-def _report(wanted: Sequence[Plan], folder: Path, page: Path | None) -> bool:
+def _report(wanted: Sequence[Plan], folder: Path, page: Path | None, profile: str) -> bool:
     """Print and save tables, gates and curves; says whether all gates hold."""
     results, gates = list(Results(folder)), list[Gate]()
     (folder / "results.jsonl").write_text("".join(map(line_of, results)))
@@ -104,7 +106,7 @@ def _report(wanted: Sequence[Plan], folder: Path, page: Path | None) -> bool:
         if page is not None:
             replace_section(page, "gates passed", gates_table(gates))
     if page is not None:
-        shutil.copy(folder / "results.jsonl", _beside(page) / f"{folder.name}.jsonl")
+        shutil.copy(folder / "results.jsonl", _beside(page) / f"{profile}.jsonl")
     print(f"Results, tables and plots: {folder}")
     return all(gate.holds for gate in gates)
 

@@ -27,7 +27,7 @@ class Setting:
     evaluations: int
     """Points of the curve, at most."""
     curve_examples: int
-    """Held-out examples that each site measures for the curve."""
+    """Held-out examples that each site measures for the curve; a pool as many as all sites together."""
     final_examples: int | None = None
     """The same for the final model; all if None."""
     metric: str = "loss"
@@ -82,6 +82,11 @@ class Rates:
     def __str__(self) -> str:
         return f"{self.local:g}" + ("" if self.server is None else f"-{self.server:g}")
 
+    @property
+    def told(self) -> str:
+        """For tables."""
+        return f"{self.local:g}" + ("" if self.server is None else f", server {self.server:g}")
+
 
 def run_spec(setting: Setting, arm: Arm, rates: Rates, seed: int) -> RunSpec:
     """The run of an arm; one machine alone has a round for each point of its curve."""
@@ -116,7 +121,7 @@ def run_spec(setting: Setting, arm: Arm, rates: Rates, seed: int) -> RunSpec:
             "evaluation": {
                 "when": "after_round",  # by every site, whoever trains next
                 "every_rounds": max(1, rounds // setting.evaluations),
-                "max_examples": setting.curve_examples,
+                "max_examples": setting.curve_examples * (setting.sites if arm.data == POOL else 1),
             },
             "seed": seed,
         }

@@ -1,5 +1,6 @@
 """A folder of text files as the data of sites: by speaking role, by file, or in pieces at random."""
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,14 @@ def split_corpus(corpus: Path, rule: str, sites: int, into: Path) -> dict[str, d
         pooled=DataSource(format="text", files=tuple(str(into / site / "*.txt") for site in split.names)),
         alone=split.names[largest],
     )
+
+
+def digest_of_corpus(corpus: Path) -> str:
+    """Changes whenever a text of the corpus does."""
+    digest = hashlib.sha256()
+    for path in _files(corpus):
+        digest.update(f"{path.relative_to(corpus)} ".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:8]
 
 
 def data_sets(

@@ -31,7 +31,7 @@ def comparison(experiment: Experiment, results: Sequence[Result]) -> str:
                 f"{found[0].tokens / MB:.2f}",
                 f"{mean(result.wire_bytes for result in found) / MB:,.0f}" if arm.is_federated else "–",
                 _target_text(arm.is_federated, found, target),
-                str(found[0].rates).replace("-", ", server ", 1),
+                found[0].rates.told,
                 str(len(found)),
             ]
         )

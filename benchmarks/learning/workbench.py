@@ -1,4 +1,4 @@
-"""Worker groups in this process: one rank each, which take turns so that every training has all cores."""
+"""Worker groups in this process: one rank each, which take turns: a training has all cores of its trial."""
 
 import asyncio
 import hashlib

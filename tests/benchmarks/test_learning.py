@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from learning.arms import ALONE, OWN, POOL, Arm, Rates, Setting, run_spec
-from learning.corpora import pieces, roles, split_corpus
+from learning.corpora import digest_of_corpus, pieces, roles, split_corpus
 from learning.federation import federation
 from learning.gates import gates_of
 from learning.profiles import PROFILES, Place, plans
@@ -148,6 +148,24 @@ def test_an_arms_grid_is_every_pair_of_rates():
 def test_the_grid_of_an_arm_that_follows_another_has_the_others_rate_at_the_sites():
     arm = Arm(name="a", told="", rates=(1.0, 2.0), rates_of="b", server_rates=(0.5, 0.7))
     assert [str(rates) for rates in grid_of(arm, {"b": Rates(local=3.0, server=0.1)})] == ["3-0.5", "3-0.7"]
+
+
+def test_a_pools_curve_is_measured_on_as_many_examples_as_that_of_all_sites():
+    pooled = run_spec(SETTING, replace(FEW, data=POOL), Rates(local=1e-3), seed=1)
+    federated = run_spec(SETTING, FEW, Rates(local=1e-3), seed=1)
+    assert (pooled.evaluation.max_examples, federated.evaluation.max_examples) == (2 * 4, 4)
+
+
+def test_rates_are_told_as_they_were_given():
+    assert Rates(local=5e-5).told == "5e-05"
+    assert Rates(local=2e-5, server=1e-3).told == "2e-05, server 0.001"
+
+
+def test_results_of_a_changed_corpus_have_a_folder_of_their_own(corpus):
+    before = digest_of_corpus(corpus)
+    assert digest_of_corpus(corpus) == before
+    (corpus / "more.txt").write_text("and sets")
+    assert digest_of_corpus(corpus) != before
 
 
 def test_arms_that_would_not_see_equal_tokens_are_refused():
