@@ -85,7 +85,7 @@ async def _trainings_alone(run: Run, federation: Federation) -> list[Assignment]
     store, digest = federation.store, _initial_digest(run, federation)
     await store.files.bring(digest)
     whole = PartFile("model", digest, store.files.path(digest).stat().st_size)
-    attempts = {record.number: record.attempt for record in store.rounds(run.id)}
+    attempts = {record.number: record.attempt for record in store.rounds(run.id) if record.model_digest}
     counted = Counter(
         a.site for a in store.assignments(run.id)
         if a.work is Work.TRAIN and a.state is AssignmentState.DONE and not a.is_late

@@ -98,7 +98,7 @@ def _kept_files(run: Run, rounds: Sequence[Round], keep: KeepModels) -> set[str]
     measured = {record.number: record.metrics for record in rounds}
     metrics = {number: measured.get(number, {}) for number in files}
     kept = kept_rounds(run.spec, metrics, keep)
-    if run.spec.evaluation.alone and not run.state.is_end:
+    if run.spec.evaluation.alone and run.state is not RunState.FINISHED:  # it may yet be resumed
         kept |= {min(files)} if files else set()  # from there each site trains alone at the end
     return {name for number in kept for name in files[number]} | {run.model_digest}
 

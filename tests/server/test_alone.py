@@ -7,8 +7,10 @@ import pytest
 
 from fedloom_common.runspec import Goal
 from fedloom_server.app import coordinator
+from fedloom_server.closing import train_alone
 from fedloom_server.console.report import goal_of, report_data, site_reports
 from fedloom_server.models import MODEL_FILE
+from fedloom_server.records import Assignment, Round
 from fedloom_server.rpc.messages import round_message, run_message
 
 ALONE = {"when": "before_training", "alone": True}
@@ -57,6 +59,25 @@ async def test_each_site_trains_alone_for_as_many_rounds_as_counted_and_the_repo
     assert (found["quick"].worth_joining, found["slow"].worth_joining) == (False, True)
     assert [a.alone_rounds for a in alone(bench, run).values()] == [2, 2]
     assert not any(a.bytes_up for a in alone(bench, run).values())
+
+
+async def test_updates_that_no_model_holds_are_no_rounds_of_a_site(bench, spec):
+    bench.site("a")
+    run = await bench.ended(await bench.enqueue(spec(rounds=2)))
+    store = bench.running.store
+    last = store.assignments(run.id, 2)[-1]
+    open_buffer = Round(
+        run_id=run.id, number=3, state="failed", base_digest=run.model_digest, started_at_s=1.0
+    )
+    facts = {"run_id": run.id, "round": 3, "attempt": 1, "work": "train", "site": "a", "state": "done"}
+    left = Assignment(
+        id=f"{run.id}.3.1.train.a", model_digest=last.model_digest, model_bytes=last.model_bytes, **facts
+    )
+    store.save(open_buffer, left)
+    run.spec_json = spec(rounds=2, evaluation=ALONE).model_dump_json()
+    await train_alone(run, bench.running.runs._federation)
+    assert alone(bench, run)["a"].alone_rounds == 2
+    assert reports(bench.running, run)["a"].rounds == 2
 
 
 async def test_a_site_that_refuses_or_is_gone_is_shown_with_the_reason(bench, spec, clock, fault):

@@ -100,6 +100,27 @@ async def test_a_model_that_another_run_begins_with_stays(config, bench_of, spec
         assert (await bench.ended(second)).state == "finished"
 
 
+async def test_a_stopped_run_that_is_to_train_alone_at_its_end_keeps_where_that_begins(
+    config, bench_of, spec
+):
+    config = config.model_copy(update={"keep_models": KeepModels(last=1, best=0)})
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        site = bench.site("a")
+        run = await bench.enqueue(spec(rounds=4, evaluation={"alone": True}))
+        await bench.until(lambda: running.store.run(run.id).rounds_done >= 2)
+        await running.runs.stop(run.id, "")
+        await bench.detach("a")
+        kept = {file.digest for file in running.store.files.all()}
+    for digest in kept:
+        os.utime(config.state_dir / "files" / digest.replace(":", "-"), (1, 1))
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        bench.attach(site)
+        running.runs.resume(run.id)
+        assert (await bench.ended(run)).state == "finished"
+
+
 async def test_what_a_kill_left_unnamed_is_removed_at_the_start_after_a_grace(config, bench_of, spec):
     async with coordinator(config) as running:
         bench = bench_of(running)

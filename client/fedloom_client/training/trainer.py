@@ -148,6 +148,8 @@ class Trainer:
             plan = plan_round(
                 spec.local, round=round_, rounds=rounds, train_examples=len(data), world=group.world
             )
+            if round_ > 1 and not spec.keeps_optimizer_state:
+                optimizer = new_optimizer(spec.local.optimizer, self._model.module)
             seed = self._seeder(replace(order, round=round_))
             checkpoint = Checkpoint(self._directory, order.id, None, group, seed)
             course = loop.Course(

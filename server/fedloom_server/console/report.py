@@ -159,6 +159,7 @@ def _counted(site: str, rounds: Iterable[Round]) -> int:
         (work.site, work.work, work.state, work.attempt) == (site, Work.WORK_TRAIN, "done", item.attempt)
         and not work.is_late
         for item in rounds
+        if item.HasField("model")
         for work in item.sites
     )
 

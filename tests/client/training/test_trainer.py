@@ -133,12 +133,14 @@ def test_a_training_that_measures_first_tells_what_an_evaluation_would_and_train
     assert evaluated.data_examples == 0
 
 
-@pytest.mark.parametrize("algorithm", ["plain", "fedprox"])
+@pytest.mark.parametrize(("algorithm", "keeps"), [("plain", True), ("fedprox", True), ("plain", False)])
 def test_training_alone_is_a_federation_of_one_in_one_go(
-    alone: Any, make_order: MakeOrder, tmp_path: Path, algorithm: str
+    alone: Any, make_order: MakeOrder, tmp_path: Path, algorithm: str, keeps: bool
 ) -> None:
     spec = {"rounds": 3, "evaluation": {"every_rounds": 2}}
-    plain = {"steps": 3, "batch_examples": 8, "optimizer": {"lr": 1e-3}}
+    plain = {
+        "steps": 3, "batch_examples": 8, "optimizer": {"lr": 1e-3}, "keep_optimizer_state": keeps,
+    }  # fmt: skip
     model, seen = make_order().model_path, {}
     for round_ in (1, 2, 3):
         order = make_order(round_=round_, local=plain, spec=spec, model_path=str(model))
