@@ -49,7 +49,7 @@ PEFT_TASKS = {
 """peft's names of what a model is for, by transformers' class; it knows no masked language model."""
 
 
-def write_adapter(spec: RunSpec, folder: Path) -> None:
+def write_adapter(spec: RunSpec, folder: Path) -> Layout:
     """Turn a folder with a model into one with a frozen base and a new adapter for it.
 
     Raises:
@@ -72,6 +72,7 @@ def write_adapter(spec: RunSpec, folder: Path) -> None:
     layout.write(folder)
     _write_tensors(spec.seed, adapter, layout, layers, folder)
     _write_config(config, adapter, spec.model.path, folder)
+    return layout
 
 
 def _keep_original(source: Path, base: Path) -> None:
@@ -165,7 +166,7 @@ def _write_tensors(seed: int, adapter: Lora, layout: Layout, layers: dict[str, A
     """The adapter's file: B is zero and A drawn; with FFA, A goes into a file of its own."""
     rank, drawn, zeros = adapter.largest_rank, {}, {}
     for number, (target, layer) in enumerate(zip(layout.targets, layers.values(), strict=True)):
-        drawn[target.a] = draw_a(rank, layer.in_features, seed=seed, round_=0, number=number)
+        drawn[target.a] = draw_a(rank, layer.in_features, seed=seed, draw=0, number=number)
         zeros[target.b] = np.zeros((layer.out_features, rank), np.float32)
     with TensorFile(folder / BASE_FILE) as base:
         heads = {head_name(weight): read_values(base, weight) for weight in layout.heads}

@@ -18,6 +18,7 @@ from fedloom_common.codecs.spec import Int8
 from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import parse_run_spec
+from fedloom_server.adapters.parts import parts_of
 from fedloom_server.adapters.residual import write_residual
 from fedloom_server.adapters.updates import Given
 from fedloom_server.aggregation import BaseModel, Update
@@ -254,6 +255,18 @@ async def test_a_clone_goes_on_from_a_round_with_its_folds(spec, bench):
     assert distance(adapters.frozen(0), frozen) == 0
     assert distance(adapters.frozen(0), adapters.base) > 0.01
     assert distance(adapters.weights(2), adapters.exact(2)) < 1e-6
+
+
+async def test_no_two_rounds_of_a_stacking_clone_begin_with_the_same_adapter(spec, bench):
+    adapters = AdapterRun(bench, "stack", SAME)
+    run = await bench.ended(await adapters.begin(spec, rounds=2))
+    clone = await bench.running.runs.submissions.clone_from_model(run.id, run.spec_json, 2)
+    await bench.ended(clone)
+    store = bench.running.store
+    rounds = store.rounds(clone.id)
+    initial = rounds[0].base_digest
+    assert len({initial, *(record.model_digest for record in rounds)}) == 1 + 2
+    assert parts_of(store, clone, initial).to_json() == store.run(clone.id).adapter
 
 
 def test_encoded_updates_are_merged_as_what_they_decode_to(tmp_path):

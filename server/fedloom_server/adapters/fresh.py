@@ -7,24 +7,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom_common.adapters.folds import write_arrays
-from fedloom_common.adapters.layout import Layout, Target, read_values
+from fedloom_common.adapters.layout import Layout, read_values
 from fedloom_common.codecs.storage import TensorFile
 
 Means = Mapping[str, NDArray[np.float64]]
 
 
-def draw_a(rank: int, inputs: int, *, seed: int, round_: int, number: int) -> NDArray[np.float32]:
-    """A of the target of that number, uniform in ±1/√inputs.
+def draw_a(rank: int, inputs: int, *, seed: int, draw: int, number: int) -> NDArray[np.float32]:
+    """A of the target of that number, uniform in ±1/√inputs; another one for every ``draw``.
 
     Source: ``reset_lora_parameters`` of peft's LoraLayer: kaiming_uniform_ with a = √5, bounded by 1/√inputs.
     """
-    generator = np.random.default_rng([seed, round_, number])
+    generator = np.random.default_rng([seed, draw, number])
     bound = 1 / np.sqrt(inputs)
     drawn: NDArray[np.float64] = (2 * generator.random((rank, inputs)) - 1) * bound
     return drawn.astype(np.float32)
 
 
-def write_fresh(model: Path, layout: Layout, means: Means, out: Path, *, seed: int, round_: int) -> None:
+def write_fresh(model: Path, layout: Layout, means: Means, out: Path, *, seed: int, draw: int) -> None:
     """Write an adapter like ``model`` with new A and B; other tensors are those of ``means``.
 
     Memory: one tensor.
@@ -38,7 +38,7 @@ def write_fresh(model: Path, layout: Layout, means: Means, out: Path, *, seed: i
         for name, shape in shapes:
             if name in numbers:
                 rank, inputs = shape
-                yield draw_a(rank, inputs, seed=seed, round_=round_, number=numbers[name])
+                yield draw_a(rank, inputs, seed=seed, draw=draw, number=numbers[name])
             else:
                 yield np.zeros(shape, np.float32) if name in zeros else means[name].astype(np.float32)
 
@@ -50,27 +50,14 @@ def write_ranked(model: Path, layout: Layout, rank: int, out: Path) -> None:
 
     Memory: one tensor.
     """
-    a, b = ({name(target) for target in layout.targets} for name in (_a, _b))
+    a, b = {target.a for target in layout.targets}, {target.b for target in layout.targets}
+
+    def shape_of(name: str, whole: tuple[int, ...]) -> tuple[int, ...]:
+        if name in a:
+            return rank, whole[1]
+        return (whole[0], rank) if name in b else whole
+
     with TensorFile(model) as file:
-        infos = file.manifest.tensors
-        shapes = [
-            (
-                info.name,
-                (rank, info.shape[1])
-                if info.name in a
-                else (info.shape[0], rank)
-                if info.name in b
-                else info.shape,
-            )
-            for info in infos
-        ]
+        shapes = [(info.name, shape_of(info.name, info.shape)) for info in file.manifest.tensors]
         arrays = (read_values(file, name)[tuple(slice(0, size) for size in shape)] for name, shape in shapes)
         write_arrays(out, shapes, arrays, durable=True)
-
-
-def _a(target: Target) -> str:
-    return target.a
-
-
-def _b(target: Target) -> str:
-    return target.b

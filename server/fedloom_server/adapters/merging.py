@@ -20,6 +20,8 @@ from fedloom_server.models import MODEL_FILE
 from fedloom_server.records import Round, Run
 from fedloom_server.store import Store
 
+DIGITS = 16  # of a digest, in which nobody meets a second of the same
+
 
 class Merge:
     """A round's merge that takes more than an average; done again, after a kill, it gives the same bytes."""
@@ -54,7 +56,9 @@ class Merge:
     def _stack(self, given: Given, base: Path, out: Path) -> Parts:
         layout, fold = self._layout(), self._work_file("fold")
         means = write_stack(given, layout, fold)
-        write_fresh(base, layout, means, out, seed=self._run.spec.seed, round_=self._record.number)
+        # Of the base, as no two rounds of a run may begin with the same adapter: it names what is folded.
+        draw = int(self._record.base_digest.rsplit(":", 1)[-1][:DIGITS], 16)
+        write_fresh(base, layout, means, out, seed=self._run.spec.seed, draw=draw)
         parts = self._with_fold(self._before(), put(self._store, fold, FACTORS))
         return replace(parts, ranked=put_ranked(self._store, self._adapter, layout, out))
 
