@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import storage_errors
-from fedloom_common.runspec import Classification, RunSpec
+from fedloom_common.runspec import RunSpec
 from fedloom_server.bytelevel import byte_tokenizer
 from fedloom_server.modelfolder import (
     load_model,
@@ -67,14 +67,14 @@ def write_model(spec: RunSpec, into: Path) -> list[str]:
     with mistakes_as_bad_spec("the model as saved cannot be loaded again; choose another model"):
         require_loadable(into, spec, tokenizer)
     if spec.model.adapter is not None:
-        if drawn and not isinstance(spec.task, Classification):
-            raise BadSpec(
-                f"model.path lacks the head of a {model_name(spec.task)} ({', '.join(drawn)}), which would "
-                "begin anew, and adapters leave it as it is: train the whole model, or give one with a head"
-            )
         from fedloom_server.initialadapter import write_adapter  # here: peft takes a second to load
 
-        write_adapter(spec, into)
+        heads = write_adapter(spec, into).heads
+        if untrained := [name for name in drawn if name not in heads]:
+            raise BadSpec(
+                f"model.path lacks {', '.join(untrained)} of a {model_name(spec.task)}, which would begin "
+                "anew, and adapters leave it as it is: train the whole model, or give one that has it"
+            )
     sync_files(into)
     return drawn
 

@@ -110,8 +110,14 @@ def test_a_classifier_goes_on_with_its_own_head_if_its_labels_are_those_of_the_t
 def test_an_adapter_for_a_head_that_would_never_be_trained_is_refused(tmp_path):
     write_model(spec_of({"config": BERT}, CLASSES), tmp_path / "classifier")
     model = {"path": str(tmp_path / "classifier"), "tokenizer": "bytes", "adapter": {"kind": "lora"}}
-    with pytest.raises(BadSpec, match=r"lacks the head of a masked language model \(cls\.predictions"):
+    with pytest.raises(BadSpec, match=r"lacks cls\.predictions.* of a masked language model"):
         write_model(spec_of(model, MASKED), tmp_path / "m")
+
+
+def test_an_adapter_over_a_pooler_that_would_never_be_trained_is_refused(tmp_path, encoder):
+    model = {"path": str(encoder), "tokenizer": "bytes", "adapter": {"kind": "lora"}}
+    with pytest.raises(BadSpec, match=r"lacks bert\.pooler\.dense\.bias, bert\.pooler\.dense\.weight of a"):
+        write_model(spec_of(model, CLASSES), tmp_path / "m")
 
 
 def test_a_missing_body_is_not_drawn(tmp_path, encoder):
