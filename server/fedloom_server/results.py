@@ -72,9 +72,9 @@ def _objection_to_update(
     if spec.local.steps is not None and result.examples > spec.local.steps * spec.local.batch_examples:
         most = spec.local.steps * spec.local.batch_examples
         return f"it claims {result.examples} examples, {spec.local.steps} steps use at most {most}"
-    most_examples = spec.aggregation.max_examples
-    if most_examples is not None and result.examples > most_examples:
-        return f"it claims {result.examples} examples, aggregation.max_examples is {most_examples}"
+    heaviest, claimed = spec.aggregation.max_examples, update_weight(spec.task, result)
+    if heaviest is not None and claimed > heaviest:
+        return f"it claims {claimed} {spec.task.weighs}, aggregation.max_examples is {heaviest}"
     if not 8 < result.update_bytes <= most_update_bytes:
         return (
             f"its update has {result.update_bytes} bytes, the model has {assignment.model_bytes} and "
@@ -83,9 +83,9 @@ def _objection_to_update(
     return None
 
 
-def update_weight(task: Task, assignment: Assignment) -> int:
+def update_weight(task: Task, trained: Assignment | Result) -> int:
     """nₖ: what an update counts in a weighted mean."""
-    return assignment.tokens if task.weighs == "tokens" else assignment.examples
+    return trained.tokens if task.weighs == "tokens" else trained.examples
 
 
 def _objection_to_weights(told: SiteMetrics, data_bytes: int) -> str | None:

@@ -35,6 +35,15 @@ def test_an_update_counts_by_targets_where_examples_have_different_numbers_of_th
     assert update_weight(run.task, training_of(examples=8, tokens=31)) == weight
 
 
+@pytest.mark.parametrize(("kind", "told"), [("causal_lm", None), ("instruction", "it claims 31 tokens")])
+def test_the_largest_weight_bounds_what_an_update_counts_by(spec, kind, told):
+    run = spec(task={"kind": kind}, aggregation={"max_examples": 20}, local={"steps": 1})
+    digest = "blake3:" + "0" * 64
+    claim = Result(examples=8, tokens=31, metrics={}, phase_seconds={}, update_digest=digest, update_bytes=10)
+    wrong = objection(claim, training_of(), run, most_update_bytes=100, data_bytes=100)
+    assert wrong is None if told is None else told in wrong
+
+
 @pytest.mark.parametrize(
     ("claim", "wrong"),
     [

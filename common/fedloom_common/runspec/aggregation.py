@@ -31,7 +31,8 @@ class Aggregation(Strict):
     server_optimizer: ServerOptimizer = FedAvg()
     """What the coordinator makes of that, such as ``fedavg``, which takes it as it is, or ``diloco``."""
     max_examples: int | None = Field(default=None, ge=1)
-    """Largest nₖ that an update may claim; an update that claims more is rejected."""
+    """Largest nₖ that an update may claim; one that claims more is rejected. nₖ counts the examples of a
+    ``causal_lm`` or ``classification`` task, and of others the tokens that the loss is taken on."""
     deterministic: bool = False
     """Whether updates are folded in cohort order: the same updates give the same bytes in whatever order
     they arrive, but those of fast sites may wait on disk for a slow one's."""
