@@ -52,6 +52,8 @@ def stop_reason(spec: RunSpec, history: Sequence[RoundResult], elapsed_s: float)
 
 def _require_known(metric: str, history: Sequence[RoundResult]) -> None:
     """Check a metric's name as soon as any evaluation has shown what there is."""
+    if metric.startswith(_TRAIN_PREFIX) and not any(result.number for result in history):
+        return  # nobody has trained yet
     names = {name for result in history for name in result.metrics}
     by_central = metric.startswith(CENTRAL_PREFIX)
     if any(is_measured(result, by_central=by_central) for result in history) and metric not in names:

@@ -100,6 +100,14 @@ MISTAKES = {
         GOOD + "stop: {target: {metric: accuracy, value: 1}}",
         r"stop.target.metric: causal_lm has loss, perplexity, bits_per_byte .came: 'accuracy'",
     ),
+    "target-that-no-text-task-measures": (
+        GOOD + "stop: {target: {metric: shortened_share, value: 1}}",
+        "stop.target.metric: causal_lm has loss, perplexity, bits_per_byte",
+    ),
+    "target-of-targets-that-nobody-writes": (
+        GOOD + "task: {kind: seq2seq, generate_examples: 0}\nstop: {target: {metric: rouge_l, value: 1}}",
+        "stop.target.metric: seq2seq has loss, perplexity, token_accuracy, shortened_share",
+    ),
     "misspelt-best": (
         GOOD + "evaluation: {best: {metric: perplexitty}}",
         "evaluation.best.metric: causal_lm has loss, perplexity, bits_per_byte",

@@ -73,6 +73,14 @@ def test_a_metric_that_evaluations_do_not_report_is_an_error_that_names_those_th
         stop_reason(spec(**stop), losses(3.0), 0)
 
 
+def test_before_the_first_training_its_metrics_are_not_missing():
+    target = spec(target={"metric": "train_loss", "value": 2.5})
+    initial = RoundResult(number=0, metrics={"loss": 4.0, "perplexity": 54.6})
+    assert stop_reason(target, [initial], 0) is None
+    trained = RoundResult(number=1, metrics={"train_loss": 2.0})
+    assert stop_reason(target, [initial, trained], 0).startswith("train_loss is 2 after round 1")
+
+
 def test_before_the_first_evaluation_no_metric_is_missing():
     target = spec(target={"metric": "loss", "value": 2.5})
     assert stop_reason(target, losses(None, None), 0) is None

@@ -30,7 +30,7 @@ _ONLY_IN_ROUNDS = (
 """What has no meaning without rounds, and what to do instead."""
 
 
-_OF_EVERY_TASK = frozenset({"train_loss", "shortened_share"})
+_OF_EVERY_TASK = frozenset({"train_loss"})
 
 
 class RunSpec(Strict):

@@ -13,6 +13,8 @@ TaskKind = Literal["causal_lm", "masked_lm", "classification", "seq2seq", "instr
 Context = Annotated[int, Field(ge=8, le=1 << 20)]
 
 MOST_LABELS = 4096
+SHORTENED = "shortened_share"
+"""Of records that were longer than an example may be; texts are cut into as many as they make."""
 
 
 class _Task(Strict):
@@ -20,8 +22,12 @@ class _Task(Strict):
     weighs: ClassVar[Literal["examples", "tokens"]] = "examples"
     """What nₖ counts. The loss is a mean over targets: where examples have different numbers of them, the
     mean over sites is that over all their data only if each counts by its targets."""
-    metrics: ClassVar[tuple[str, ...] | None] = None
-    """What sites measure; None where only they know."""
+    _metrics: ClassVar[tuple[str, ...] | None] = None
+
+    @property
+    def metrics(self) -> tuple[str, ...] | None:
+        """What sites measure; None where only they know."""
+        return self._metrics
 
     @property
     def model_class(self) -> str:
@@ -52,7 +58,7 @@ class CausalLM(_WithContext):
     """Next-token prediction on packed text."""
 
     _auto: ClassVar[str] = "AutoModelForCausalLM"
-    metrics = ("loss", "perplexity", "bits_per_byte")
+    _metrics: ClassVar = ("loss", "perplexity", "bits_per_byte")
 
     kind: Literal["causal_lm"] = "causal_lm"
     context_tokens: Context = 128
@@ -68,7 +74,7 @@ class MaskedLM(_WithContext):
 
     _auto: ClassVar[str] = "AutoModelForMaskedLM"
     weighs: ClassVar[Literal["examples", "tokens"]] = "tokens"
-    metrics = ("loss", "perplexity", "token_accuracy")
+    _metrics: ClassVar = ("loss", "perplexity", "token_accuracy")
 
     kind: Literal["masked_lm"] = "masked_lm"
     context_tokens: Context = 128
@@ -82,7 +88,7 @@ class Classification(_WithContext):
     """One of several labels for each text."""
 
     _auto: ClassVar[str] = "AutoModelForSequenceClassification"
-    metrics = ("loss", "accuracy", "macro_f1")
+    _metrics: ClassVar = ("loss", "accuracy", "macro_f1", SHORTENED)
 
     kind: Literal["classification"] = "classification"
     labels: tuple[str, ...] = Field(min_length=2, max_length=MOST_LABELS)
@@ -108,7 +114,7 @@ class Seq2Seq(_Task):
 
     _auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     weighs: ClassVar[Literal["examples", "tokens"]] = "tokens"
-    metrics = ("loss", "perplexity", "token_accuracy", "exact_match", "rouge_l")
+    _metrics: ClassVar = ("loss", "perplexity", "token_accuracy", SHORTENED)
 
     kind: Literal["seq2seq"] = "seq2seq"
     source_tokens: Context = 128
@@ -120,6 +126,11 @@ class Seq2Seq(_Task):
     generate_examples: int = Field(default=64, ge=0)
     """Held-out examples for which each site writes a target text, greedily, to measure exact match and
     ROUGE-L; 0 for none."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """With those of written targets, if any are written."""
+        return (*self._metrics, "exact_match", "rouge_l") if self.generate_examples else self._metrics
 
     @property
     def longest(self) -> int:
@@ -135,7 +146,7 @@ class Instruction(_WithContext):
 
     _auto: ClassVar[str] = "AutoModelForCausalLM"
     weighs: ClassVar[Literal["examples", "tokens"]] = "tokens"
-    metrics = ("loss", "perplexity", "token_accuracy")
+    _metrics: ClassVar = ("loss", "perplexity", "token_accuracy", SHORTENED)
 
     kind: Literal["instruction"] = "instruction"
     context_tokens: Context = 512
