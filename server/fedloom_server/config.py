@@ -39,7 +39,7 @@ class KeepModels(Strict):
     last: int = Field(default=5, ge=1)
     """The newest so many."""
     best: int = Field(default=1, ge=0)
-    """The best so many, by the metric that stops the run, and else by the loss of evaluations."""
+    """The best so many, by ``evaluation.best``, else by the metric that stops the run, else by the loss."""
     every: int = Field(default=0, ge=0)
     """Those of every so many rounds; 0 for none."""
 

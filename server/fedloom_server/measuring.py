@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def is_due(spec: RunSpec, number: int) -> bool:
     """Whether the model of a round, 0 for the initial one, is to be measured in its turn."""
     every = spec.evaluation.every_rounds
-    return spec.evaluation.initial if number == 0 else bool(every) and number % every == 0
+    return bool(every) and (number % every == 0 if number else spec.evaluation.initial)
 
 
 def is_measured_now(spec: RunSpec, number: int) -> bool:

@@ -52,9 +52,9 @@ async def test_models_that_are_not_due_are_not_measured(bench, spec):
 
 async def test_no_model_is_measured_if_none_is_to_be(bench, spec):
     bench.site("a")
-    wanted = spec(rounds=2, evaluation=before(every_rounds=0, initial=False))
+    wanted = spec(rounds=2, evaluation=before(every_rounds=0))
     run = await bench.ended(await bench.enqueue(wanted))
-    assert losses(bench, run) == {1: None, 2: None}
+    assert set(losses(bench, run).values()) == {None}
     assert not works(bench, run, "evaluate")
 
 

@@ -36,7 +36,8 @@ class Evaluation(Strict):
     metrics come with the next round's updates and cost no round trip; the run's last model is measured for
     itself. ``after_round``: every site is asked to measure each new model, before the next round begins."""
     every_rounds: int = Field(default=1, ge=0)
-    """Rounds between evaluations; 0 for none. The last round is always evaluated otherwise."""
+    """Rounds between evaluations; 0 for none, of the initial model neither; else the last round is always
+    evaluated."""
     initial: bool = True
     """Whether the initial model is evaluated too."""
     central: tuple[Name, ...] = ()
