@@ -8,7 +8,7 @@ import typer
 
 from fedloom_common.channels import open_channel
 from fedloom_common.cli import StartByDefault
-from fedloom_common.errors import FederationError
+from fedloom_common.errors import FederationError, NotFound
 from fedloom_common.identity import Peer, Role
 from fedloom_common.logs import set_up_logging
 from fedloom_common.nativelines import route_native_lines
@@ -66,11 +66,16 @@ def migrate(
     """Bring the database to this release's tables, which `start` does by itself; no coordinator may run."""
     settings = load_settings(CoordinatorConfig, config, env_prefix=ENV_PREFIX, flags=context.args)
     set_up_logging(settings.log_format, settings.log_level)
-    from fedloom_server.database import open_database  # here, so that help needs no SQL
+    from fedloom_server.database import SQLITE_FILE, open_database  # here, so that help needs no SQL
     from fedloom_server.moving import copy_from_sqlite
     from fedloom_server.ownership import owned_database, owned_folder
     from fedloom_server.schema import latest_revision, require_latest, upgrade
 
+    if settings.database_url is None and not (there := settings.state_dir / SQLITE_FILE).is_file():
+        raise NotFound(
+            f"there is no {there.absolute()} to migrate: give the coordinator's own --config or --state-dir; "
+            "a new database needs nothing, the coordinator makes it when it starts"
+        )
     database = open_database(settings.database_url, settings.state_dir)
     if check:
         require_latest(database)

@@ -6,8 +6,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, text
+from typer.testing import CliRunner
 
-from fedloom_common.errors import WrongState
+from fedloom_common.errors import NotFound, WrongState
+from fedloom_server.cli import app
 from fedloom_server.database import SQLITE_FILE, open_database
 from fedloom_server.moving import copy_from_sqlite
 from fedloom_server.records import Base, MetricPoint, RoundState, RunState
@@ -144,3 +146,13 @@ def test_every_row_moves_from_sqlite_to_postgresql(tmp_path, postgres):
 
 def vars_of(record: Base) -> dict[str, object]:
     return {name: value for name, value in vars(record).items() if not name.startswith("_")}
+
+
+def test_migrating_what_is_not_there_makes_no_database_and_says_where_it_looked(tmp_path):
+    arguments = ["migrate", "--state-dir", str(tmp_path / "state"), "--insecure"]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, NotFound)
+    assert f"there is no {tmp_path / 'state' / 'coordinator.db'} to migrate" in str(result.exception)
+    assert not (tmp_path / "state").exists()
+    old_state(tmp_path / "state")
+    assert "revision" in CliRunner().invoke(app, arguments).stdout

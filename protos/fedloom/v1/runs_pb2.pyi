@@ -54,7 +54,7 @@ SITE_STATE_DRAINING: SiteState
 SITE_STATE_BLOCKED: SiteState
 
 class Run(_message.Message):
-    __slots__ = ("id", "name", "state", "reason", "rounds_done", "rounds_total", "submitted_at_s", "started_at_s", "ended_at_s", "model", "spec_json", "priority", "cloned_from", "cloned_round", "frozen", "best_round", "best_metric", "best_value", "final_round")
+    __slots__ = ("id", "name", "state", "reason", "rounds_done", "rounds_total", "submitted_at_s", "started_at_s", "ended_at_s", "model", "spec_json", "priority", "cloned_from", "cloned_round", "frozen", "assets", "best_round", "best_metric", "best_value", "final_round")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class Run(_message.Message):
     CLONED_FROM_FIELD_NUMBER: _ClassVar[int]
     CLONED_ROUND_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
+    ASSETS_FIELD_NUMBER: _ClassVar[int]
     BEST_ROUND_FIELD_NUMBER: _ClassVar[int]
     BEST_METRIC_FIELD_NUMBER: _ClassVar[int]
     BEST_VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -89,11 +90,12 @@ class Run(_message.Message):
     cloned_from: str
     cloned_round: int
     frozen: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
+    assets: _containers.RepeatedCompositeFieldContainer[_session_pb2.Blob]
     best_round: int
     best_metric: str
     best_value: float
     final_round: int
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., reason: _Optional[str] = ..., rounds_done: _Optional[int] = ..., rounds_total: _Optional[int] = ..., submitted_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., spec_json: _Optional[str] = ..., priority: _Optional[int] = ..., cloned_from: _Optional[str] = ..., cloned_round: _Optional[int] = ..., frozen: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., best_round: _Optional[int] = ..., best_metric: _Optional[str] = ..., best_value: _Optional[float] = ..., final_round: _Optional[int] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., reason: _Optional[str] = ..., rounds_done: _Optional[int] = ..., rounds_total: _Optional[int] = ..., submitted_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., ended_at_s: _Optional[float] = ..., model: _Optional[_Union[_session_pb2.Blob, _Mapping]] = ..., spec_json: _Optional[str] = ..., priority: _Optional[int] = ..., cloned_from: _Optional[str] = ..., cloned_round: _Optional[int] = ..., frozen: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., assets: _Optional[_Iterable[_Union[_session_pb2.Blob, _Mapping]]] = ..., best_round: _Optional[int] = ..., best_metric: _Optional[str] = ..., best_value: _Optional[float] = ..., final_round: _Optional[int] = ...) -> None: ...
 
 class Round(_message.Message):
     __slots__ = ("number", "attempt", "state", "reason", "model", "metrics", "sites", "started_at_s", "ended_at_s", "target")

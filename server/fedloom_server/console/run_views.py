@@ -99,6 +99,8 @@ def run_facts(run: Run, now_s: float) -> Table:
     facts.add_row("ended", time_text(run.ended_at_s))
     facts.add_row("time", duration_text(run.started_at_s, run.ended_at_s, now_s))
     facts.add_row("model", Text(plain(model)))
+    if config := next((file.digest for file in run.assets if file.name == "config.json"), ""):
+        facts.add_row("config.json", Text(plain(config), overflow="fold"))
     if run.HasField("best_round"):
         value = f"{plain(run.best_metric)} {metric_text(run.best_value)}"
         facts.add_row("best", f"round {run.best_round}, {value}")

@@ -69,6 +69,7 @@ def run_message(run: Run, history: Sequence[RoundResult], model_name: str) -> ru
         best_value=None if best is None else best.metrics[run.spec.goal.metric],
         final_round=final_round(run, history),
         frozen=[blob(asdict(file)) for file in Parts.from_json(run.adapter).frozen],
+        assets=[blob(file) for file in run.assets],
     )
 
 

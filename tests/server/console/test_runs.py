@@ -99,6 +99,13 @@ def test_show_has_the_rounds_and_why_a_site_is_not_done(console, trained):
     assert "RuntimeError: no memory" in out
 
 
+def test_show_names_the_config_as_a_sites_policy_does(console, trained):
+    digest = "blake3:" + "7" * 64
+    trained.run.assets.add(name="config.json", digest=digest, size_bytes=9)
+    assert digest in console("run", "show", "a1").stdout
+    assert json.loads(console("run", "show", "a1", "--json").stdout)["run"]["assets"][0]["digest"] == digest
+
+
 def test_show_one_round_or_say_which_there_are(console, trained):
     assert "seconds by phase" in console("run", "show", "a1", "--round", "1").stdout
     with pytest.raises(NotFound, match="run a1b2c3 has no round 9; its rounds are 1 to 1"):
