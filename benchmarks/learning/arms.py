@@ -1,6 +1,6 @@
 """How an arm trains: a run spec made of the experiment's setting and what the arm does otherwise."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from fedloom_common.runspec import RunSpec
 ADAMW_RATES = (1e-3, 2e-3, 4e-3)
 SGD_RATES = (0.1, 0.3, 1.0)
 OWN, POOL, ALONE = "own", "pool", "alone"
-"""Data sets: each site's own part; all parts, at one more site; one site's part, under a name of its own."""
+"""Data sets: each site's own part; all parts, at one more site; one site's part, at that site too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Setting:
     evaluations: int
     """Points of the curve, at most."""
     curve_examples: int
-    """Held-out examples that each site measures for the curve; a pool as many as all sites together."""
+    """Held-out examples that each site measures for the curve, whoever trains."""
     final_examples: int | None = None
     """The same for the final model; all if None."""
     metric: str = "loss"
@@ -88,8 +88,8 @@ class Rates:
         return f"{self.local:g}" + ("" if self.server is None else f", server {self.server:g}")
 
 
-def run_spec(setting: Setting, arm: Arm, rates: Rates, seed: int) -> RunSpec:
-    """The run of an arm; one machine alone has a round for each point of its curve."""
+def run_spec(setting: Setting, arm: Arm, rates: Rates, seed: int, sites: Sequence[str] = ()) -> RunSpec:
+    """The run of an arm; one machine has a round for each point of its curve, which ``sites`` measure."""
     steps = arm.steps or setting.steps
     is_larger = arm.has_all_tokens and not arm.is_federated
     local_steps = arm.local_steps if arm.is_federated else max(1, steps // setting.evaluations)
@@ -121,7 +121,8 @@ def run_spec(setting: Setting, arm: Arm, rates: Rates, seed: int) -> RunSpec:
             "evaluation": {
                 "when": "after_round",  # by every site, whoever trains next
                 "every_rounds": max(1, rounds // setting.evaluations),
-                "max_examples": setting.curve_examples * (setting.sites if arm.data == POOL else 1),
+                "max_examples": setting.curve_examples,
+                "central": () if arm.is_federated else tuple(sites),  # the very same examples
             },
             "seed": seed,
         }

@@ -25,7 +25,7 @@ _SPEAKER = re.compile(r"([A-Z][A-Za-z .'&]{0,30})\.\n(?=\S)")
 def split_corpus(corpus: Path, rule: str, sites: int, into: Path) -> dict[str, dict[str, DataSource]]:
     """Write each site's texts below a folder; the data sets of every site, and of one that has all parts.
 
-    The site with the most text has its part under one more name, to train on it alone.
+    That one also has the part of the site with the most text, to train on it alone.
 
     Raises:
         SystemExit: the corpus has too few parts for so many sites.
@@ -43,11 +43,9 @@ def split_corpus(corpus: Path, rule: str, sites: int, into: Path) -> dict[str, d
     for number, name in enumerate(names):
         (into / split.names[split.sites[number]] / f"{number:05}.txt").write_text(parts[name])
     largest = int(np.argmax(np.bincount(split.sites, weights=sizes)))
-    return data_sets(
-        {site: DataSource(format="text", files=(str(into / site / "*.txt"),)) for site in split.names},
-        pooled=DataSource(format="text", files=tuple(str(into / site / "*.txt") for site in split.names)),
-        alone=split.names[largest],
-    )
+    own = {site: DataSource(format="text", files=(str(into / site / "*.txt"),)) for site in split.names}
+    pooled = DataSource(format="text", files=tuple(str(into / site / "*.txt") for site in split.names))
+    return data_sets(own, {POOL: pooled, ALONE: own[split.names[largest]]})
 
 
 def digest_of_corpus(corpus: Path) -> str:
@@ -59,12 +57,14 @@ def digest_of_corpus(corpus: Path) -> str:
 
 
 def data_sets(
-    own: Mapping[str, DataSource], *, pooled: DataSource, alone: str
+    own: Mapping[str, DataSource], single: Mapping[str, DataSource]
 ) -> dict[str, dict[str, DataSource]]:
-    """What each site has, under the names by which arms ask for it."""
-    sets = {site: {OWN: source} for site, source in own.items()}
-    sets[alone][ALONE] = own[alone]
-    return sets | {POOL_SITE: {POOL: pooled}}
+    """What each site has, under the names by which arms ask for it; ``single`` is what one machine trains on.
+
+    Under those names, too, a site has its own part, on which it measures what comes of that.
+    """
+    sets = {site: dict.fromkeys((OWN, *single), source) for site, source in own.items()}
+    return sets | {POOL_SITE: dict(single)}
 
 
 def roles(corpus: Path) -> Iterator[tuple[str, str]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from fedloom_client.config import DataSource
 from fedloom_client.training.records import held_out_records
-from learning.arms import OWN, POOL
-from learning.corpora import POOL_SITE
+from learning.arms import POOL
+from learning.corpora import data_sets
 
 HELD_OUT = 0.2
 
@@ -18,25 +18,25 @@ Record = Mapping[str, Any]
 def write_record_sites(
     records: Mapping[str, Sequence[Record]], into: Path
 ) -> dict[str, dict[str, DataSource]]:
-    """Write each site's records; the data sets of every site, its own under a second name, and the pool's.
+    """Write each site's records; the data sets of every site, and of one that has all, and each for itself.
 
     A site holds out records by their place in its file. The pool's file has all sites' records in an order
     in which it holds out the same: pooled training must not see what it is measured on.
     """
     into.mkdir(parents=True)
-    sets: dict[str, dict[str, DataSource]] = {}
+    sources: dict[str, DataSource] = {}
     train: list[Record] = []
     held_out: list[Record] = []
     for site, own in records.items():
-        source = _write(into / f"{site}.jsonl", own)
-        sets[site] = {OWN: source, alone_at(site): source}
+        sources[site] = _write(into / f"{site}.jsonl", own)
         for record, is_held in zip(own, held_out_records(HELD_OUT), strict=False):
             (held_out if is_held else train).append(record)
-    return sets | {POOL_SITE: {POOL: _write(into / "pool.jsonl", arranged(train, held_out, HELD_OUT))}}
+    pooled = _write(into / "pool.jsonl", arranged(train, held_out, HELD_OUT))
+    return data_sets(sources, {POOL: pooled} | {alone_at(site): source for site, source in sources.items()})
 
 
 def alone_at(site: str) -> str:
-    """The data set of a site that trains alone."""
+    """The data set of one machine that trains on a site's records alone."""
     return f"alone-{site}"
 
 

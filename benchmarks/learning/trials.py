@@ -12,9 +12,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fedloom_client.config import DataSource
 from fedloom_common.runspec import RunSpec
+from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
 from fedloom_server.records import Assignment, AssignmentState, Run, Work
-from learning.arms import Arm, Rates, Setting, measuring_spec, run_spec
+from learning.arms import OWN, Arm, Rates, Setting, measuring_spec, run_spec
 from learning.federation import Federation, Sites, TrialFailed
 from learning.results import Point, Result, Results, best
 
@@ -38,15 +40,18 @@ class Experiment:
 
 
 async def run_experiment(
-    experiment: Experiment, federation: Federation, data_digest: str, results: Results
+    experiment: Experiment, federation: Federation, data: Sites, results: Results
 ) -> None:
     """Do the trials without a result: grids on the first seed, then each arm's best rates on every seed.
 
     Several processes may do so at the same time with the same results: each trial is done by one of them.
     """
+    sites, data_digest = tuple(sorted(own_sets(data))), digest_of_data(data)
 
     def trial(arm: Arm, seed: int, rates: Rates) -> Trial:
-        return Trial(experiment=experiment, arm=arm, seed=seed, rates=rates, data_digest=data_digest)
+        return Trial(
+            experiment=experiment, arm=arm, seed=seed, rates=rates, sites=sites, data_digest=data_digest
+        )
 
     chosen: dict[str, Rates] = {}
     for is_later in (False, True):  # then the arms that take a rate over
@@ -75,12 +80,14 @@ class Trial:
     arm: Arm
     seed: int
     rates: Rates
+    sites: tuple[str, ...]
+    """Those that have the data, and measure what comes of them."""
     data_digest: str
 
     @cached_property
     def spec(self) -> RunSpec:
         """The run that it is."""
-        return run_spec(self.experiment.setting, self.arm, self.rates, self.seed)
+        return run_spec(self.experiment.setting, self.arm, self.rates, self.seed, self.sites)
 
     @cached_property
     def blank(self) -> Result:
@@ -152,15 +159,19 @@ def key_of(spec: RunSpec, setting: Setting, arm: Arm, data_digest: str) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def digest_of_data(sites: Sites) -> str:
+def own_sets(data: Sites) -> dict[str, DataSource]:
+    """What each site has of its own, of which everything else is made."""
+    return {site: sets[OWN] for site, sets in data.items() if OWN in sets}
+
+
+def digest_of_data(data: Sites) -> str:
     """Changes whenever a file of some site's data does."""
     digest = hashlib.sha256()
-    for site, sets in sorted(sites.items()):
-        for name, source in sorted(sets.items()):
-            digest.update(f"{site} {name} {source.format} {source.held_out}".encode())
-            for pattern in source.files:
-                for path in sorted(Path(pattern).parent.glob(Path(pattern).name)):
-                    digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for site, source in sorted(own_sets(data).items()):
+        digest.update(f"{site} {source.format} {source.held_out}".encode())
+        for pattern in source.files:
+            for path in sorted(Path(pattern).parent.glob(Path(pattern).name)):
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
@@ -177,7 +188,7 @@ def _counts(federation: Federation, run: Run, spec: RunSpec) -> dict[str, Any]:
         if "loss" in record.metrics:
             points.append(
                 Point(round=record.number, steps=record.number * steps, tokens=so_far.tokens,
-                      wire_bytes=so_far.up + so_far.down, metrics=record.metrics)
+                      wire_bytes=so_far.up + so_far.down, metrics=_by_sites(record.metrics))
             )  # fmt: skip
     return {
         "curve": points,
@@ -187,6 +198,16 @@ def _counts(federation: Federation, run: Run, spec: RunSpec) -> dict[str, Any]:
         "bytes_up": so_far.up,
         "bytes_down": so_far.down,
     }
+
+
+def _by_sites(metrics: Mapping[str, float]) -> Mapping[str, float]:
+    """What the sites measured of a model, also where one machine trains it."""
+    central = {
+        name.removeprefix(CENTRAL_PREFIX): value
+        for name, value in metrics.items()
+        if name.startswith(CENTRAL_PREFIX)
+    }
+    return central or metrics
 
 
 @dataclass

@@ -20,7 +20,7 @@ from learning.ddp import difference_from_ddp
 from learning.federation import federation
 from learning.profiles import Place, Plan, plans
 from learning.results import Results
-from learning.trials import digest_of_data, run_experiment
+from learning.trials import run_experiment
 from learning.workbench import Workbench
 
 MOST = 8
@@ -113,7 +113,7 @@ async def _try(plan: Plan, share: Share, bench: Workbench) -> None:
         if share.is_first and experiment.name == "gates" and not exact.exists():
             difference, step = await difference_from_ddp(running, experiment.setting, place.scratch / "ddp")
             exact.write_text(json.dumps({"difference": difference, "step": step}) + "\n")
-        await run_experiment(experiment, running, digest_of_data(sites), Results(share.results))
+        await run_experiment(experiment, running, sites, Results(share.results))
 
 
 def _device() -> str:

@@ -17,7 +17,7 @@ from learning.results import Point, Result, Results, best, line_of, read_lines
 from learning.sentiment import label_of
 from learning.sequences import passages
 from learning.tables import bytes_to, comparison, ddp_bytes_to, replace_section
-from learning.trials import Experiment, digest_of_data, grid_of, key_of, run_experiment
+from learning.trials import Experiment, grid_of, key_of, run_experiment
 from learning.workbench import Workbench, drops_out
 
 from fedloom_client.training.orders import Order
@@ -56,7 +56,7 @@ async def test_trials_are_done_once_and_counted_by_the_coordinators_records(corp
     results, bench = Results(tmp_path / "results"), Workbench(device="cpu", warm=4, threads=1)
     for _ in range(2):
         async with federation(sites, bench, tmp_path / "federation") as running:
-            await run_experiment(experiment, running, digest_of_data(sites), results)
+            await run_experiment(experiment, running, sites, results)
     bench.close()
     done = list(results)
     assert len(capsys.readouterr().out.splitlines()) == len(done) == 4  # 2 rates and 1 seed more; 1 pooled
@@ -73,6 +73,8 @@ async def test_trials_are_done_once_and_counted_by_the_coordinators_records(corp
     assert set(few.sites) == set(pooled.sites) == {"site-1", "site-2"}
     mean = sum(metrics["loss"] for metrics in few.sites.values()) / 2  # each measured 8 examples
     assert few.metrics["loss"] == pytest.approx(mean)
+    assert pooled.curve[0].metrics == few.curve[0].metrics  # of one model, measured on the same examples
+    assert pooled.curve[-1].metrics != few.curve[-1].metrics
 
 
 async def test_a_rate_that_diverges_is_a_result_and_no_end(corpus, tmp_path):
@@ -81,7 +83,7 @@ async def test_a_rate_that_diverges_is_a_result_and_no_end(corpus, tmp_path):
     experiment = Experiment(name="wild", title="", setting=SETTING, arms=(arm,), seeds=(1,))
     results, bench = Results(tmp_path / "results"), Workbench(device="cpu", warm=4, threads=1)
     async with federation(sites, bench, tmp_path / "federation") as running:
-        await run_experiment(experiment, running, "", results)
+        await run_experiment(experiment, running, sites, results)
     bench.close()
     by_rate = {result.lr: result for result in results}
     assert by_rate[1e30].figure("loss") == math.inf
@@ -133,9 +135,12 @@ def test_pieces_are_all_of_the_text(corpus):
 def test_the_pool_has_every_part_and_the_site_with_most_text_is_alone(corpus, tmp_path):
     sites = split_corpus(corpus, "file", 2, tmp_path / "texts")
     assert {site: set(sets) for site, sets in sites.items()} == {
-        "site-1": {OWN, ALONE}, "site-2": {OWN}, "pool": {POOL},
+        "site-1": {OWN, ALONE, POOL}, "site-2": {OWN, ALONE, POOL}, "pool": {POOL, ALONE},
     }  # fmt: skip
     assert len(sites["pool"][POOL].files) == 2
+    assert sites["pool"][ALONE] == sites["site-1"][OWN]
+    for site in ("site-1", "site-2"):  # there it is what the site measures on
+        assert sites[site][POOL] == sites[site][ALONE] == sites[site][OWN]
     with pytest.raises(SystemExit, match="has 2 parts by file, too few for 3 sites"):
         split_corpus(corpus, "file", 3, tmp_path / "more")
 
@@ -148,12 +153,6 @@ def test_an_arms_grid_is_every_pair_of_rates():
 def test_the_grid_of_an_arm_that_follows_another_has_the_others_rate_at_the_sites():
     arm = Arm(name="a", told="", rates=(1.0, 2.0), rates_of="b", server_rates=(0.5, 0.7))
     assert [str(rates) for rates in grid_of(arm, {"b": Rates(local=3.0, server=0.1)})] == ["3-0.5", "3-0.7"]
-
-
-def test_a_pools_curve_is_measured_on_as_many_examples_as_that_of_all_sites():
-    pooled = run_spec(SETTING, replace(FEW, data=POOL), Rates(local=1e-3), seed=1)
-    federated = run_spec(SETTING, FEW, Rates(local=1e-3), seed=1)
-    assert (pooled.evaluation.max_examples, federated.evaluation.max_examples) == (2 * 4, 4)
 
 
 def test_rates_are_told_as_they_were_given():
@@ -355,7 +354,7 @@ async def test_adapters_of_every_merge_are_trained_and_measured(corpus, tmp_path
     experiment = Experiment(name="small", title="", setting=SETTING, arms=(arm,), seeds=(1,))
     results = Results(tmp_path / "results")
     async with federation(sites, bench, tmp_path / "federation") as running:
-        await run_experiment(experiment, running, digest_of_data(sites), results)
+        await run_experiment(experiment, running, sites, results)
     bench.close()
     (done,) = results
     assert done.failed == ""
