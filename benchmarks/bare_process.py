@@ -67,21 +67,24 @@ def main() -> None:
     if role == "server":
         held = Sum(setting)
         ends.serve(setting, held)
-        _answer_each_line(lambda: {"low": float(held.values.min()), "high": float(held.values.max())})
+        # its work is done before it is asked
+        _answer_each_line(dict, lambda: {"low": float(held.values.min()), "high": float(held.values.max())})
     else:
         transfer = ends.connect(setting)
         _answer_each_line(lambda: transfer() or {})
 
 
-def _answer_each_line(act: Callable[[], Mapping[str, float]]) -> None:
-    """Say how much CPU time each piece of work took; the server's is done before it is asked."""
+def _answer_each_line(
+    work: Callable[[], Mapping[str, float]], facts: Callable[[], Mapping[str, float]] = dict
+) -> None:
+    """Say how much CPU time each piece of work took since the last answer, without that of the facts."""
     print("{}", flush=True)
     counted_s = time.process_time()
     for _ in sys.stdin:
-        facts = act()
-        now_s = time.process_time()
-        print(json.dumps({"cpu_s": now_s - counted_s, **facts}), flush=True)
-        counted_s = now_s
+        told = work()
+        cpu_s = time.process_time() - counted_s
+        print(json.dumps({"cpu_s": cpu_s, **told, **facts()}), flush=True)
+        counted_s = time.process_time()
 
 
 def _keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -163,9 +164,12 @@ class Contender:
         return max(one[0] for one in told), sum(one[1] for one in told)
 
     def end(self) -> None:
-        """Ask for no more."""
+        """Ask for no more; the ranks leave together."""
         for process in self._processes:
-            process.communicate()
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self._processes:
+            process.wait()
 
     def _hear(self, process: "subprocess.Popen[str]") -> tuple[float, float]:
         assert process.stdout is not None
@@ -238,7 +242,8 @@ def _table(found: list[Figures], facts: dict[str, Any]) -> Table:
 
 def utilisation(one: Figures, device: str) -> str:
     """Model FLOP utilisation: what the model's arithmetic is of what the devices can do."""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    words = re.findall(r"\w+", device)  # of "NVIDIA L40S", or "NVIDIA A100-SXM4-80GB"
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in words), None)
     return "" if peak is None else f"{one.tokens_per_s(OURS) * one.flops / (peak * one.ranks):.2f}"
 
 

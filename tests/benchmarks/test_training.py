@@ -1,6 +1,11 @@
 """The figures of benchmarks/training.py, by hand."""
 
+import json
+import subprocess
+import sys
+
 import pytest
+import training
 from training import OURS, PEER, PLAIN, Figures, utilisation
 
 
@@ -26,3 +31,12 @@ def test_speeds_are_medians_and_ratios_those_of_turns_that_followed_each_other(f
 def test_utilisation_is_of_all_devices_and_not_told_of_unknown_ones(figures):
     assert utilisation(figures, "NVIDIA A100-SXM4-80GB") == f"{500 * 9e11 / (2 * 312e12):.2f}"
     assert utilisation(figures, "cpu") == ""
+    assert utilisation(figures, "NVIDIA L40") == ""  # which is no L4
+
+
+@pytest.mark.slow
+def test_trainers_of_two_ranks_take_their_turns_and_end(tmp_path):
+    options = ["--models", "small", "--ranks", "2", "--turns", "1", "--no-peer", "--json", tmp_path / "out"]
+    subprocess.run([sys.executable, training.__file__, *options], check=True, timeout=240)
+    (case,) = json.loads((tmp_path / "out").read_text())["cases"]
+    assert len(case["seconds"][OURS]) == len(case["seconds"][PLAIN]) == 1
