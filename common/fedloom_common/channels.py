@@ -7,7 +7,14 @@ from typing import Any
 import grpc
 
 from fedloom_common.errors import BadSpec
-from fedloom_common.identity import Peer, TlsFiles, channel_credentials, insecure_metadata, require_loopback
+from fedloom_common.identity import (
+    Peer,
+    TlsFiles,
+    channel_credentials,
+    insecure_metadata,
+    is_loopback,
+    require_loopback,
+)
 from fedloom_common.rotation import LiveCredential
 
 MESSAGE_BYTES = 8 << 20
@@ -78,8 +85,11 @@ def open_channel(
     insecure: Peer | None,
     *,
     window_bytes: int = WINDOW_BYTES,
+    called: str | None = None,
 ) -> grpc.aio.Channel:
     """A channel to the coordinator at host:port, with a certificate or, on loopback only, a claimed identity.
+
+    ``called`` is the name for which its certificate must be made, if not for the address's host.
 
     Raises:
         BadSpec: not exactly one of both is given, or a certificate's files are wrong.
@@ -87,7 +97,11 @@ def open_channel(
     """
     if tls is not None and insecure is not None:
         raise BadSpec("tls and insecure are both given; keep tls, and drop insecure")
-    options = [*CHANNEL_OPTIONS, window(window_bytes)]
+    options: list[tuple[str, int | str]] = [*CHANNEL_OPTIONS, window(window_bytes)]
+    if is_loopback(address):  # which a proxy from the environment would carry off this host
+        options.append(("grpc.enable_http_proxy", 0))
+    if called is not None:
+        options.append(("grpc.ssl_target_name_override", called))
     if tls is not None:
         credentials = tls.for_channels() if isinstance(tls, LiveCredential) else channel_credentials(tls)
         return grpc.aio.secure_channel(address, credentials, options=options)
@@ -95,8 +109,6 @@ def open_channel(
         raise BadSpec("neither tls nor insecure is given; set tls to the files that `fedloom provision` made")
     require_loopback(address, "a channel without TLS")
     _warn_of_no_tls(address, insecure)
-    # A proxy from the environment would carry even a loopback address off this host.
-    options.append(("grpc.enable_http_proxy", 0))
     # Peers of one process are as far apart as with certificates: each has a connection of its own.
     options.append(("grpc.use_local_subchannel_pool", 1))
     return grpc.aio.insecure_channel(address, options=options, interceptors=_interceptors(insecure))

@@ -14,7 +14,7 @@ from fedloom_common.logs import set_up_logging
 from fedloom_common.nativelines import route_native_lines
 from fedloom_common.rpc import federation_errors
 from fedloom_common.settings import load_settings, settings_help
-from fedloom_server.config import CoordinatorConfig
+from fedloom_server.config import OWN_NAME, CoordinatorConfig, own_address
 
 ENV_PREFIX = "FEDLOOM_COORDINATOR_"
 HEALTH_S = 10.0
@@ -92,9 +92,9 @@ async def _check_health(config: CoordinatorConfig) -> None:
     """Ask the standard health service at the coordinator's own address, with its own certificate."""
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    address = f"localhost:{config.listen.rpartition(':')[2]}"
+    address = own_address(config.listen)
     insecure = Peer(Role.COORDINATOR, "health") if config.insecure else None
-    async with open_channel(address, config.tls, insecure) as channel:
+    async with open_channel(address, config.tls, insecure, called=OWN_NAME) as channel:
         with federation_errors(f"the coordinator at {address}"):
             stub = health_pb2_grpc.HealthStub(channel)
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_S)

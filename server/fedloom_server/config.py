@@ -10,6 +10,9 @@ from fedloom_common.identity import TlsFiles
 from fedloom_common.settings import Address, ConfigPath
 from fedloom_common.strict import Strict
 
+OWN_NAME = "localhost"
+"""A name that every coordinator's certificate of a kit has, whatever others."""
+
 
 class CoordinatorTls(TlsFiles):
     """The coordinator's TLS files."""
@@ -42,6 +45,12 @@ class KeepModels(Strict):
     """The best so many, by ``evaluation.best``, else by the metric that stops the run, else by the loss."""
     every: int = Field(default=0, ge=0)
     """Those of every so many rounds; 0 for none."""
+
+
+def own_address(listen: str) -> str:
+    """The address at which this host reaches what listens there."""
+    host, _, port = listen.rpartition(":")
+    return f"localhost:{port}" if host.strip("[]") in ("", "0.0.0.0", "::") else listen  # noqa: S104
 
 
 def _policy(value: Any) -> Any:

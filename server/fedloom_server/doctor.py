@@ -17,7 +17,7 @@ from fedloom_common.identity import Peer, Role, TlsFiles, is_loopback
 from fedloom_common.revocation import read_revocations
 from fedloom_common.settings import Fitting, load_fitting
 from fedloom_server.cli import ENV_PREFIX
-from fedloom_server.config import CoordinatorConfig, CoordinatorTls
+from fedloom_server.config import OWN_NAME, CoordinatorConfig, CoordinatorTls, own_address
 from fedloom_server.database import open_database, shown
 from fedloom_server.objects import Objects
 from fedloom_server.ownership import owned_folder
@@ -120,12 +120,11 @@ def _model_storage(url: str) -> Iterator[Finding]:
 
 
 def _service(listen: str, folder: Path, tls: TlsFiles | None) -> Iterator[Finding]:
-    """Whether it runs and serves, or could: at this host's own name, as health checks call it."""
-    port = listen.rpartition(":")[2]
+    """Whether it runs and serves, or could."""
     if _runs(folder):
         yield ok("it runs: its state folder is in use")
         insecure = Peer(Role.COORDINATOR, "doctor") if tls is None else None
-        yield from way(f"localhost:{port}", tls, insecure)
+        yield from way(own_address(listen), tls, insecure, OWN_NAME)
     else:
         yield warning("it does not run", "start it with `fedloom coordinator`, once there is no problem here")
         yield from _free(listen)

@@ -74,6 +74,14 @@ async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
 
 
+@pytest.fixture
+def behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+
+
 async def requests() -> AsyncIterator[bytes]:
     yield b"a"
     yield b"b"
@@ -99,7 +107,9 @@ async def test_a_written_stream_carries_it_beside_the_calls_own_metadata(channel
     assert await call.code() is grpc.StatusCode.OK
 
 
-async def test_a_secure_channel_has_the_certificates_identity(tmp_path: Path) -> None:
+@pytest.fixture
+async def secure(tmp_path: Path) -> AsyncIterator[tuple[str, TlsFiles]]:
+    """A server's address on this host, and an operator's certificate for it."""
     authority = Authority.create(tmp_path, "fed.test")
 
     def files(role: Role, name: str) -> TlsFiles:
@@ -112,9 +122,19 @@ async def test_a_secure_channel_has_the_certificates_identity(tmp_path: Path) ->
     server.add_generic_rpc_handlers([HANDLER])
     port = server.add_secure_port("127.0.0.1:0", server_credentials(files(Role.COORDINATOR, "coordinator")))
     await server.start()
-    async with open_channel(f"localhost:{port}", files(Role.OPERATOR, "ann"), None) as channel:
-        assert await channel.unary_unary("/test.Calls/OneOne")(b"", timeout=60) == b"operator ann 0"
+    yield f"localhost:{port}", files(Role.OPERATOR, "ann")
     await server.stop(None)
+
+
+async def test_a_secure_channel_has_the_certificates_identity(secure: tuple[str, TlsFiles]) -> None:
+    async with open_channel(*secure, None) as channel:
+        assert await channel.unary_unary("/test.Calls/OneOne")(b"", timeout=60) == b"operator ann 0"
+
+
+@pytest.mark.usefixtures("behind_a_proxy")
+async def test_a_proxy_never_sees_a_secure_channel_within_this_host(secure: tuple[str, TlsFiles]) -> None:
+    async with open_channel(*secure, None) as channel:
+        assert await channel.unary_unary("/test.Calls/OneOne")(b"", timeout=20) == b"operator ann 0"
 
 
 async def test_a_channel_without_tls_is_for_loopback_and_says_so_loudly(
@@ -128,13 +148,8 @@ async def test_a_channel_without_tls_is_for_loopback_and_says_so_loudly(
     assert "NO TLS" in caplog.text
 
 
-async def test_a_proxy_never_sees_a_channel_without_tls(
-    address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    for variable in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
+@pytest.mark.usefixtures("behind_a_proxy")
+async def test_a_proxy_never_sees_a_channel_without_tls(address: str) -> None:
     async with open_channel(address, None, PEER) as channel:
         assert await channel.unary_unary("/test.Calls/OneOne")(b"", timeout=60) == b"site ward-a 0"
 

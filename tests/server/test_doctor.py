@@ -156,6 +156,29 @@ async def test_a_coordinator_that_runs_is_called_as_its_health_check_does(kit, c
     assert "its tables are this release's" in database[0].told
 
 
+async def test_a_coordinator_of_one_address_is_called_there(kit, config):
+    path = kit / "coordinator/coordinator.yaml"
+    listen = config.listen.replace("127.0.0.1", "127.0.0.2")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"listen": listen}))
+    async with coordinator(config.model_copy(update={"listen": listen})):
+        found = await examined(kit)
+        health = ["-c", "from fedloom_common.cli import main; main()", "coordinator", "health"]
+        command = [sys.executable, *health, "--config", str(path)]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True)
+
+    assert {item.verdict for item in found if item.part == "service"} == {"ok"}
+    assert done.stdout == b"serving\n"
+
+
+async def test_behind_a_proxy_the_way_is_the_proxys(site, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr("fedloom_common.doctor.reach.ANSWER_S", 5.0)
+    found, _ = await steps("coordinator.example.org:7443", site)
+
+    assert [step[:2] for step in found] == [("warning", "proxy"), ("problem", "gRPC")]
+
+
 async def test_a_config_with_mistakes_still_gives_the_other_checks(kit):
     path = kit / "coordinator/coordinator.yaml"
     content = yaml.safe_load(path.read_text()) | {"drain_s": -1, "colour": "red"}

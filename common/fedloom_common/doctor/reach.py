@@ -15,7 +15,7 @@ from fedloom_common.channels import open_channel
 from fedloom_common.doctor.credentials import hosts_of
 from fedloom_common.doctor.findings import Finding, ok, problem, warning
 from fedloom_common.errors import FederationError
-from fedloom_common.identity import Peer, TlsFiles
+from fedloom_common.identity import Peer, TlsFiles, is_loopback
 from fedloom_common.rpc import TIME_KEY, error_of
 
 CONNECT_S = 5.0
@@ -30,16 +30,25 @@ Steps = Generator[Finding, None, bool]
 """Findings, and whether it goes on from there."""
 
 
-def way(address: str, tls: TlsFiles | None, insecure: Peer | None) -> Iterator[Finding]:
-    """Every step to the coordinator at host:port; what depends on a step that fails is left out."""
+def way(
+    address: str, tls: TlsFiles | None, insecure: Peer | None, called: str | None = None
+) -> Iterator[Finding]:
+    """Every step to the coordinator at host:port; what depends on a step that fails is left out.
+
+    ``called`` is the name for which its certificate must be made, if not for the address's host.
+    """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     places: list[Place] = []
-    if not (yield from _name(host, int(port), places)) or not (yield from _connection(places)):
+    if has_proxy := not is_loopback(address) and _has_proxy(host):
+        yield warning(
+            "proxy: the environment names one, through which gRPC will go",
+            f"see that it allows CONNECT to {address}, or put {host} into no_proxy",
+        )
+    elif not (yield from _name(host, int(port), places)) or not (yield from _connection(places)):
         return
-    yield from _proxy(host)
-    if tls is None or (yield from _handshake(places[0], host, tls)):
-        yield from asyncio.run(_health(address, tls, insecure))
+    if has_proxy or tls is None or (yield from _handshake(places[0], called or host, tls)):
+        yield from asyncio.run(_health(address, tls, insecure, called))
 
 
 def _name(host: str, port: int, places: list[Place]) -> Steps:
@@ -80,13 +89,9 @@ def _connection(places: list[Place]) -> Steps:
     return True
 
 
-def _proxy(host: str) -> Iterator[Finding]:
+def _has_proxy(host: str) -> bool:
     proxy = getproxies().get("https") or getproxies().get("http")
-    if proxy and not proxy_bypass(host):
-        yield warning(
-            "proxy: the environment names one, and gRPC will go through it",
-            f"put {host} into no_proxy, or see that the proxy allows CONNECT to it",
-        )
+    return bool(proxy) and not proxy_bypass(host)
 
 
 def _handshake(place: Place, host: str, tls: TlsFiles) -> Steps:
@@ -131,10 +136,12 @@ def _advice(error: ssl.SSLCertVerificationError, place: Place, host: str) -> str
     return f"it is made for {hosts}: call one of these, or have it made anew for {host}"
 
 
-async def _health(address: str, tls: TlsFiles | None, insecure: Peer | None) -> list[Finding]:
+async def _health(
+    address: str, tls: TlsFiles | None, insecure: Peer | None, called: str | None
+) -> list[Finding]:
     """What the standard health service says, and what the coordinator's clock shows."""
     try:
-        async with open_channel(address, tls, insecure) as channel:
+        async with open_channel(address, tls, insecure, called=called) as channel:
             call = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=ANSWER_S
             )
