@@ -23,6 +23,8 @@ import typer
 from report import losses, print_report, sample, save_plot
 from rich.console import Console
 
+from fedloom_server.console.export import MARKER
+
 HERE = Path(__file__).resolve().parent
 FEDLOOM = Path(sys.executable).with_name("fedloom")
 SITES = {"comedies": 2, "histories": 1, "tragedies": 1}
@@ -153,7 +155,7 @@ def main(
 ) -> None:
     """Train a small GPT on three sites' plays, and show what came of it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end what was started, as Ctrl-C does
-    shutil.rmtree(output / "model", ignore_errors=True)
+    _remove_model(output / "model")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fedloom-demo-") as scratch:
         federation = Federation(Path(scratch), output / "logs")
@@ -163,6 +165,13 @@ def main(
             content = play(federation, rounds, steps, compare, Path(scratch), output)
     fell = report(content, output)
     raise SystemExit(0 if fell else "the loss did not fall: see the table above and the logs")
+
+
+def _remove_model(folder: Path) -> None:
+    """Remove the model of an earlier demo; what else may lie there is the user's."""
+    if folder.exists() and not (folder / MARKER).is_file():
+        raise SystemExit(f"{folder} is there and no model of a demo's: give --output another folder")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def play(

@@ -16,16 +16,23 @@ Losses = dict[int, dict[str, float]]
 
 
 def losses(shown: dict[str, Any]) -> Losses:
-    """Held-out losses from what `fedloom run show --json` prints."""
-    found: Losses = {}
+    """Held-out losses from what `fedloom run show --json` prints.
+
+    A model is measured by itself, or by those who train from it, in whose round that then stands.
+    """
+    measured = {entry["number"]: entry["metrics"] for entry in shown["rounds"] if "loss" in entry["metrics"]}
+    found: Losses = {number: {} for number in measured}
     for entry in shown["rounds"]:
-        if "loss" in entry["metrics"]:
-            sites = [
-                site for site in entry["sites"] if site["work"] == "evaluate" and site["state"] == "done"
-            ]
-            by_site = {site["site"]: site["metrics"]["loss"] for site in sites}
-            found[entry["number"]] = by_site | {"overall": entry["metrics"]["loss"]}
-    return found
+        for site in entry["sites"]:
+            before = site.get("before", {}).get("metrics", {})
+            if "loss" in before and site["before_round"] in found:
+                found[site["before_round"]][site["site"]] = before["loss"]
+            if site["work"] == "evaluate" and site["state"] == "done":
+                found[entry["number"]][site["site"]] = site["metrics"]["loss"]
+    return {
+        number: dict(sorted(by_site.items())) | {"overall": measured[number]["loss"]}
+        for number, by_site in found.items()
+    }
 
 
 def print_report(console: Console, content: dict[str, Any]) -> None:

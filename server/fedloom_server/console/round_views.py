@@ -201,6 +201,8 @@ class _Totals:
         self.bytes_up += work.bytes_up
         if "loss" in work.metrics:
             self.losses[work.work] = work.metrics["loss"]
+        if "loss" in work.before.metrics:  # of the model that it trained from
+            self.losses[Work.WORK_EVALUATE] = work.before.metrics["loss"]
         if work.work != Work.WORK_TRAIN:
             return
         self.asked += 1
@@ -212,13 +214,13 @@ class _Totals:
 
 
 def _main_work(item: Round) -> list[SiteRound]:
-    """Each site's latest training in the round; in round 0, which only measures, its latest evaluation.
+    """Each site's training in the round's present try; in round 0, which only measures, its evaluation.
 
     A version may have several updates of the same site.
     """
     wanted = Work.WORK_TRAIN if item.number else Work.WORK_EVALUATE
-    # a round that was tried again lists a site once for each try, in order
-    return list({(work.site, work.turn): work for work in item.sites if work.work == wanted}.values())
+    works = [work for work in item.sites if work.work == wanted and work.attempt == item.attempt]
+    return list({(work.site, work.turn): work for work in works}.values())
 
 
 def _sites_done(item: Round) -> Text:

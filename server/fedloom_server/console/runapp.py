@@ -14,6 +14,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
+MOST_ROUNDS = (1 << 32) - 1  # what a message holds
+
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, or its beginning.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Overrides = Annotated[

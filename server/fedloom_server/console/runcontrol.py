@@ -21,7 +21,16 @@ from fedloom_server.console.connection import Operator, operator_command
 from fedloom_server.console.formats import as_data, console_for_output, json_text, plain
 from fedloom_server.console.overrides import apply_overrides
 from fedloom_server.console.run_views import failures_view
-from fedloom_server.console.runapp import AsJson, Overrides, Priority, Quiet, RunId, app, say_state
+from fedloom_server.console.runapp import (
+    MOST_ROUNDS,
+    AsJson,
+    Overrides,
+    Priority,
+    Quiet,
+    RunId,
+    app,
+    say_state,
+)
 
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 
@@ -79,7 +88,9 @@ async def clone(
 async def failures(
     operator: Operator,
     run: RunId,
-    limit: Annotated[int, typer.Option(min=0, help="Only the newest so many; 0 for all.")] = 0,
+    limit: Annotated[
+        int, typer.Option(min=0, max=MOST_ROUNDS, help="Only the newest so many; 0 for all.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show what went wrong in a run: site, round, cause, and the last lines of the log."""
@@ -111,6 +122,6 @@ def _round_number(text: str) -> int | None:
     """
     if text in ("", "latest"):
         return None
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text) > MOST_ROUNDS:
         raise BadSpec(f"--from-round {text}: wanted a round's number, or latest")
     return int(text)

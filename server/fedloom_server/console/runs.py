@@ -35,7 +35,7 @@ from fedloom_server.console.metrics import metrics
 from fedloom_server.console.overrides import apply_overrides, read_spec_text
 from fedloom_server.console.report import goal_of, report_data, report_view, site_reports
 from fedloom_server.console.run_views import failures_table, run_view, runs_table
-from fedloom_server.console.runapp import AsJson, Overrides, Priority, Quiet, RunId, app
+from fedloom_server.console.runapp import MOST_ROUNDS, AsJson, Overrides, Priority, Quiet, RunId, app
 from fedloom_server.console.watch import EXIT_STATUS, HELD_UP
 from fedloom_server.console.watch import watch as watch_run
 
@@ -260,7 +260,7 @@ def _wanted_round(text: str) -> int | Literal["best"] | None:
     """
     if text in ("", "best"):
         return "best" if text else None
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text) > MOST_ROUNDS:
         raise BadSpec(f"--round {text}: wanted a round's number, or best")
     return int(text)
 

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedloom.v1 import runs_pb2 as pb
-from fedloom.v1.session_pb2 import WORK_TRAIN
-from fedloom_server.console.round_views import rounds_table, troubles_table
+from fedloom.v1.session_pb2 import WORK_TRAIN, Measurement
+from fedloom_server.console.round_views import rounds_table, totals_table, troubles_table
 from fedloom_server.console.run_views import run_facts
 
 
@@ -37,6 +37,23 @@ def test_a_late_update_is_not_among_those_of_the_round_that_went_on_without_it()
     finished = pb.Round(number=7, attempt=1, state=pb.ROUND_STATE_FINISHED, sites=works, target=1)
     row = next(line.split() for line in shown(rounds_table([finished], 0)) if "finished" in line)
     assert row[:4] == ["7", "finished", "1/2", "80"]
+
+
+def test_what_a_failed_try_brought_is_not_among_a_rounds_updates() -> None:
+    works = [
+        pb.SiteRound(site=site, work=WORK_TRAIN, state="done", examples=80, attempt=attempt)
+        for site, attempt in (("bremen", 1), ("kiel", 2), ("mainz", 2))
+    ]
+    finished = pb.Round(number=7, attempt=2, state=pb.ROUND_STATE_FINISHED, sites=works)
+    row = next(line.split() for line in shown(rounds_table([finished], 0)) if "finished" in line)
+    assert row[:6] == ["7", "(try", "2)", "finished", "2/2", "160"]
+
+
+def test_a_sites_latest_loss_is_also_that_of_the_model_that_it_trained_from() -> None:
+    before = Measurement(examples=9, metrics={"loss": 3.25})
+    work = pb.SiteRound(site="kiel", work=WORK_TRAIN, state="done", attempt=1, before=before)
+    lines = shown(totals_table([pb.Round(number=2, attempt=1, sites=[work])]))
+    assert "3.2500" in next(line for line in lines if "kiel" in line)
 
 
 def test_the_best_round_and_the_final_model_are_named() -> None:

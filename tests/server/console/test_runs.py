@@ -126,6 +126,14 @@ def test_the_shown_spec_can_be_submitted_again(console, trained, tmp_path):
     assert yaml.safe_load(trained.asked_for(pb.SubmitRequest)[0].spec) == SPEC
 
 
+@pytest.mark.parametrize(
+    "command", [("export", "a1", "--to", "m", "--round"), ("clone", "a1", "--from-round")]
+)
+def test_a_number_that_no_round_has_is_refused_without_a_network(console, command):
+    with pytest.raises(BadSpec, match="99999999999: wanted a round's number"):
+        console("run", *command, "99999999999")
+
+
 def test_show_as_json(console, trained):
     data = json.loads(console("run", "show", "a1", "--json").stdout)
     assert data["run"]["spec"] == SPEC
