@@ -28,6 +28,7 @@ from fedloom_common.runspec import RunSpec, describe, parse_run_spec
 MOST_RUNS = 1000  # remembered as joined with a permitted model; the oldest is forgotten
 
 MOST_DAYS = 7
+ONLY_MEASURES = "trains is false in site.yaml: this site only measures models"
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Consent:
         )  # fmt: skip
         reason = refusal_of_run(spec, policy, here)
         if is_training and not self._config.trains:
-            reason = "trains is false in site.yaml: this site only measures models"
+            reason = ONLY_MEASURES
         if reason is None and is_training:
             reason = refusal_of_training(policy, here)
         if reason is None and assignment.work == "alone":
@@ -101,6 +102,7 @@ def foretell(config: SiteConfig, path: Path) -> list[str]:
     here = Circumstances(data_sets=config.data, trainings_today=len(set(done.today)), now=now)
     model_type = (spec.model.config or {}).get("model_type")
     last = [
+        None if config.trains else ONLY_MEASURES,
         refusal_of_model(model_type, policy=policy) if model_type else None,
         refusal_of_training(policy, here),
     ]

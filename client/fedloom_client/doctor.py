@@ -49,7 +49,8 @@ def checks(fitting: Fitting) -> dict[str, Check]:
         made["daemon"] = partial(_daemon, values["state_dir"])
     made["devices"] = partial(_devices, values.get("workers") or Workers())
     for name, source in (values.get("data") or {}).items():
-        made[f"data set {name}"] = partial(_data, source, values.get("policy") or Policy())
+        policy, trains = values.get("policy") or Policy(), values.get("trains", True)
+        made[f"data set {name}"] = partial(_data, source, policy, trains=trains)
     made["limits"] = open_files
     return made
 
@@ -126,7 +127,7 @@ def _torch(gpus: int) -> Iterator[Finding]:
         yield ok(f"torch, for CUDA {built_for}, can use {counted} of {gpus} GPUs")
 
 
-def _data(source: DataSource, policy: Policy) -> Iterator[Finding]:
+def _data(source: DataSource, policy: Policy, *, trains: bool) -> Iterator[Finding]:
     """Whether files are there and can be read, and leave something to train and to measure on."""
     try:
         records = Records(Source(**source.model_dump()))
@@ -138,7 +139,7 @@ def _data(source: DataSource, policy: Policy) -> Iterator[Finding]:
     except PermissionError as error:
         yield problem(str(error), "let the daemon's user read it")
         return
-    yield from _content(source, characters, held_out)
+    yield from _content(source, characters, held_out, trains=trains)
     has_plugins = bool(policy.task_plugins)  # which read fields of their own
     if characters and names.isdisjoint(MAIN_FIELDS) and not has_plugins:
         yield warning(
@@ -167,12 +168,12 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _content(source: DataSource, characters: int, held_out: float) -> Iterator[Finding]:
+def _content(source: DataSource, characters: int, held_out: float, *, trains: bool) -> Iterator[Finding]:
     if not characters:
         yield problem("there is no text in it", "see the data set's files")
         return
     yield ok(f"it can be read: {characters} characters in what was looked at")
-    if held_out < 1 or held_out >= characters:
+    if held_out < 1 or (trains and held_out >= characters):
         yield problem(
             f"held_out of {source.held_out:g} takes {held_out:.0f} of the first {characters} characters",
             "give more data, or another held_out: both parts need some",

@@ -23,6 +23,7 @@ class Spool:
         self.spares = Spares(state_dir / "spares", most=SPARE_UPDATES)
         """Updates that are folded: others arrive in their place."""
         self._residuals = state_dir / "residuals"
+        self._residuals.mkdir(exist_ok=True)  # a backup names it
         self._workshop = state_dir / "workshop"
         shutil.rmtree(self._workshop, ignore_errors=True)  # what a killed coordinator left is of no use
         self._workshop.mkdir()

@@ -54,6 +54,12 @@ def test_data_that_can_be_read_is_well_and_none_of_it_is_shown(site):
     assert "best of times" not in str(found)
 
 
+def test_a_site_that_only_measures_may_hold_out_all_it_has(site):
+    everything = {"plays": {"files": ["*.txt"], "held_out": 1.0}}
+    assert {verdict for verdict, _ in site("data set plays", data=everything, trains=False)} == {"ok"}
+    assert "problem" in {verdict for verdict, _ in site("data set plays", data=everything)}
+
+
 @pytest.mark.parametrize(
     ("source", "told"),
     [

@@ -276,5 +276,8 @@ def test_what_would_be_refused_is_told_beforehand(tmp_path: Path) -> None:
         "policy.max_rounds_per_day is 0, 0 have begun today (UTC)",
     ]
     assert foretell(site(tmp_path), path) == []
+    assert foretell(site(tmp_path, trains=False), path) == [
+        "trains is false in site.yaml: this site only measures models"
+    ]
     with pytest.raises(BadSpec, match="cannot be read"):
         foretell(site(tmp_path), tmp_path / "none.yaml")

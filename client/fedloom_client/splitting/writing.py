@@ -43,9 +43,7 @@ def write_sites(records: Records, split: Split, made: Made, into: Path) -> str:
         for place in folders:
             place.mkdir(parents=True)
         files = records.copy(split.sites, folders)
-        (folder / MANIFEST).write_text(
-            json.dumps(_manifest(made, files), indent=2, ensure_ascii=False) + "\n"
-        )
+        (folder / MANIFEST).write_text(json.dumps(_manifest(made, files), indent=2) + "\n")  # ASCII
     return files
 
 

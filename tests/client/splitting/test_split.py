@@ -1,6 +1,7 @@
 """The command, on files of every format, and what sites then read of what it made."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ def test_parquet_stays_parquet_with_its_columns_in_order(tmp_path):
     assert evens.schema.equals(table.schema)
     assert evens.column("n").to_pylist() == list(range(0, 20000, 2))
     assert pq.read_table(tmp_path / "sites/false/data/data.parquet").num_rows == 10000
+
+
+def test_files_whose_names_are_no_utf_8_are_split_too(tmp_path):
+    for name in (b"caf\xe9.txt", b"bar.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("x")
+    split(tmp_path / "*.txt", "--by-file", "--to", tmp_path / "sites")
+    assert "caf\\udce9.txt" in (tmp_path / "sites/manifest.json").read_text()
 
 
 def test_a_saved_dataset_is_split_by_the_names_of_its_classes(tmp_path):
