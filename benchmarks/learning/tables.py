@@ -40,7 +40,7 @@ def comparison(experiment: Experiment, results: Sequence[Result]) -> str:
     head = ["arm", metric, "million tokens", "MB on the wire", "MB to the target", "learning rate", "seeds"]
     told = "" if target is None else (
         f"\nTarget: {TARGET_RATIO} x the {metric} at the end of the pooled training's curve, {target:.4f}; "
-        "curves are measured on a part of the held-out examples, final models on more.\n"
+        "curves are measured on a part of all sites' held-out examples, final models on more.\n"
     )  # fmt: skip
     return markdown(head, rows) + told
 
