@@ -17,6 +17,7 @@ from pathlib import Path
 from fedloom_common.digests import DIGEST, digest_of_file, digest_of_name, is_digest, plain_name
 from fedloom_common.errors import NotFound, StorageUnavailable
 from fedloom_common.files import storage_errors, sync_file, sync_folder
+from fedloom_common.threads import until_done
 from fedloom_server.objects import Objects
 
 YOUNG_S = 600.0  # longer than it takes until a row names what was put, or a download begins
@@ -107,7 +108,7 @@ class Files:
         if place.name in self._stored and not place.is_file():
             async with self._fetching.setdefault(digest, asyncio.Lock()):
                 if not place.is_file():
-                    await asyncio.to_thread(self._fetch, digest, place)
+                    await until_done(self._fetch, digest, place)
             self._fetching.pop(digest, None)
         return self.path(digest)
 

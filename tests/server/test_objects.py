@@ -3,6 +3,7 @@
 import asyncio
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,29 @@ async def test_a_file_that_the_storage_has_spoilt_is_not_taken(tmp_path, url):
     with pytest.raises(StorageUnavailable, match="gives blake3:"):
         await files.bring(stored.digest)
     assert list((tmp_path / "two").iterdir()) == []
+
+
+async def test_a_fetch_that_is_cancelled_ends_before_the_next_of_the_same_file_begins(tmp_path, monkeypatch):
+    storage = Objects(f"file://{tmp_path}/bucket")
+    stored = Files(tmp_path / "one", storage).put(new_file(tmp_path, b"model" * 1000))
+    files, get = Files(tmp_path / "two", storage), storage.get
+    begun, goes_on = [], threading.Event()
+
+    def get_when_told(name: str, place: Path) -> None:
+        begun.append(place)
+        goes_on.wait()
+        get(name, place)
+
+    monkeypatch.setattr(storage, "get", get_when_told)
+    first = asyncio.create_task(files.bring(stored.digest))
+    await asyncio.to_thread(wait_until, lambda: bool(begun))
+    first.cancel()
+    second = asyncio.create_task(files.bring(stored.digest))
+    await asyncio.sleep(0.05)
+    goes_on.set()
+    assert digest_of_file(await second) == stored.digest
+    assert first.cancelled()
+    assert len(begun) == 1
 
 
 def test_a_copy_that_was_cut_short_is_made_whole(tmp_path, url):
