@@ -9,8 +9,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +57,30 @@ class Files:
         """What the storage holds, by name: we alone write to it."""
         self._doomed: set[str] = set()
         self._changing = threading.Lock()
+        self._keeping = 0
+        self._kept: set[str] = set()
+        """Digests that a row is to name which has yet to be saved."""
+        self._removing = threading.Lock()
         self._fetching: dict[str, asyncio.Lock] = {}
         self._sweeper = ThreadPoolExecutor(1, "files")
 
     def close(self) -> None:
         """Wait for what is being removed."""
         self._sweeper.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def keeping(self) -> Iterator[set[str]]:
+        """Remove nothing inside that is put, or that the caller adds by its digest: its row comes last.
+
+        Rows of others may have named the same content, and have it removed meanwhile.
+        """
+        self._keeping += 1
+        try:
+            yield self._kept
+        finally:
+            self._keeping -= 1
+            if not self._keeping:
+                self._kept.clear()
 
     def put(self, path: Path) -> StoredFile:
         """Take a file into the store, by rename; the same content twice is one file.
@@ -74,6 +93,9 @@ class Files:
         stored = StoredFile(digest_of_file(path), path.stat().st_size)
         place = self._place(stored.digest)
         sync_file(path)
+        with self._removing:
+            if self._keeping:
+                self._kept.add(stored.digest)
         path.replace(place)
         sync_folder(self._folder)
         if self._objects is not None:
@@ -137,10 +159,16 @@ class Files:
         ]
 
     def remove(self, digests: Iterable[str]) -> None:
-        """Remove files, from the object storage a little later; those that are not there are no error."""
+        """Remove files, from the object storage a little later; those that are not there are no error.
+
+        One that is kept is passed over: whoever has it removed comes by again.
+        """
         for digest in digests:
             place = self._place(digest)
-            place.unlink(missing_ok=True)
+            with self._removing:
+                if digest in self._kept:
+                    continue
+                place.unlink(missing_ok=True)
             if self._stored.pop(place.name, None) is not None:
                 self._doomed.add(place.name)
                 self._sweeper.submit(self._sweep, place.name)
@@ -149,7 +177,7 @@ class Files:
         """Take files that the object storage holds off the disk, oldest first, if the cache is too full."""
         if self._cache_bytes is None:
             return
-        wanted = {plain_name(digest) for digest in in_use}
+        wanted = {plain_name(digest) for digest in (*in_use, *self._kept)}
         held = sorted(
             (status.st_mtime, status.st_size, path)
             for path, status in ((path, path.stat()) for path in self._folder.iterdir())

@@ -61,17 +61,18 @@ class Submissions:
         if isinstance(spec.local.algorithm, Scaffold):
             await asyncio.to_thread(add_controls, folder / MODEL_FILE, folder / MODEL_FILE)
         require_codable(spec.transport, folder / MODEL_FILE)
-        files = await asyncio.to_thread(self._take_in, folder)
-        model = next(file for file in files if file["name"] == MODEL_FILE)
-        files, parts = take_frozen(files)
-        parts = replace(parts, ranked=await asyncio.to_thread(self._rank, spec, model["digest"], files))
-        run = Run(
-            id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
-            submitted_at_s=time.time(), assets=[file for file in files if file is not model],
-            model_digest=model["digest"], model_bytes=model["size_bytes"], priority=priority,
-            cloned_from=cloned_from, adapter=parts.to_json() if spec.model.adapter else {},
-        )  # fmt: skip
-        self._queue(run)
+        with self._store.files.keeping():
+            files = await asyncio.to_thread(self._take_in, folder)
+            model = next(file for file in files if file["name"] == MODEL_FILE)
+            files, parts = take_frozen(files)
+            parts = replace(parts, ranked=await asyncio.to_thread(self._rank, spec, model["digest"], files))
+            run = Run(
+                id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
+                submitted_at_s=time.time(), assets=[file for file in files if file is not model],
+                model_digest=model["digest"], model_bytes=model["size_bytes"], priority=priority,
+                cloned_from=cloned_from, adapter=parts.to_json() if spec.model.adapter else {},
+            )  # fmt: skip
+            self._queue(run)
         return run
 
     async def clone(self, run_id: str, spec_text: str, *, priority: int = 0) -> Run:
@@ -107,29 +108,25 @@ class Submissions:
         find_policy(spec.cohort.policy)
         rounds = rounds_up_to(self._store, origin, round_number)
         digest = kept_model(self._store, origin, rounds)
-        model, parts = await self._store.files.bring(digest), parts_of(self._store, origin, digest)
-        state = await self._optimizer_state(origin, rounds[-1] if rounds else None, spec)
-        digest, model = await until_done(self._fitted, spec, digest, model)
-        require_codable(spec.transport, model)
-        run = Run(
-            id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
-            submitted_at_s=time.time(), assets=origin.assets, model_digest=digest,
-            model_bytes=model.stat().st_size, optimizer_digest=state, priority=priority,
-            cloned_from=origin.id,
-            cloned_round=rounds[-1].number if rounds else 0,
-            adapter=parts.to_json() if spec.model.adapter else {},
-        )  # fmt: skip
-        self._queue(run)
+        parts = parts_of(self._store, origin, digest)
+        state = _optimizer_state(origin, rounds[-1] if rounds else None, spec)
+        with self._store.files.keeping() as kept:
+            kept.update({digest, state, *(file.digest for file in parts.files)})
+            model = await self._store.files.bring(digest)
+            if state:
+                await self._store.files.bring(state)
+            digest, model = await until_done(self._fitted, spec, digest, model)
+            require_codable(spec.transport, model)
+            run = Run(
+                id=new_run_id(), name=spec.name, spec_json=spec.model_dump_json(), state=RunState.QUEUED,
+                submitted_at_s=time.time(), assets=origin.assets, model_digest=digest,
+                model_bytes=model.stat().st_size, optimizer_digest=state, priority=priority,
+                cloned_from=origin.id,
+                cloned_round=rounds[-1].number if rounds else 0,
+                adapter=parts.to_json() if spec.model.adapter else {},
+            )  # fmt: skip
+            self._queue(run)
         return run
-
-    async def _optimizer_state(self, origin: Run, record: Round | None, spec: RunSpec) -> str:
-        """The server optimizer's state that goes with a round's model; empty for a spec with another one."""
-        name, before = (one.aggregation.server_optimizer.name for one in (spec, origin.spec))
-        digest = record.optimizer_digest if record and record.number else origin.optimizer_digest
-        if name != before or not digest:
-            return ""
-        await self._store.files.bring(digest)
-        return digest
 
     def _fitted(self, spec: RunSpec, digest: str, model: Path) -> tuple[str, Path]:
         """A kept model as a run can begin with it: with the control variates that its algorithm needs."""
@@ -172,3 +169,11 @@ class Submissions:
 def _kind_of_model(task: Task) -> tuple[str, tuple[str, ...]]:
     """What of a task its model is made for: the class, and the labels."""
     return task.model_class, task.labels if isinstance(task, Classification) else ()
+
+
+def _optimizer_state(origin: Run, record: Round | None, spec: RunSpec) -> str:
+    """The server optimizer's state that goes with a round's model; empty for a spec with another one."""
+    name, before = (one.aggregation.server_optimizer.name for one in (spec, origin.spec))
+    if name != before:
+        return ""
+    return record.optimizer_digest if record and record.number else origin.optimizer_digest

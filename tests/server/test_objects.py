@@ -92,7 +92,7 @@ async def test_a_fetch_that_is_cancelled_ends_before_the_next_of_the_same_file_b
 
     def get_when_told(name: str, place: Path) -> None:
         begun.append(place)
-        goes_on.wait()
+        goes_on.wait(60)
         get(name, place)
 
     monkeypatch.setattr(storage, "get", get_when_told)

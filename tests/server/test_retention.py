@@ -1,6 +1,8 @@
 """Which models are kept."""
 
+import asyncio
 import os
+import threading
 import time
 
 import pytest
@@ -12,6 +14,7 @@ from fedloom_server.app import coordinator
 from fedloom_server.config import CoordinatorConfig, KeepModels
 from fedloom_server.exports import export
 from fedloom_server.retention import kept_rounds
+from fedloom_server.submissions import Submissions
 
 LOSSES = {0: 9.0, 1: 5.0, 2: 3.0, 3: 4.0, 4: 2.5, 5: 2.5, 6: 7.0}
 METRICS = {number: {"loss": loss, "accuracy": loss / 10} for number, loss in LOSSES.items()}
@@ -97,6 +100,46 @@ async def test_a_model_that_another_run_begins_with_stays(config, bench_of, spec
         assert first.model_digest == second.model_digest
         bench.site("a")
         assert (await bench.ended(first)).state == "finished"
+        assert (await bench.ended(second)).state == "finished"
+
+
+@pytest.mark.parametrize("goes_on_from", [None, 0])
+async def test_a_model_that_a_run_is_about_to_begin_with_outlives_the_rounds_of_another(
+    config, bench_of, spec, monkeypatch, goes_on_from
+):
+    before_saved, goes_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def hold_up(step):
+        def held_up(*arguments):
+            result = step(*arguments)
+            loop.call_soon_threadsafe(before_saved.set)
+            goes_on.wait(60)
+            return result
+
+        return held_up
+
+    keep = KeepModels(last=1, best=0)
+    async with coordinator(config.model_copy(update={"keep_models": keep})) as running:
+        bench, submissions = bench_of(running), running.runs.submissions
+        first = await bench.enqueue(spec(rounds=3))
+        site = bench.site("a")
+        site.gate = asyncio.Semaphore(0)
+        await bench.until(lambda: running.store.unfinished_rounds(first.id) and site.asked)
+        monkeypatch.setattr(Submissions, "_rank", hold_up(Submissions._rank))
+        monkeypatch.setattr(Submissions, "_fitted", hold_up(Submissions._fitted))
+        if goes_on_from is None:
+            submitting = asyncio.create_task(bench.enqueue(spec(rounds=1)))
+        else:
+            text = spec(rounds=1).model_dump_json()
+            submitting = asyncio.create_task(submissions.clone_from_model(first.id, text, goes_on_from))
+        await before_saved.wait()
+        for _ in range(4):
+            site.gate.release()
+        assert (await bench.ended(first)).state == "finished"
+        goes_on.set()
+        second = await submitting
+        assert second.model_digest == first.model_digest
         assert (await bench.ended(second)).state == "finished"
 
 
