@@ -75,6 +75,7 @@ async def _play(run: Run, record: Round, federation: Federation) -> None:
     record.ended_at_s = time.time()
     run.rounds_done = record.number
     _advance(run, record, RoundState.FINISHED, federation)
+    federation.store.trim_failures(run.id, FAILURES_KEPT)
     federation.store.clear_spool(run.id)
     drop_old_models(federation.store, run, federation.keep_models)
     metrics = {name: round(value, 4) for name, value in record.metrics.items()}

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from fedloom_common.runspec import Async
 from fedloom_server.config import KeepModels
 from fedloom_server.evaluation import combine, metrics_of
+from fedloom_server.failures import FAILURES_KEPT
 from fedloom_server.folding import Folding
 from fedloom_server.measuring import initial_round, is_measured_by_trainings, is_measured_now, told_by
 from fedloom_server.meters import Meters
@@ -178,6 +179,7 @@ class Versions:
             self._meters.round_ended(record)
         self._watching.tell(run.id, run)
         self._tell(record)
+        self._store.trim_failures(run.id, FAILURES_KEPT)
         self._store.clear_spool(run.id)
         drop_old_models(self._store, run, self._keep_models)
         facts = {name: round(value, 4) for name, value in record.metrics.items()}

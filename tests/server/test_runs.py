@@ -9,6 +9,9 @@ import pytest
 from fedloom.v1 import session_pb2 as pb
 from fedloom_common.errors import BadSpec, NotFound, WrongState
 from fedloom_server.app import coordinator
+from fedloom_server.failures import FAILURES_KEPT
+from fedloom_server.records import Failure, Run, RunState
+from fedloom_server.store import Store
 from fedloom_server.waiting import Wait
 
 TRAIN_ONLY = {"initial": False, "every_rounds": 0}
@@ -299,9 +302,6 @@ async def test_each_failure_is_kept_with_its_site_cause_and_last_lines(bench, sp
 
 
 def test_only_the_newest_failures_of_a_run_are_kept(tmp_path, spec):
-    from fedloom_server.records import Failure, Run, RunState
-    from fedloom_server.store import Store
-
     store = Store(tmp_path)
     for name in ("mine", "other"):
         store.save(
@@ -317,6 +317,16 @@ def test_only_the_newest_failures_of_a_run_are_kept(tmp_path, spec):
     assert [failure.id for failure in store.failures("mine")] == ["mine5", "mine6", "mine7", "mine8"]
     assert len(store.failures("other")) == 9
     store.close()
+
+
+@pytest.mark.parametrize("mode", [{"kind": "sync"}, {"kind": "async", "buffer": 1}])
+async def test_a_run_whose_rounds_all_succeed_keeps_only_the_newest_failures_too(bench, spec, mode):
+    run, store = await bench.enqueue(spec(mode=mode, evaluation=TRAIN_ONLY)), bench.running.store
+    numbers = range(FAILURES_KEPT + 3)
+    store.save(*(Failure(id=str(n), run_id=run.id, at_s=n, cause="failed", message="") for n in numbers))
+    bench.site("a")
+    assert (await bench.ended(run)).state == "finished"
+    assert [failure.id for failure in store.failures(run.id)] == [str(n) for n in numbers[3:]]
 
 
 # Sessions are told apart by the objects that stand for them.
