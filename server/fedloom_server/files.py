@@ -173,6 +173,11 @@ class Files:
                 self._doomed.add(place.name)
                 self._sweeper.submit(self._sweep, place.name)
 
+    @property
+    def is_cache(self) -> bool:
+        """Whether the disk may hold less than what is kept."""
+        return self._cache_bytes is not None
+
     def trim(self, in_use: Iterable[str]) -> None:
         """Take files that the object storage holds off the disk, oldest first, if the cache is too full."""
         if self._cache_bytes is None:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Double, Enum, ForeignKeyConstraint, Integer, MetaData
+from sqlalchemy import JSON, BigInteger, Double, Enum, ForeignKeyConstraint, Index, Integer, MetaData, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from fedloom_common.runspec import RunSpec
@@ -181,10 +181,23 @@ class Assignment(Base):
     """One piece of work for one site in one round."""
 
     __tablename__ = "assignments"
-    __table_args__ = (ForeignKeyConstraint(["run_id"], ["runs.id"]),)
+    __table_args__ = (
+        ForeignKeyConstraint(["run_id"], ["runs.id"]),
+        # Every round leaves its rows behind: what is asked all the time must not look at all of them.
+        Index("ix_assignments_run_id_round", "run_id", "round"),
+        Index("ix_assignments_site_run_id", "site", "run_id"),
+        Index(
+            "ix_assignments_open", "run_id", "round",
+            sqlite_where=text("state = 'OPEN'"), postgresql_where=text("state = 'OPEN'"),
+        ),
+        Index(
+            "ix_assignments_late", "run_id", "round",
+            sqlite_where=text("is_late = 1"), postgresql_where=text("is_late"),
+        ),
+    )  # fmt: skip
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    run_id: Mapped[str] = mapped_column(index=True)
+    run_id: Mapped[str]
     round: Mapped[int]
     attempt: Mapped[int]
     work: Mapped[Work]

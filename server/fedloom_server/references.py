@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, select, tuple_
 from sqlalchemy.orm import Session
 
 from fedloom_server.adapters.parts import Parts
@@ -14,11 +14,8 @@ def names_to(database: Database, site: str, digest: str) -> bool:
     """Whether an assignment of a site names a file: as its model, its delta or an asset of its run."""
     mine = select(Assignment).where(Assignment.site == site).subquery()
     of_model = select(mine.c.id).where(mine.c.model_digest == digest)
-    of_delta = (
-        select(mine.c.id)
-        .join(Round, (Round.run_id == mine.c.run_id) & (Round.model_digest == mine.c.model_digest))
-        .where(Round.delta_digest == digest)
-    )
+    told = select(Round.run_id, Round.model_digest).where(Round.delta_digest == digest)
+    of_delta = select(mine.c.id).where(tuple_(mine.c.run_id, mine.c.model_digest).in_(told))
     runs = select(mine.c.run_id)
     assets = select(Run.assets).where(Run.id.in_(runs))
     adapters = (

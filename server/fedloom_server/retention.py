@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import Select, or_, select
+from sqlalchemy import Select, select, tuple_
 
 from fedloom_common.runspec import RunSpec
 from fedloom_server.adapters.parts import part_digests
@@ -67,6 +67,8 @@ async def bring_models(store: Store, run: Run) -> None:
 
 def trim_cache(store: Store) -> None:
     """Leave on disk what work under way needs, and more as far as there is room."""
+    if not store.files.is_cache:
+        return
     under_way = Run.state.not_in([state for state in RunState if state.is_end])
     latest = select(Run.model_digest).where(under_way)
     in_use = named_by(store.database, latest, *(query.where(under_way) for query in _working()))
@@ -134,8 +136,12 @@ def _working() -> list[Select[str]]:
     """Queries for what unfinished rounds and assignments start from, make or measure, and for the state of
     the optimizer that the next round goes on from."""
     unfinished = Round.state.not_in((RoundState.FINISHED, RoundState.FAILED))
-    yet_to_count = or_(
-        Assignment.state == AssignmentState.OPEN, Assignment.is_late, Assignment.round > Run.rounds_done
+    begun = select(Round.run_id, Round.number).join(Run, Run.id == Round.run_id).correlate(None)
+    begun = begun.where(Round.number > Run.rounds_done)
+    yet_to_count = (  # asked one by one, as each has an index of its own
+        Assignment.state == AssignmentState.OPEN,
+        Assignment.is_late,
+        tuple_(Assignment.run_id, Assignment.round).in_(begun),
     )
     columns = (Round.base_digest, Round.model_digest, Round.delta_digest)
     state = select(Round.optimizer_digest).join(Run, Run.id == Round.run_id)
@@ -145,7 +151,7 @@ def _working() -> list[Select[str]]:
     ]
     of_rounds = [select(column).join(Run, Run.id == Round.run_id).where(unfinished) for column in columns]
     of_assignments = select(Assignment.model_digest).join(Run, Run.id == Assignment.run_id)
-    return [*of_rounds, *states, of_assignments.where(yet_to_count)]
+    return [*of_rounds, *states, *(of_assignments.where(condition) for condition in yet_to_count)]
 
 
 def _of_other_runs(store: Store, run: Run, digests: Collection[str]) -> set[str]:

@@ -244,9 +244,11 @@ class Store:
         Nothing may be writing files of that run.
         """
         unfinished = select(Round).where(Round.state.in_((RoundState.TRAINING, RoundState.AGGREGATING)))
-        rounds = self._all(unfinished.where(Round.run_id.startswith(run_id)))
         late = select(Assignment).where(Assignment.is_late)
-        counted = self._all(late.where(Assignment.run_id.startswith(run_id)))
+        if run_id:
+            unfinished = unfinished.where(Round.run_id == run_id)
+            late = late.where(Assignment.run_id == run_id)
+        rounds, counted = self._all(unfinished), self._all(late)
         for record in rounds:
             present = self.assignments(record.run_id, record.number)
             counted += [assignment for assignment in present if assignment.attempt == record.attempt]

@@ -8,9 +8,12 @@ import pytest
 from sqlalchemy import event
 
 from fedloom_common.errors import NotFound, WrongState
+from fedloom_server.config import KeepModels
 from fedloom_server.database import open_database
 from fedloom_server.ends import begin_again
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, RunState, Work
+from fedloom_server.references import names_to
+from fedloom_server.retention import drop_old_models, trim_cache
 from fedloom_server.store import Store
 
 
@@ -100,6 +103,41 @@ def test_what_is_there_of_many_records_is_asked_for_at_once(store):
     assert len(statements) < 50  # a question for each would make 2,400
     assert len(store.assignments("r")) == 1200
     assert sum(assignment.examples for assignment in store.assignments("r")) == 7
+
+
+def test_what_each_round_asks_of_assignments_looks_only_at_those_it_is_about(tmp_path, spec):
+    store, asked = Store(tmp_path), []
+    run = run_of("a1", spec_json=spec().model_dump_json())
+    store.save(run, round_of(1, model_digest="blake3:01"), assignment_of("a"))
+
+    def note(connection, cursor, statement, parameters, context, many):
+        asked.append((statement, parameters))
+
+    event.listen(store.database.engine, "before_cursor_execute", note)
+    names_to(store.database, "a", "blake3:ff")
+    store.open_assignments()
+    store.assignments("a1", 1)
+    store.late("a1")
+    store.clear_spool("a1")
+    drop_old_models(store, run, KeepModels(last=1, best=0))
+    event.remove(store.database.engine, "before_cursor_execute", note)
+    queries = [(statement, parameters) for statement, parameters in asked if "assignments" in statement]
+    assert len(queries) >= 10
+    with store.database.connected() as connection:
+        for statement, parameters in queries:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+            steps = [step for *_, step in plan if "assignments" in step]
+            assert steps, statement
+            assert all("USING INDEX" in step or "USING COVERING INDEX" in step for step in steps), plan
+    store.close()
+
+
+def test_a_disk_without_a_limit_asks_the_database_for_nothing_when_it_is_trimmed(tmp_path):
+    store, asked = Store(tmp_path), []
+    event.listen(store.database.engine, "before_cursor_execute", lambda *told: asked.append(told))
+    trim_cache(store)
+    assert not asked
+    store.close()
 
 
 def test_norms_are_those_of_updates_that_counted_and_not_of_attempts_that_failed(store):
