@@ -189,8 +189,10 @@ class _Flow:
     def _begin(self, assignment: Assignment) -> None:
         cohort, assignments = self._spec.cohort, self._federation.assignments
         model = self._federation.store.files.path(assignment.model_digest)
+        is_measurement = assignment.work is Work.EVALUATE
         terms = Terms(
-            needed=0, deadline_s=None, stall_s=cohort.stall_s,
+            needed=0, stall_s=cohort.stall_s,
+            deadline_s=self._spec.evaluation.deadline_s if is_measurement else None,
             comes_first=assignment in self._taken or not self._folds_early(),
             most_update_bytes=most_update_bytes(self._spec.transport.up, model),
             counted=self._versions.counted if self._spec.leaves_at_sites else None,

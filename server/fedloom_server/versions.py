@@ -191,13 +191,7 @@ class Versions:
         Nothing while it has asked nobody, and nobody is there.
         """
         run, record = self._run, self.measured[0]
-        stored = [
-            assignment
-            for assignment in self._store.assignments(run.id, record.number)
-            if assignment.work is Work.EVALUATE
-            and assignment.attempt == record.attempt
-            and assignment.site not in self._spec.evaluation.central
-        ]
+        stored = self._asked_to_measure(record)
         if stored or not sites:
             return stored
         batch = [
@@ -215,21 +209,18 @@ class Versions:
     def end_measurement(self, batch: Sequence[Assignment]) -> None:
         """Every site that was asked has answered, or never will."""
         record = self.measured.pop(0)
-        done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
-        if done:
-            known = self._store.round(record.run_id, record.number)  # a central site may have told more
-            record.metrics = (known or record).metrics | _combined(done)
-        else:
-            logger.warning("no site evaluated the model", extra={"run": self._run.id, "round": record.number})
-        record.state, record.ended_at_s = RoundState.FINISHED, time.time()
+        self._finish(record, batch)
         self._store.save(record)
         self._meters.round_ended(record)
         self._tell(record)
 
     def end(self, reason: str) -> None:
-        """The run ends: of the version whose buffer is open nothing will come."""
+        """The run ends: of the version whose buffer is open nothing will come.
+
+        What sites have measured so far counts.
+        """
         for record in self.measured:
-            record.state, record.ended_at_s = RoundState.FINISHED, time.time()
+            self._finish(record, self._asked_to_measure(record))
         if self.open is not None:
             self.open.state, self.open.ended_at_s = RoundState.FAILED, time.time()
             self.open.reason = f"the run ended before the buffer was full: {reason}"
@@ -238,6 +229,24 @@ class Versions:
         for record in ended:
             self._meters.round_ended(record)
             self._tell(record)
+
+    def _asked_to_measure(self, record: Round) -> list[Assignment]:
+        return [
+            assignment
+            for assignment in self._store.assignments(self._run.id, record.number)
+            if assignment.work is Work.EVALUATE
+            and assignment.attempt == record.attempt
+            and assignment.site not in self._spec.evaluation.central
+        ]
+
+    def _finish(self, record: Round, batch: Sequence[Assignment]) -> None:
+        """End a version's record, with what these have measured and what a central site has told already."""
+        done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
+        known = self._store.round(record.run_id, record.number) or record
+        record.metrics = known.metrics | (_combined(done) if done else {})
+        if not done:
+            logger.warning("no site evaluated the model", extra={"run": self._run.id, "round": record.number})
+        record.state, record.ended_at_s = RoundState.FINISHED, time.time()
 
     def _first(self) -> list[Round]:
         records = [self._new(1, RoundState.TRAINING)]

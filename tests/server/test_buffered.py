@@ -308,6 +308,43 @@ async def test_versions_are_measured_while_sites_train_and_the_last_one_always(b
     assert {a.site for a in measured} == {"a", "slow"}
 
 
+async def test_a_site_that_measures_for_ever_holds_a_version_no_longer_than_its_deadline(
+    bench, async_spec, clock, monkeypatch
+):
+    monkeypatch.setattr("fedloom_server.idle.REST_S", 0.2)
+    site = bench.site("a")
+    site.evaluate_gate = asyncio.Event()
+    evaluation = {"initial": False, "every_rounds": 1, "deadline_s": 0.3}
+    spec = async_spec(buffer=1, rounds=2, evaluation=evaluation, cohort={"stall_s": 1000})
+    run = await bench.enqueue(spec)
+    await bench.until(lambda: [asked for asked in site.asked if asked.work == pb.WORK_EVALUATE])
+    clock.now_s += 0.31
+    await bench.until(lambda: version(bench, run) == 2, seconds=10)
+    site.evaluate_gate.set()
+    run = await bench.ended(run)
+    (lost,) = [a for a in bench.running.store.assignments(run.id, 1) if a.work is Work.EVALUATE]
+    assert (lost.state, lost.reason.split(";")[0]) == ("lost", "not finished by the deadline of 0.3 s")
+    assert ["loss" in record.metrics for record in bench.running.store.rounds(run.id)] == [False, True]
+
+
+async def test_a_run_that_ends_while_a_version_is_measured_keeps_what_has_come(bench, async_spec):
+    bench.evaluator("lab", loss=2.5)
+    await bench.until(lambda: bench.running.sites.connected())
+    a, slow = gated(bench, "a"), gated(bench, "slow")
+    a.measure = lambda tensors: 4.0
+    stop = {"target": {"metric": "train_loss", "value": 2.5}}  # met by version 2, which nobody is to measure
+    evaluation = {"initial": False, "every_rounds": 1, "central": ["lab"]}
+    spec = async_spec(buffer=1, rounds=9, evaluation=evaluation, stop=stop, cohort={"min_sites": 2})
+    run = await bench.enqueue(spec)
+    for number in (1, 2):
+        await let_end(bench, run, a, training=number)
+    run = await bench.ended(run)
+    first = bench.running.store.rounds(run.id)[0]
+    assert (run.rounds_done, first.state) == (2, "finished")
+    assert (first.metrics["loss"], first.metrics["central_loss"]) == (4.0, 2.5)
+    assert not [asked for asked in slow.asked if asked.work == pb.WORK_EVALUATE]
+
+
 async def test_a_target_ends_the_run_although_younger_versions_are_in_the_making(bench, async_spec):
     bench.site("a", step=1.0)
     bench.site("b", step=1.0)
