@@ -133,7 +133,8 @@ class _Flow:
     async def until_something_happens(self) -> None:
         """Wait until work has ended, a site has come or gone, a version is made or a rest is over."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), self._idle.rest_s())
+            async with asyncio.timeout(self._idle.rest_s()):  # wait_for may swallow a cancellation
+                await self._changed.wait()
         self._changed.clear()
         if self._sites_watch.done():
             self._sites_watch = self._watch_sites()

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom_server.app import coordinator
+from fedloom_server.buffered import _Flow
 from fedloom_server.config import KeepModels
+from fedloom_server.idle import IdleSites
 from fedloom_server.records import AssignmentState, Round, Work
 from fedloom_server.store import Store
 
@@ -390,6 +392,21 @@ async def test_a_stopped_run_goes_on_after_resume(bench, async_spec, initial):
     bench.running.runs.resume(run.id)
     run = await bench.ended(run)
     assert (run.state, run.rounds_done) == ("finished", 1)
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_stop_that_comes_just_after_news_is_not_lost(bench, async_spec, monkeypatch, turns):
+    monkeypatch.setattr(IdleSites, "rest_s", lambda idle: 60.0)
+    flow = _Flow(await bench.enqueue(async_spec()), bench.running.runs._federation)
+    waiting = asyncio.create_task(flow.until_something_happens())
+    await asyncio.sleep(0.05)
+    flow._hear_news()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    is_in_time = waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled() == is_in_time
+    await flow.leave()
 
 
 async def test_a_restarted_coordinator_goes_on_with_the_updates_of_the_buffer(
