@@ -168,6 +168,7 @@ def _counts(counts: Mapping[str, list[int]]) -> dict[str, pb.Counts]:
 
 
 def _cut(reason: str) -> str:
+    reason = reason.encode(errors="backslashreplace").decode()  # it may quote a file's name, of any bytes
     if len(reason) <= REASON_LIMIT_CHARS:
         return reason
     half = REASON_LIMIT_CHARS // 2  # the beginning says what failed, the end holds the traceback's last lines

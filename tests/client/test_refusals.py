@@ -1,5 +1,6 @@
 """Assignments that are not done: refused by policy, bad, or failed on the way."""
 
+import os
 from typing import Any
 
 import pytest
@@ -80,6 +81,18 @@ async def test_a_failed_training_is_reported_and_the_next_assignment_is_done(
         "ZeroDivisionError: division by zero"
     ]
     assert list((world.state / "outbox").iterdir()) == []
+    world.group.error = None
+    world.coordinator.assign(world.assignment("r1-again", attempt=2))
+    await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-again"])
+
+
+async def test_a_failure_that_names_a_file_of_any_bytes_is_told_and_the_daemon_goes_on(world: Any) -> None:
+    world.group.error = TrainingFailed(os.fsdecode(b"caf\xe9.txt is not UTF-8 text"))
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    failure = await world.coordinator.until_heard("failure")
+    assert failure.reason == r"caf\udce9.txt is not UTF-8 text"
     world.group.error = None
     world.coordinator.assign(world.assignment("r1-again", attempt=2))
     await world.coordinator.until(lambda: world.coordinator.receipts == ["r1-again"])
