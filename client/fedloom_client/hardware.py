@@ -2,10 +2,12 @@
 
 import glob
 import logging
+import os
 import platform
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,9 +46,16 @@ def main_memory_bytes() -> int:
 
 def data_set_bytes(source: DataSource) -> int:
     """Size of the files that a data set's globs match now; 0 if there are none."""
-    paths = {Path(match) for pattern in source.files for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
-    files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else (path,))}
-    return sum(_size_bytes(file) for file in files)
+    paths = {match for pattern in source.files for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
+    return sum(map(_size_bytes, {file for path in paths for file in _files_of(path)}))
+
+
+def _files_of(path: str) -> Iterator[Path]:
+    """The path itself, or all files below it; what goes meanwhile or is not ours to enter has none."""
+    if not os.path.isdir(path):  # noqa: PTH112 (pathlib's raises for a link into a folder that is not ours)
+        yield Path(path)
+    for folder, _, names in os.walk(path):
+        yield from (Path(folder, name) for name in names)
 
 
 def _size_bytes(path: Path) -> int:

@@ -1,6 +1,8 @@
 """What the host has."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +70,27 @@ def test_a_data_set_has_the_size_of_its_files_each_counted_once(tmp_path: Path) 
     patterns = (str(tmp_path / "*.txt"), str(tmp_path / "a.*"), str(tmp_path / "saved"))
     assert data_set_bytes(DataSource(files=patterns)) == 4 + 5 + 7
     assert data_set_bytes(DataSource(files=(str(tmp_path / "none*"),))) == 0
+
+
+def test_a_link_that_cannot_be_followed_counts_nothing(tmp_path: Path) -> None:
+    """Root may enter every folder, so here the link leads to a name that no folder could have."""
+    (tmp_path / "a.txt").write_text("four")
+    (tmp_path / "b.txt").symlink_to("x" * 300)
+    assert data_set_bytes(DataSource(files=(str(tmp_path / "*.txt"),))) == 4
+
+
+def test_a_folder_that_goes_while_it_is_measured_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "saved" / "going").mkdir(parents=True)
+    (tmp_path / "saved" / "state.json").write_text("12345")
+    scandir = os.scandir
+
+    def remove_then_scan(path: Any) -> Any:
+        if Path(path).name == "going":
+            Path(path).rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", remove_then_scan)
+    assert data_set_bytes(DataSource(files=(str(tmp_path / "saved"),))) == 5
+    assert not (tmp_path / "saved" / "going").exists()
