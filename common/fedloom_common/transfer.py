@@ -183,7 +183,7 @@ async def upload(
         OSError: the file cannot be read.
     """
     pace, on_bytes = pace or Pace(None), on_bytes or (lambda _: None)
-    found_here: list[Exception] = []  # gRPC would turn it into a mere cancellation
+    found_here: list[Exception] = []  # gRPC turns it into a mere cancellation
 
     async def messages() -> AsyncIterator[bytes]:
         try:
@@ -207,7 +207,8 @@ async def upload(
                 return receipt
     except TimeoutError:
         raise Unreachable(f"the coordinator has taken no byte for {PATIENCE_S:g} s") from None
-    except FederationError:
-        if found_here:
+    except (FederationError, asyncio.CancelledError):
+        task = asyncio.current_task()
+        if found_here and task is not None and not task.cancelling():
             raise found_here[0] from None
         raise

@@ -4,6 +4,8 @@ import asyncio
 import json
 import logging
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -138,6 +140,30 @@ async def test_chunks_that_are_always_corrupt_are_given_up(
     assert "an update is given up" in caplog.text
     failure = await world.coordinator.until_heard("failure")
     assert failure.reason.startswith("5 uploads broke off at one place: ")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        pytest.param(Path.unlink, "the finished update cannot be read: ", id="gone"),
+        pytest.param(lambda path: os.truncate(path, 3), "5 uploads broke off at one place: ", id="cut-short"),
+    ],
+)
+async def test_an_update_that_can_no_longer_be_read_fails_with_the_reason(
+    world: Any, spoil: Callable[[Path], None], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedloom_client.backoff.Backoff.next_s", lambda self: 0.01)
+    world.coordinator.grants = False
+    world.coordinator.spool["r1-train"] = bytearray(b"trai")
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    await world.coordinator.until_heard("outcome")
+    spoil(world.state / "outbox" / "r1-train" / "update.safetensors")
+    world.coordinator.grant("r1-train")
+    failure = await world.coordinator.until_heard("failure")
+    assert failure.reason.startswith(reason)
+    await outbox_is_empty(world)
 
 
 async def test_a_finished_training_survives_a_restart_and_is_sent_without_training_again(world: Any) -> None:
