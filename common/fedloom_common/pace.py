@@ -1,6 +1,7 @@
 """A limit on how many bytes, or other units, a second may pass."""
 
 import asyncio
+import math
 
 
 class Pace:
@@ -10,6 +11,11 @@ class Pace:
         """Without a rate, bytes pass at once."""
         self._bytes_per_s = bytes_per_s
         self._free_at_s = 0.0
+
+    @property
+    def burst_bytes(self) -> float:
+        """What may pass at once."""
+        return math.inf if self._bytes_per_s is None else self._bytes_per_s
 
     async def take(self, count: int) -> None:
         """Wait until so many bytes more may pass."""

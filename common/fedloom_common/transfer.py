@@ -54,11 +54,16 @@ def transfer_handlers(read: Any, write: Any, query_write: Any) -> grpc.GenericRp
 
 
 async def messages_of(
-    path: Path, offset: int, upload: str = "", *, ahead_chunks: int = AHEAD_CHUNKS
+    path: Path,
+    offset: int,
+    upload: str = "",
+    *,
+    ahead_chunks: int = AHEAD_CHUNKS,
+    most_bytes: int = CHUNK_BYTES,
 ) -> AsyncIterator[tuple[int, bytes]]:
     """A file's chunks from ``offset`` to its end, encoded, each with the place behind it in the file.
 
-    The first names the upload. A thread reads ahead.
+    The first names the upload; none is larger than ``most_bytes``. A thread reads ahead.
 
     Memory: ``ahead_chunks``, twice.
 
@@ -74,7 +79,7 @@ async def messages_of(
     with path.open("rb", buffering=0) as file:
 
         def read_ahead(begin: int, upload: str) -> asyncio.Future[list[tuple[int, bytes]]]:
-            chunk_bytes = _chunk_bytes(begin - start if start else None)
+            chunk_bytes = min(most_bytes, _chunk_bytes(begin - start if start else None))
             places = range(begin, min(size, begin + ahead_chunks * chunk_bytes), chunk_bytes)
             return loop.run_in_executor(None, _read_messages, file.fileno(), places, size, upload)
 
@@ -190,7 +195,9 @@ async def upload(
             if offset == path.stat().st_size:  # all is there already: an empty chunk asks for the receipt
                 yield Chunk.of(b"", offset, upload).encode()
             begin = offset
-            async for end, message in messages_of(path, offset, upload):
+            # Both ends take an upload for dead that sends no chunk for long, however slow its site wants it.
+            most_bytes = int(min(CHUNK_BYTES, pace.burst_bytes))
+            async for end, message in messages_of(path, offset, upload, most_bytes=most_bytes):
                 await pace.take(end - begin)
                 patience.reschedule(clock() + PATIENCE_S)
                 yield message

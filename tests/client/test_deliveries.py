@@ -27,6 +27,19 @@ async def test_an_interrupted_upload_goes_on_from_the_durable_byte(world: Any) -
     assert bytes(world.coordinator.spool["r1-train"]) == world.group.update
 
 
+async def test_a_pace_at_which_a_chunk_would_outlast_all_patience_only_makes_chunks_smaller(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedloom_common.transfer.PATIENCE_S", 3.0)
+    world.group.update = os.urandom(5000)
+    world.daemon(upload_bytes_per_s=1000)
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    await world.coordinator.until(lambda: world.coordinator.receipts)
+    assert world.coordinator.write_offsets == [0]
+    assert bytes(world.coordinator.spool["r1-train"]) == world.group.update
+
+
 async def test_an_upload_goes_on_after_the_coordinator_was_away(world: Any) -> None:
     world.group.update = os.urandom(3 << 20)
     world.coordinator.grants = False
