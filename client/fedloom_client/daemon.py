@@ -33,6 +33,7 @@ from fedloom_client.status import Status
 from fedloom_client.work import Performer
 from fedloom_client.workers import WorkerGroup
 from fedloom_common.channels import open_channel
+from fedloom_common.files import clear_partials
 from fedloom_common.identity import Peer, Role
 from fedloom_common.memory import keep_freed_memory
 from fedloom_common.pace import Pace
@@ -109,6 +110,7 @@ class Daemon:
             self._cache.tidy()
             for folder in self._state.runs.iterdir():
                 clear_after_kill(folder)
+                clear_partials(self._state.residual_folder(folder.name))
             async with self._http_port():
                 notify("READY=1")
                 await self._until_stopped(asyncio.create_task(self._serve()))

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fedloom_client.config import Workers
+from fedloom_client.training.controls import FOLDER as CONTROL_FOLDER
 from fedloom_client.training.launcher import SHUTDOWN_TIMEOUT_S, Launch, last_lines
 from fedloom_client.training.orders import LINE_LIMIT_BYTES, Job, WorkerProgress, decode, encode
 from fedloom_common.errors import TrainingFailed
+from fedloom_common.files import clear_partials
 
 SOCKET_PATH_BYTES = 100  # sun_path holds 108 with the final zero
 FAILURE = "failure.txt"
@@ -169,6 +171,8 @@ class Launched:
     async def _arrive(self, reader: StreamReader, writer: StreamWriter) -> None:
         line = await reader.readline()
         if line and decode(line)[0] == "ready":
+            with contextlib.suppress(OSError):  # what cannot be removed costs room, not the work
+                await asyncio.to_thread(_clear_half_written, self._logs.parent)
             rank = RankZero(reader, writer)
             self._arrived.append(rank)
             self._arrivals.put_nowait(rank)
@@ -237,13 +241,20 @@ def trim_logs(logs: Path) -> None:
 
 
 def clear_after_kill(directory: Path) -> None:
-    """Remove the socket's folder of a launch in ``directory`` whose daemon was killed, as its ranks were."""
+    """Remove what a launch in ``directory`` left whose daemon was killed, as its ranks were."""
+    _clear_half_written(directory)
     note = directory / FOLDER_NOTE
     if note.is_file():
         folder = Path(note.read_text())
         if folder.name.startswith(FOLDER_PREFIX):
             shutil.rmtree(folder, ignore_errors=True)
         note.unlink()
+
+
+def _clear_half_written(directory: Path) -> None:
+    """Remove what ranks were writing in the run's folder when they were killed; only rank 0 writes there."""
+    for folder in (directory, directory / CONTROL_FOLDER):
+        clear_partials(folder)
 
 
 def _short_folder() -> Path:

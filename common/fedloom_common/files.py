@@ -44,6 +44,12 @@ def atomic_file(path: Path, *, durable: bool = True, over: Path | None = None) -
         partial.unlink(missing_ok=True)
 
 
+def clear_partials(folder: Path) -> None:
+    """Remove what writers that were killed left of files in a folder; nobody may be writing there now."""
+    for partial in folder.glob(".*.partial"):
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def flushing(descriptor: int) -> Iterator[None]:
     """Bring what is written inside to disk meanwhile, so that the sync at the end is short."""

@@ -216,9 +216,14 @@ async def test_what_was_not_finished_is_cleared_away_at_the_start(world: Any) ->
     outcome = {"assignment_id": "r2-train", "update_bytes": 9, "examples": 1, "tokens": 1}
     entry = {"run_id": "r", "round": 1, "attempt": 1, "path": "update.safetensors", "outcome": outcome}
     (cut / "outcome.json").write_text(json.dumps(entry))
+    half = [world.state / "runs" / "r" / name for name in (".checkpoint.7.partial", "residual/.a.7.partial")]
+    for path in half:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half")
     world.daemon()
     assert list((await world.attached()).open_assignments) == []
     await outbox_is_empty(world)
+    assert not any(path.exists() for path in half)
 
 
 async def test_a_cancelled_training_that_waits_for_its_upload_is_removed(world: Any) -> None:

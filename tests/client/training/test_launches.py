@@ -3,11 +3,15 @@
 import asyncio
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedloom_client.launches import FOLDER_NOTE, RankZero, clear_after_kill
-from fedloom_client.training.orders import Job, Order, Source
+from fedloom_client import launches
+from fedloom_client.config import Workers
+from fedloom_client.launches import FOLDER_NOTE, Launched, RankZero, clear_after_kill
+from fedloom_client.training.launcher import Launch
+from fedloom_client.training.orders import Job, Order, Source, encode
 
 ORDER = Order(id="a", work="evaluate", run_id="r", round=0, model_path="", assets_dir="", spec={})
 JOB = Job(
@@ -16,6 +20,34 @@ JOB = Job(
     directory="",
     packed="",
 )
+
+
+class NoLauncher:
+    """The process of a launcher that starts no ranks."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def wait(self) -> int:
+        await self.ended.wait()
+        return 0
+
+    def send_signal(self, sign: int) -> None:
+        self.ended.set()
+
+
+@pytest.fixture
+def controls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The daemon's socket of each launch, whose ranks a test stands in for."""
+    sockets: list[str] = []
+
+    async def start(launch: Launch, directory: Path) -> Any:
+        sockets.append(str(launch.control))
+        return NoLauncher()
+
+    monkeypatch.setattr(launches, "start_launcher", start)
+    monkeypatch.setattr(launches, "STOP_S", 0)
+    return sockets
 
 
 @pytest.mark.parametrize("unread", [False, True], ids=["end-of-file", "reset"])
@@ -47,3 +79,23 @@ def test_the_socket_of_a_killed_daemon_is_cleared_away_and_nothing_else(tmp_path
         clear_after_kill(tmp_path)
         clear_after_kill(tmp_path)  # there is nothing left to clear
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+async def test_what_a_killed_rank_was_writing_is_gone_when_the_next_is_ready(
+    tmp_path: Path, controls: list[str]
+) -> None:
+    """The daemon writes the residual, and downloads folds: both may go on meanwhile."""
+    names = (".optimizer-3.safetensors.7.partial", "control/.pending.safetensors.7.partial")
+    others = ("optimizer-2.safetensors", "residual/.pending.safetensors.7.partial", "folds/.a.partial")
+    launched = await Launched.start(Workers(device="cpu"), tmp_path, 0)
+    for name in (*names, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with socket.socket(socket.AF_UNIX) as rank:
+        rank.connect(controls[0])
+        rank.sendall(encode("ready"))
+        async with asyncio.timeout(60):
+            assert await launched.rank_zero() is not None
+    assert not any((tmp_path / name).exists() for name in names)
+    assert all((tmp_path / name).exists() for name in others)
+    await launched.stop()
