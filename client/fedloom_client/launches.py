@@ -121,9 +121,9 @@ class Launched:
                 await asyncio.wait({arrival, self._exit}, return_when=asyncio.FIRST_COMPLETED)
                 if not arrival.done():
                     return None
-                self._rank = arrival.result()
-            finally:
-                arrival.cancel()
+            finally:  # a cancel must not lose a rank that has been taken off the queue
+                if not arrival.cancel():
+                    self._rank = arrival.result()
         return self._rank
 
     @property

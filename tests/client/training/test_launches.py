@@ -99,3 +99,23 @@ async def test_what_a_killed_rank_was_writing_is_gone_when_the_next_is_ready(
     assert not any((tmp_path / name).exists() for name in names)
     assert all((tmp_path / name).exists() for name in others)
     await launched.stop()
+
+
+async def test_a_rank_that_comes_with_a_cancel_is_there_for_the_next_order(
+    tmp_path: Path, controls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def wait_and_be_cancelled(*arguments: Any, **named: Any) -> Any:
+        await wait(*arguments, **named)
+        raise asyncio.CancelledError
+
+    wait = asyncio.wait
+    launched = await Launched.start(Workers(device="cpu"), tmp_path, 0)
+    with socket.socket(socket.AF_UNIX) as rank:
+        rank.connect(controls[0])
+        rank.sendall(encode("ready"))
+        with monkeypatch.context() as patch, pytest.raises(asyncio.CancelledError):
+            patch.setattr(asyncio, "wait", wait_and_be_cancelled)
+            await launched.rank_zero()
+        async with asyncio.timeout(5):
+            assert await launched.rank_zero() is not None
+    await launched.stop()
