@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedloom_client.statedir import StateDir, safe_name
-from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult
+from fedloom_client.training.orders import CHECKPOINT, Order, WorkerProgress, WorkerResult
 
 RUN_FOLDERS_KEPT = 32  # besides those in use: a coordinator tells at attach which runs have ended
 
@@ -77,6 +77,10 @@ class WarmGroups:
             await self._let_go(run_id)
             if not may_resume:
                 await asyncio.to_thread(_clear, self._runs / safe_name(run_id))
+
+    def forget_checkpoint(self, run_id: str) -> None:
+        """Remove what the run's training would have gone on from: its update is kept."""
+        (self._runs / safe_name(run_id) / CHECKPOINT).unlink(missing_ok=True)
 
     def kept_runs(self) -> list[str]:
         """Names of the folders that runs have here: their ids, as far as these are plain names."""

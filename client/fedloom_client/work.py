@@ -204,7 +204,9 @@ class Performer:
             )  # fmt: skip
             encode_s = time.monotonic() - began_s
             outcome = replace(outcome, phase_seconds=outcome.phase_seconds | {"encode": encode_s})
-        return await self._outbox.add(assignment, outcome)
+        outcome = await self._outbox.add(assignment, outcome)
+        self._groups.forget_checkpoint(assignment.run_id)
+        return outcome
 
     def _failure(self, assignment: Assignment, reason: str) -> Failure:
         """What the coordinator is told: fedloom's own words, and of others' as much as the policy permits."""

@@ -10,7 +10,8 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom_client import assignments as assignments_module
 from fedloom_client import signs as signs_module
 from fedloom_client.assignments import Assignments
-from fedloom_client.training.orders import WorkerResult
+from fedloom_client.outbox import Outbox
+from fedloom_client.training.orders import CHECKPOINT, WorkerResult
 from fedloom_common.digests import digest_of_file
 
 
@@ -27,6 +28,30 @@ async def test_a_training_is_uploaded_and_its_outcome_says_what_was_done(world: 
     (order,) = world.group.orders
     assert (order.work, order.run_id, order.round, order.spec["data"]) == ("train", "run-1", 1, "plays")
     assert world.group.models == [b"theta" * 1000]
+
+
+async def test_the_local_checkpoint_stays_until_the_update_is_in_the_outbox(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def add(self: Outbox, *arguments: Any) -> Any:
+        outcome = await really_add(self, *arguments)
+        there.append(checkpoint.exists())
+        return outcome
+
+    there: list[bool] = []
+    really_add = Outbox.add
+    monkeypatch.setattr(Outbox, "add", add)
+    world.group.gate.clear()
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    await world.group.started.wait()
+    checkpoint = world.group.folders[0] / CHECKPOINT
+    checkpoint.touch()
+    world.group.gate.set()
+    await world.coordinator.until_heard("outcome")
+    assert there == [True]
+    assert not checkpoint.exists()
 
 
 async def test_a_delivered_update_stays_until_its_run_goes_on_or_ends(world: Any) -> None:

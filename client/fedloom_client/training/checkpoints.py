@@ -9,11 +9,11 @@ import torch
 from fedloom_client.training.group import Group
 from fedloom_client.training.models import LocalModel
 from fedloom_client.training.optimizers import load_state, state_tensors
+from fedloom_client.training.orders import CHECKPOINT
 from fedloom_client.training.sharding import Gather, first_writes
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.tensors import Manifest, read_tensors, write_tensors
 
-FILE = "checkpoint.safetensors"
 _MODEL, _OPTIMIZER, _LOSSES = "model/", "optimizer/", "losses"
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Checkpoint:
         self, folder: Path, order_id: str, every: int | None, group: Group, seed: Callable[[int], None]
     ) -> None:
         """``every`` is a number of steps, None for no checkpoints; ``seed`` seeds this rank for a step."""
-        self._path = folder / FILE
+        self._path = folder / CHECKPOINT
         self._every, self._group, self._seed = every, group, seed
         self._marks = {"order": order_id}
 
@@ -54,11 +54,6 @@ class Checkpoint:
         tensors = self._tensors(losses)
         first_writes(self._group, tensors, lambda whole: self._write(tensors, len(losses), whole))
         self._seed(len(losses))
-
-    def remove(self) -> None:
-        """The training is done."""
-        if self._group.rank == 0:
-            self._path.unlink(missing_ok=True)
 
     def _look(self) -> str:
         """Whether there is a checkpoint of this order; any other is of no more use."""

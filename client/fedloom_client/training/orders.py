@@ -11,6 +11,9 @@ from fedloom_common.errors import ProtocolError
 
 LINE_LIMIT_BYTES = 16 << 20  # a run spec may hold a large model config; no honest line comes near
 
+CHECKPOINT = "checkpoint.safetensors"
+"""A training under way, in the run's folder; the daemon removes it when the update is in the outbox."""
+
 SPARE_UPDATE = "spare.safetensors"
 """A file beside Order.update_path that the update overwrites if it is there: that takes half the time."""
 

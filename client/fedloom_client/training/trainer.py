@@ -124,7 +124,6 @@ class Trainer:
         trained = loop.train(self._rank, local, data, course)
         left = algorithm.end()
         self._save(order, optimizer, left)
-        checkpoint.remove()
         if self._spec.keeps_optimizer_state:
             self._optimizer, self._optimizer_round = optimizer, order.round
         return WorkerResult(

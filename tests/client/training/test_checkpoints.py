@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedloom_client.training.checkpoints import FILE, Checkpoint
+from fedloom_client.training.checkpoints import Checkpoint
 from fedloom_client.training.models import LocalModel
-from fedloom_client.training.orders import Cancelled, Order, WorkerProgress
+from fedloom_client.training.orders import CHECKPOINT, Cancelled, Order, WorkerProgress
 from fedloom_common.errors import TrainingFailed
 
 MakeOrder = Callable[..., Order]
@@ -64,14 +64,16 @@ def test_a_training_killed_between_checkpoints_ends_with_the_bytes_of_an_undistu
     local = {"steps": 9, "checkpoint_every": 3, "optimizer": optimizer}
     folder = str(dropping_out(assets, tmp_path / "dropout"))
     undisturbed = str(tmp_path / "undisturbed")
-    expected = alone.perform(make_order(local=local, assets_dir=folder, update_path=undisturbed))
+    expected = alone.perform(
+        make_order(id="undisturbed", local=local, assets_dir=folder, update_path=undisturbed)
+    )
 
     alone.restart()
     order = make_order(local=local, assets_dir=folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         stop_after(alone, patch, steps=7)
         alone.perform(order)
-    assert len(load_file(alone.directory / FILE)["losses"]) == 6
+    assert len(load_file(alone.directory / CHECKPOINT)["losses"]) == 6
     alone.restart()
     alone.progress.clear()
     result = alone.perform(order)
@@ -80,14 +82,30 @@ def test_a_training_killed_between_checkpoints_ends_with_the_bytes_of_an_undistu
     assert Path(order.update_path).read_bytes() == Path(undisturbed).read_bytes()
     assert result.metrics == expected.metrics
     assert (result.examples, result.tokens) == (expected.examples, expected.tokens)
-    assert not (alone.directory / FILE).exists()
+
+
+def test_an_order_that_was_done_goes_on_from_its_last_checkpoint_if_it_comes_again(
+    alone: Any, make_order: MakeOrder
+) -> None:
+    order = make_order(local={"steps": 9, "checkpoint_every": 3, "optimizer": ADAMW})
+    expected = alone.perform(order)
+    update = Path(order.update_path).read_bytes()
+    Path(order.update_path).unlink()
+    alone.restart()
+    alone.progress.clear()
+    result = alone.perform(order)
+    assert WorkerProgress(phase="train", done=6, total=9) in alone.progress
+    assert Path(order.update_path).read_bytes() == update
+    assert (result.metrics, result.tokens) == (expected.metrics, expected.tokens)
+    alone.perform(make_order(round_=2, local={"checkpoint_every": None}))
+    assert not (alone.directory / CHECKPOINT).exists()
 
 
 def test_without_checkpoint_every_nothing_is_written(alone: Any, make_order: MakeOrder) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         stop_after(alone, patch, steps=3)
         alone.perform(make_order())
-    assert not (alone.directory / FILE).exists()
+    assert not (alone.directory / CHECKPOINT).exists()
 
 
 def test_a_checkpoint_of_another_order_is_not_used(alone: Any, make_order: MakeOrder, tmp_path: Path) -> None:
@@ -119,7 +137,7 @@ def test_a_damaged_checkpoint_costs_the_steps_and_not_the_round(
 ) -> None:
     order = make_order(local={"checkpoint_every": 2})
     alone.directory.mkdir(parents=True)
-    (alone.directory / FILE).write_bytes(b"\x20\0\0\0\0\0\0\0no header at all")
+    (alone.directory / CHECKPOINT).write_bytes(b"\x20\0\0\0\0\0\0\0no header at all")
     with caplog.at_level(logging.WARNING):
         assert alone.perform(order).examples == 4 * 8
     assert "the local checkpoint is damaged" in caplog.text
@@ -129,7 +147,7 @@ def test_a_checkpoint_of_another_model_says_what_to_do(alone: Any, make_order: M
     order = make_order(local={"checkpoint_every": 2})
     alone.directory.mkdir(parents=True)
     tensors = {"losses": torch.zeros(2, dtype=torch.float64), "model/unknown": torch.zeros(1)}
-    save_file(tensors, alone.directory / FILE, {"order": order.id, "world": "1"})
+    save_file(tensors, alone.directory / CHECKPOINT, {"order": order.id, "world": "1"})
     with pytest.raises(TrainingFailed, match=r"checkpoint\.safetensors cannot be used .*delete it"):
         alone.perform(order)
 
