@@ -14,6 +14,8 @@ from fedloom_client.training.plan import ExampleStream, RoundPlan
 from fedloom_client.training.pulse import Pulse, TrainProgress
 from fedloom_client.training.ranks import TRAINING, Batch, Rank
 from fedloom_client.training.roundalgorithm import RoundAlgorithm
+from fedloom_client.training.sharding import local as own_part
+from fedloom_common.errors import TrainingFailed
 from fedloom_common.runspec import Local
 
 
@@ -47,7 +49,8 @@ def train(rank: Rank, local: Local, examples: Examples, course: Course) -> "Trai
     ranks' gradients, and every part of the step counts by its share of the step's targets.
 
     Raises:
-        Cancelled, TrainingFailed: as ``Pulse.after``; the model and the optimizer are then unusable.
+        Cancelled, TrainingFailed: as ``Pulse.after``, or a weight is not finite at the end; the model and
+            the optimizer are then unusable.
     """
     plan, optimizer, done = course.plan, course.optimizer, len(course.earlier)
     losses = torch.zeros(plan.steps, dtype=torch.float64, device=rank.group.device)
@@ -78,6 +81,7 @@ def train(rank: Rank, local: Local, examples: Examples, course: Course) -> "Trai
             progress.after(pulse.sums, targets)
         if is_checkpoint:  # of finite losses only: the look has checked them
             course.checkpoint.save(pulse.sums)
+    _require_finite(rank, plan.steps)
     return Trained(loss=sum(pulse.sums) / plan.steps, targets=targets)
 
 
@@ -85,6 +89,21 @@ def set_rate(optimizer: torch.optim.Optimizer, local: Local, step: int, total_st
     """Set the learning rate of a step of the run."""
     for parameters in optimizer.param_groups:
         parameters["lr"] = local.optimizer.lr * rate_factor(local.schedule, step, total_steps)
+
+
+def _require_finite(rank: Rank, steps: int) -> None:
+    """Check the weights on all ranks together: no loss tells what the last step has made of them."""
+    own = (own_part(tensor.detach()) for tensor in rank.model.parameters() if tensor.requires_grad)
+    unfit = torch.zeros(1, device=rank.group.device)
+    for tensor in own:
+        if tensor.numel():  # of few rows a rank may have none
+            for end in tensor.aminmax():  # both are NaN where any value is; needs no memory, unlike isfinite
+                unfit += ~end.isfinite()
+    if rank.group.sum(unfit).item():
+        raise TrainingFailed(
+            f"the weights are not finite after step {steps} of {steps} of the round: lower the learning "
+            "rate, or set clip_norm"
+        )
 
 
 def _parts(rank: Rank, examples: Examples, course: Course, step: int) -> list[Batch]:

@@ -265,6 +265,30 @@ def test_a_loss_that_is_not_finite_names_the_step(
     assert not (tmp_path / "update-1.safetensors").exists()
 
 
+def test_a_last_step_that_spoils_the_weights_fails_and_leaves_no_trace_in_the_next_round(
+    alone: Any, make_order: MakeOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(parameters: Any, norm: float) -> None:
+        clip(parameters := list(parameters), norm)
+        steps.append(norm)
+        if len(steps) == 4:
+            parameters[-1].grad[0] = math.nan
+
+    train_rounds(alone, make_order, [1])
+    steps: list[float] = []
+    clip = torch.nn.utils.clip_grad_norm_
+    with monkeypatch.context() as patch, pytest.raises(TrainingFailed, match="not finite after step 4 of 4"):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
+        alone.perform(make_order("train", 2))
+    assert not (tmp_path / "update-2.safetensors").exists()
+    train_rounds(alone, make_order, [3])
+    after_failure = (tmp_path / "update-3.safetensors").read_bytes()
+    alone.directory = tmp_path / "undisturbed"
+    alone.restart()
+    train_rounds(alone, make_order, [1, 3])
+    assert (tmp_path / "update-3.safetensors").read_bytes() == after_failure
+
+
 def test_one_epoch_is_as_many_steps_as_cover_the_examples(alone: Any, make_order: MakeOrder) -> None:
     result = alone.perform(make_order(local={"steps": None, "epochs": 1}))
     examples = len(blocks_of(alone.directory, "train"))
