@@ -10,7 +10,7 @@ from fedloom_client.frozen import Frozen
 from fedloom_client.localmodels import LocalModels
 from fedloom_client.messages import Assignment, Blob
 from fedloom_client.statedir import StateDir
-from fedloom_common.digests import digest_of_file
+from fedloom_common.digests import digest_of_file, plain_name
 from fedloom_common.errors import StorageFull
 
 
@@ -124,6 +124,17 @@ def test_bases_that_nobody_needs_make_room_for_newer_ones(site):
     os.utime(kept, ns=(1, 1))
     site.bring([second])
     assert not kept.exists()
+
+
+def test_a_base_that_came_in_part_stays_while_an_assignment_needs_it(site):
+    broken_off, other = (site.source.add("base.safetensors", content) for content in (b"one", b"two"))
+    partial = site.state.frozen / f".{plain_name(broken_off.digest)}.safetensors.partial"
+    partial.write_bytes(b"on")
+    with site.frozen.keeping([broken_off]):
+        site.bring([other])
+        assert partial.exists()
+    site.bring([other])
+    assert not partial.exists()
 
 
 def test_a_base_that_does_not_fit_on_the_disk_leaves_nothing_behind(site):
