@@ -9,11 +9,20 @@ import grpc
 
 from fedloom_client.backoff import Backoff
 from fedloom_client.messages import Blob
-from fedloom_common.errors import BadChunk, BadSpec, NotIdentified, Unreachable
+from fedloom_common.errors import (
+    BadChunk,
+    BadSpec,
+    NotIdentified,
+    StorageUnavailable,
+    TooManyCalls,
+    Unreachable,
+)
 from fedloom_common.pace import Pace
 from fedloom_common.transfer import TransferStub, download
 
 CORRUPT_LIMIT = 3  # a digest that differs so often is not the line's fault
+_PASSING = (Unreachable, StorageUnavailable, TooManyCalls, BadSpec, NotIdentified)
+"""What is waited for; the last two tell of certificates, which may be renewed."""
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +35,7 @@ class Downloads:
         self._pace = pace
 
     async def fetch(self, blob: Blob, path: Path, on_bytes: Callable[[int], None]) -> None:
-        """Bring a file here; an unreachable coordinator is waited for.
+        """Bring a file here; a coordinator that cannot give it now is waited for.
 
         Raises:
             FederationError: the coordinator does not give the file, or its bytes are wrong.
@@ -41,7 +50,7 @@ class Downloads:
                     return await download(
                         stub, blob.digest, blob.size_bytes, path, on_bytes=on_bytes, pace=self._pace
                     )
-            except (Unreachable, BadSpec, NotIdentified) as error:  # certificates here may be renewed
+            except _PASSING as error:
                 logger.warning(
                     "a download waits for the coordinator", extra={"file": blob.name, "error": str(error)}
                 )

@@ -26,6 +26,8 @@ from fedloom.v1.transfer_pb2_grpc import (
 from fedloom_client.config import DataSource, SiteConfig
 from fedloom_client.daemon import Daemon
 from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult
+from fedloom_common.errors import FederationError
+from fedloom_common.rpc import status_of
 
 CHUNK_BYTES = 1 << 16
 WAIT_S = 60.0  # a machine may stand still for seconds
@@ -44,6 +46,7 @@ class FakeCoordinator(FederationServiceServicer, TransferServiceServicer):
         self.protocol_version = 1
         self.attach_error: tuple[grpc.StatusCode, str] | None = None
         self.is_silent = False
+        self.read_errors: list[FederationError] = []
         self.write_errors: list[tuple[grpc.StatusCode, str]] = []
         self.cut_after_bytes: int | None = None
         self.grants = True
@@ -140,6 +143,8 @@ class FakeCoordinator(FederationServiceServicer, TransferServiceServicer):
 
     async def Read(self, request: Any, context: Any) -> AsyncIterator[transfer_pb2.Chunk]:
         self.reads.append((request.digest, request.offset))
+        if self.read_errors:
+            await context.abort(*status_of(self.read_errors.pop()))
         content = self.files.get(request.digest)
         if content is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no file {request.digest}")

@@ -13,6 +13,7 @@ from fedloom_client.assignments import Assignments
 from fedloom_client.outbox import Outbox
 from fedloom_client.training.orders import CHECKPOINT, WorkerResult
 from fedloom_common.digests import digest_of_file
+from fedloom_common.errors import StorageUnavailable, TooManyCalls
 
 
 async def test_a_training_is_uploaded_and_its_outcome_says_what_was_done(world: Any) -> None:
@@ -189,6 +190,18 @@ async def test_a_model_is_downloaded_once(world: Any) -> None:
     world.coordinator.assign(world.assignment("r1-later", attempt=2))
     await world.coordinator.until(lambda: len(world.coordinator.receipts) == 2)
     assert sorted(world.coordinator.reads) == sorted([(world.model.digest, 0), (world.config_file.digest, 0)])
+
+
+async def test_a_download_waits_for_a_coordinator_that_cannot_give_the_file_now(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedloom_client.backoff.Backoff.next_s", lambda self: 0.01)
+    world.coordinator.read_errors = [StorageUnavailable("try again later"), TooManyCalls("end some first")]
+    world.daemon()
+    await world.attached()
+    world.coordinator.assign(world.assignment())
+    await world.coordinator.until(lambda: world.coordinator.receipts or world.coordinator.kinds("failure"))
+    assert world.coordinator.receipts == ["r1-train"]
 
 
 async def test_an_assignment_past_its_deadline_ends_though_nobody_cancels_it(
