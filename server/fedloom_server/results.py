@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 from fedloom_common.digests import DIGEST, is_digest
 from fedloom_common.runspec import RunSpec, Task
+from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
 from fedloom_common.runspec.tasks import MOST_LABELS
 from fedloom_server.evaluation import SiteMetrics
 from fedloom_server.records import Assignment, Work
 
 LARGEST_RATIO = 64  # bytes of text that a token, or a byte of a compressed file, may stand for
 LARGEST_COUNT = 1 << 53  # beyond it a count is no longer exact as a float, nor ever honest
+OWN_PREFIXES = (CENTRAL_PREFIX, "train_")
+"""Begin names of a round's metrics that the coordinator makes; a site would speak for others by them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,9 @@ def _objection_to_numbers(told: SiteMetrics, spec: RunSpec, data_bytes: int) -> 
     wrong = [name for name, value in told.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"its metric {wrong[0]} is {told.metrics[wrong[0]]}, wanted a finite number"
+    wrong = [name for name in told.metrics if name.startswith(OWN_PREFIXES)]
+    if wrong:
+        return f"its metric is called {wrong[0]}, names that begin so are the coordinator's own"
     return _objection_to_weights(told, data_bytes)
 
 

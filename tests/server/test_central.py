@@ -41,6 +41,20 @@ async def test_a_central_site_measures_every_model_and_its_metrics_stand_by_them
     assert works(bench.running, run, "lab") == [("evaluate", 0), ("evaluate", 1), ("evaluate", 2)]
 
 
+@pytest.mark.parametrize("when", ["before_training", "after_round"])
+async def test_a_site_that_trains_cannot_set_a_central_metric(bench, spec, when, monkeypatch):
+    bench.evaluator("lab", loss=2.5)
+    bench.site("a")
+    liar = bench.site("liar")
+    monkeypatch.setattr(liar, "_measured", lambda tensors: {"loss": 4.0, "central_loss": 0.01})
+    await bench.until(lambda: len(bench.running.sites.connected()) == 3)
+    cohort = {"min_sites": 2, "quorum": 1}
+    wanted = spec(rounds=2, cohort=cohort, evaluation=CENTRAL | {"when": when})
+    run = await bench.ended(await bench.enqueue(wanted))
+    assert run.state == "finished"
+    assert metrics(bench.running, run, "central_loss") == {0: 2.5, 1: 2.5, 2: 2.5}
+
+
 async def test_a_site_that_only_measures_is_given_nothing_else(bench, spec):
     bench.evaluator("lab", loss=2.5)
     run = await bench.enqueue(spec())

@@ -1,5 +1,6 @@
 import pytest
 
+from fedloom_server.evaluation import SiteMetrics
 from fedloom_server.records import Assignment, Work
 from fedloom_server.results import Result, objection, update_weight
 
@@ -70,3 +71,21 @@ def test_an_update_that_would_count_by_no_targets_is_refused(spec):
     claim = Result(examples=8, tokens=0, metrics={}, phase_seconds={})
     run = spec(task={"kind": "masked_lm"})
     assert "no tokens" in objection(claim, training_of(), run, most_update_bytes=100, data_bytes=100)
+
+
+@pytest.mark.parametrize("name", ["central_loss", "train_loss"])
+@pytest.mark.parametrize("work", [Work.TRAIN, Work.EVALUATE])
+def test_a_site_cannot_report_a_metric_that_the_coordinator_makes(spec, name, work):
+    """It alone would set its value: a metric is the mean over those who report it."""
+    assignment = training_of(measures=work is Work.TRAIN)
+    assignment.work = work
+    measured = {"examples": 10, "tokens": 20, "metrics": {"loss": 2.0, name: 0.01}}
+    lied = Result(**measured, phase_seconds={})
+    before = Result(
+        examples=10, tokens=20, metrics={"loss": 2.0}, phase_seconds={}, before=SiteMetrics(**measured),
+        update_digest="blake3:" + "0" * 64, update_bytes=10,
+    )  # fmt: skip
+    for told in [lied] if work is Work.EVALUATE else [lied, before]:
+        wrong = objection(told, assignment, spec(), most_update_bytes=100, data_bytes=100)
+        assert wrong is not None
+        assert f"its metric is called {name}" in wrong
