@@ -93,6 +93,7 @@ class Assignments:
         """Wait for nothing of a run any more; what is open in the store stays so."""
         for entry in [entry for entry in self.open.values() if entry.run.id == run_id]:
             self._forget(entry.assignment.id)
+        self.uploads.turns.release_all(f"{run_id}.")  # late ones that came and that no round has taken
 
     def call_off(self, run_id: str, reason: str) -> None:
         """Have sites stop what they do for a run, which will be asked for again.
@@ -113,6 +114,7 @@ class Assignments:
         assignment.state, assignment.reason = AssignmentState.LOST, reason
         self._save(assignment)
         discard(self._store.spool.update_path(assignment))
+        self.uploads.release([assignment])
         self._tell(assignment, reason)
 
     def cancel(self, batch: Iterable[Assignment], reason: str) -> None:

@@ -48,6 +48,11 @@ class UploadTurns:
         self._staged.discard(name)
         self._go_on()
 
+    def release_all(self, begin: str) -> None:
+        """Those staged updates are no longer needed whose names begin so."""
+        for name in [name for name in self._staged if name.startswith(begin)]:
+            self.release(name)
+
     def leave(self, name: str) -> None:
         """Give up one's place or turn; another may have it."""
         self._under_way.discard(name)

@@ -397,6 +397,54 @@ async def test_a_late_update_joins_the_next_round_as_a_change_of_its_own_base(be
     np.testing.assert_allclose(bench.model(run)["layer.bias"], wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("then", ["ends", "is paused"])
+async def test_a_late_update_that_no_round_takes_leaves_its_room_to_other_runs(
+    config, bench_of, spec, clock, then
+):
+    async with coordinator(config.model_copy(update={"staged_updates": 1})) as running:
+        bench = bench_of(running)
+        a, slow = bench.site("a"), bench.site("slow")
+        slow.gate, a.evaluate_gate = asyncio.Semaphore(0), asyncio.Event()
+        cohort = {"min_sites": 2, "quorum": 1, "deadline_s": 0.3, "late": "carry"}
+        run = await bench.enqueue(spec(cohort=cohort, evaluation={"initial": False}))
+        await bench.until(lambda: bench.outcomes(run).get("a") == ("done", "") and slow.asked)
+        clock.now_s += 0.31
+        await bench.until(lambda: bench.running.store.rounds(run.id)[0].state == "evaluating")
+        slow.gate.release()
+        await bench.until(lambda: bench.outcomes(run)["slow"] == ("done", ""))
+        if then == "is paused":
+            await running.runs.pause(run.id, "")
+        a.evaluate_gate.set()
+        if then == "ends":
+            assert (await bench.ended(run)).state == "finished"
+        slow.gate = None
+        other = await bench.enqueue(spec(cohort={"min_sites": 2}))
+        assert (await bench.ended(other)).state == "finished"
+
+
+async def test_a_late_update_that_came_too_late_between_two_rounds_leaves_its_room(
+    config, bench_of, spec, clock
+):
+    async with coordinator(config.model_copy(update={"staged_updates": 1})) as running:
+        bench = bench_of(running)
+        a, slow = bench.site("a"), bench.site("slow")
+        slow.gate, a.evaluate_gate = asyncio.Semaphore(0), asyncio.Event()
+        cohort = {"min_sites": 2, "quorum": 1, "deadline_s": 0.3, "late": "carry", "staleness": {"max": 1}}
+        evaluation = {"initial": False, "every_rounds": 2}
+        run = await bench.enqueue(spec(rounds=3, cohort=cohort, evaluation=evaluation))
+        await bench.until(lambda: bench.outcomes(run).get("a") == ("done", "") and slow.asked)
+        clock.now_s += 0.31
+        name = f"{run.id}.1.1.train.slow"
+        await bench.until(lambda: [r.state for r in running.store.rounds(run.id)][1:] == ["evaluating"])
+        slow.gate.release()
+        await bench.until(lambda: running.store.assignment(name).state == "done")
+        slow.gate = None
+        a.evaluate_gate.set()
+        run = await bench.ended(run)
+        assert (run.state, running.store.assignment(name).state) == ("finished", "lost")
+        assert "2 rounds late, cohort.staleness.max is 1" in running.store.assignment(name).reason
+
+
 async def test_work_that_waits_at_its_site_is_alive_as_long_as_what_it_waits_for(
     bench, spec, clock, told, fault
 ):
