@@ -152,6 +152,7 @@ class FakeSite:
             tokens=tokens,
             metrics=metrics,
             phase_seconds=seconds,
+            update_bytes=(1 << 64) - 1 if self.fault is Fault.HUGE_NUMBERS else 0,
         )
         self.send(outcome=outcome)
 

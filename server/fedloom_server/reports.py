@@ -77,10 +77,10 @@ class Reports:
         assignment.data_examples = result.data_examples
         if result.before is not None and assignment.measures:
             assignment.base_measured = asdict(result.before)
-        assignment.update_digest, assignment.update_bytes = result.update_digest, result.update_bytes
         if assignment.work is not Work.TRAIN:
             self._assignments.end(entry, AssignmentState.DONE)
             return
+        assignment.update_digest, assignment.update_bytes = result.update_digest, result.update_bytes
         entry.alive_at_s = _now_s()
         self._store.save(assignment)
         self._turns.ask(assignment.id)

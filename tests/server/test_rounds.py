@@ -136,6 +136,8 @@ async def test_a_number_that_no_database_holds_costs_only_its_site(bench, spec, 
     run = await bench.ended(await bench.enqueue(spec(cohort={"min_sites": 2, "quorum": 1})))
     assert run.state == "finished"
     assert bench.outcomes(run)["bad"][0] == "rejected"
+    measured = [a for a in bench.running.store.assignments(run.id) if (a.work, a.site) == ("evaluate", "bad")]
+    assert [(a.state, a.update_bytes) for a in measured] == [("done", 0)] * 2  # it was asked for no update
 
 
 async def test_a_site_that_changes_its_mind_during_the_check_does_not_count(bench, spec, fault):
