@@ -14,6 +14,7 @@ from fedloom_common.errors import (
     TooFewSites,
     WrongState,
 )
+from fedloom_common.partial import discard
 from fedloom_common.runspec import Sync
 from fedloom_server.batches import require_sites
 from fedloom_server.buffered import run_buffered
@@ -216,7 +217,9 @@ class Runs:
         run.ended_at_s = time.time()
         self._federation.assignments.drop(run.id)
         rows: list[Base] = [run]
-        for assignment in self._store.unsettled(run.id):
+        unsettled, spool = self._store.unsettled(run.id), self._store.spool
+        arriving = [spool.update_path(a) for a in unsettled if a.state is AssignmentState.OPEN]
+        for assignment in unsettled:
             is_open = assignment.state is AssignmentState.OPEN
             ended = f"the run was {run.state}"
             assignment.reason = ended if is_open else f"no round was left to take its late update: {ended}"
@@ -230,11 +233,13 @@ class Runs:
         for record in closed:
             if record.state is RoundState.FAILED:
                 self._federation.meters.round_ended(record)
+        for path in arriving:  # a stream may still write it, which must have no spare open
+            discard(path)
         self._store.clear_spool(run.id)
         if len(self._under_way) <= 1:
-            self._store.spool.spares.clear()  # nobody is left who would write over them
+            spool.spares.clear()  # nobody is left who would write over them
         if run.state is RunState.FINISHED:
-            shutil.rmtree(self._store.spool.residual_folder(run.id), ignore_errors=True)
+            shutil.rmtree(spool.residual_folder(run.id), ignore_errors=True)
         for site in self._federation.sites.all():
             if site.link is not None:
                 site.link.run_ended(run.id, may_resume=run.state is not RunState.FINISHED)

@@ -187,6 +187,25 @@ async def test_a_stream_whose_assignment_has_ended_writes_into_no_other_update(b
     assert spare_contents(bench) == before
 
 
+async def test_a_stream_whose_run_has_ended_writes_into_no_other_update(bench, spec, fault):
+    site = bench.site("a", fault=fault.NEVER_UPLOADS)
+    stopped = await bench.enqueue(spec(evaluation={"initial": False}))
+    await bench.until(lambda: site.granted)
+    name = f"{stopped.id}.1.1.train.a"
+    stream = Stream(site.transfer)
+    stream.send((site.folder / f"{name}.safetensors").read_bytes()[:60], 0, name)
+    await bench.until(lambda: bench.running.store.spool.update_path(assignment_of(bench, name)).exists())
+    site.fault = fault.SILENT
+    other = await bench.enqueue(spec(evaluation={"initial": False}))  # it might write over what is left
+    await bench.until(lambda: bench.outcomes(other))
+    await bench.running.runs.stop(stopped.id, "")
+    assert spare_contents(bench) == {}
+    stream.end()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await asyncio.wait_for(stream.call, 60)
+    assert not list(bench.running.store.spool.folder.iterdir())
+
+
 async def test_an_upload_that_lies_in_a_larger_spare_without_its_mark_begins_again(bench, spec, fault):
     site = bench.site("a", fault=fault.NEVER_UPLOADS)
     run = await bench.enqueue(spec(cohort={"min_sites": 1}))
