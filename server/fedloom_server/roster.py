@@ -49,6 +49,9 @@ class Link(Protocol):
     def close(self, reason: str) -> None:
         """Tell the site to attach again later, and end the session."""
 
+    def displace(self) -> None:
+        """End the session for a newer one of the same site."""
+
     def refuse(self, reason: str) -> None:
         """End the session at once; the site may not attach again before a person has changed something."""
 

@@ -40,7 +40,7 @@ class Sites:
             raise NotPermitted(refusal)
         site = self._roster.add(name)
         if site.link is not None:
-            site.link.close("the site has attached again")
+            site.link.displace()
         self._roster.introduced(site, description, labels or {})
         site.link = link
         self.count_connected += 1

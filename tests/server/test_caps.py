@@ -118,7 +118,7 @@ async def test_a_peer_that_is_refused_all_the_time_fills_no_log(bench, caplog) -
 async def test_a_site_that_speaks_of_others_work_all_the_time_fills_no_log(bench, caplog) -> None:
     told = session_pb2.SiteMessage(progress=session_pb2.Progress(assignment_id="r.1.1.train.ward-b"))
     last = session_pb2.SiteMessage()
-    last.failure.assignment_id = "r.1.1.train.ward-c"
+    last.failure.assignment_id = "r.1.1.train.ward-a"
     async with channel(bench.running, WARD) as mine, asyncio.timeout(60):
         call = FederationServiceStub(mine).Attach(_and_stay(HELLO, *[told] * 80, last))
         while (await call.read()).WhichOneof("kind") != "cancel":  # which answers the last one
@@ -126,6 +126,41 @@ async def test_a_site_that_speaks_of_others_work_all_the_time_fills_no_log(bench
         call.cancel()
     lines = [line for line in caplog.records if line.message.startswith("a site speaks of work")]
     assert len(lines) == LINES_AT_ONCE
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("r.1.1.train.ward-b", id="another's"),
+        pytest.param("no such name", id="nobody's"),
+        pytest.param(f"{'r' * 1000}.1.1.train.ward-a", id="too-long"),
+    ],
+)
+async def test_a_site_that_speaks_of_no_work_of_its_own_is_given_nothing_to_read(bench, name) -> None:
+    """Else what it says lies here until it reads, thousands of times."""
+    told, last = session_pb2.SiteMessage(), session_pb2.SiteMessage()
+    told.failure.assignment_id, last.failure.assignment_id = name, "r.1.1.train.ward-a"
+    async with channel(bench.running, WARD) as mine, asyncio.timeout(60):
+        call = FederationServiceStub(mine).Attach(_and_stay(HELLO, told, last))
+        assert (await call.read()).WhichOneof("kind") == "welcome"
+        assert (await call.read()).cancel.assignment_id == "r.1.1.train.ward-a"
+        call.cancel()
+
+
+async def test_a_session_that_reads_nothing_ends_when_its_site_attaches_again(bench) -> None:
+    async with channel(bench.running, WARD) as mine, asyncio.timeout(60):
+        first = FederationServiceStub(mine).Attach(_hello_and_stay())
+        await first.read()
+        link = bench.running.sites.link("ward-a")
+        for _ in range(20):
+            link.cancel("x" * (100 << 10), "more than HTTP/2 takes before anybody reads")
+        await asyncio.sleep(0.5)
+        second = FederationServiceStub(mine).Attach(_hello_and_stay())
+        await second.read()
+        with pytest.raises(grpc.aio.AioRpcError, match="the site has attached again"):
+            while await first.read():
+                pass
+        second.cancel()
 
 
 async def _and_stay(*messages: session_pb2.SiteMessage) -> AsyncIterator[session_pb2.SiteMessage]:

@@ -37,6 +37,7 @@ LONGEST_HEARTBEAT_S = 60.0
 # What a site may say at most: it is kept, and shown to operators.
 TEXT_CHARACTERS = 16_000
 NUMBERS = 64
+ASSIGNMENT_CHARACTERS = 300  # of an assignment's id, most of which are its site's name
 OPEN_ASSIGNMENTS = 100  # each is looked up in the database before anybody else is served
 KEPT_RUNS = 1000
 
@@ -130,8 +131,8 @@ class FederationEdge(FederationServiceServicer):
                 kind = message.WhichOneof("kind")
                 if kind in self._handlers:
                     told = getattr(message, kind)
-                    self._note_foreign(peer, kind, getattr(told, "assignment_id", None))
-                    self._handlers[kind](site.name, told)
+                    if self._is_own(peer, kind, getattr(told, "assignment_id", None)):
+                        self._handlers[kind](site.name, told)
             link.finish()
             return
         except grpc.aio.UsageError:
@@ -156,13 +157,20 @@ class FederationEdge(FederationServiceServicer):
         finally:
             self._log.audit_often(peer, "session.ended", peer.name)
 
-    def _note_foreign(self, peer: Peer, kind: str, assignment_id: str | None) -> None:
-        """Record that a site speaks of work that was never its own; nothing comes of what it says."""
-        if assignment_id is not None and site_of(assignment_id) != peer.name:
-            facts = {"site": peer.name, "kind": kind, "assignment": short(assignment_id)}
-            if (untold := self._foreign.untold(peer.name)) is not None:
-                logger.warning("a site speaks of work that is not its own", extra=facts | untold_fact(untold))
-            self._log.audit_often(peer, "message.refused", short(assignment_id), kind=kind)
+    def _is_own(self, peer: Peer, kind: str, assignment_id: str | None) -> bool:
+        """Whether a message is heard: what a site says of work that was never its own is only recorded.
+
+        An answer would hold the id, which may be long, until the site reads it.
+        """
+        if assignment_id is None:
+            return True
+        if len(assignment_id) <= ASSIGNMENT_CHARACTERS and site_of(assignment_id) == peer.name:
+            return True
+        facts = {"site": peer.name, "kind": kind, "assignment": short(assignment_id)}
+        if (untold := self._foreign.untold(peer.name)) is not None:
+            logger.warning("a site speaks of work that is not its own", extra=facts | untold_fact(untold))
+        self._log.audit_often(peer, "message.refused", short(assignment_id), kind=kind)
+        return False
 
     def _pace_s(self) -> float:
         """Seconds between a new session's heartbeats: the more sites, the more seconds."""

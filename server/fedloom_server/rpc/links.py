@@ -105,6 +105,14 @@ class SiteLink:
         self._put(pb.CoordinatorMessage(drain=pb.Drain(reason=reason)))
         self.finish()
 
+    def displace(self) -> None:
+        """End the session for a newer one; at once, if the site has yet to read what was sent over this."""
+        reason = "the site has attached again"
+        if self._outbox.empty():
+            self.close(reason)
+        else:
+            self.give_up(Unreachable(reason))
+
     def refuse(self, reason: str) -> None:
         """End the session at once; the site may not attach again before a person has changed something."""
         self.is_refused = True  # what is on its way from it no longer counts
