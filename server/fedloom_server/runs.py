@@ -86,8 +86,10 @@ class Runs:
         if run.id not in self._under_way:
             self._leave(run, state, reason)
             return run
+        is_ending = run.id in self._asked_for
         self._asked_for[run.id] = (state, reason)
-        self._under_way[run.id].cancel()
+        if not is_ending:  # another cancellation would break off what waits for threads and versions
+            self._under_way[run.id].cancel()
         await asyncio.wait([self._under_way[run.id]])
         return self._store.run(run.id)
 

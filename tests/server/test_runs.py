@@ -1,6 +1,7 @@
 """The queue: several runs at once, by priority; pause, resume, stop and clone; what goes wrong is kept."""
 
 import asyncio
+import threading
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ from fedloom.v1 import session_pb2 as pb
 from fedloom_common.errors import BadSpec, NotFound, WrongState
 from fedloom_server.app import coordinator
 from fedloom_server.failures import FAILURES_KEPT
+from fedloom_server.folding import Folding
 from fedloom_server.records import Failure, Run, RunState
 from fedloom_server.store import Store
 from fedloom_server.waiting import Wait
@@ -57,6 +59,39 @@ async def test_a_run_that_waits_for_its_sites_leaves_its_place_to_others(config,
         bench.site("a")
         assert (await bench.ended(await bench.enqueue(spec()))).state == "finished"
         assert running.store.run(waiting.id).state == "waiting"
+
+
+@pytest.mark.parametrize(
+    ("mode", "rounds_done"),
+    [
+        pytest.param({"kind": "sync"}, 0, id="sync"),
+        # a version that is being made is made
+        pytest.param({"kind": "async", "buffer": 1}, 1, id="async"),
+    ],
+)
+async def test_a_run_that_is_stopped_again_ends_only_when_its_threads_have(
+    bench, spec, monkeypatch, mode, rounds_done
+):
+    begun, gate, aggregate = threading.Event(), threading.Event(), Folding._aggregate
+
+    def slow(folding, done):
+        begun.set()
+        gate.wait(60)
+        return aggregate(folding, done)
+
+    monkeypatch.setattr(Folding, "_aggregate", slow)
+    bench.site("a")
+    run = await bench.enqueue(spec(rounds=2, mode=mode, evaluation=TRAIN_ONLY))
+    await bench.until(begun.is_set)
+    stops = []
+    for reason in ("once", "again"):
+        stops.append(asyncio.create_task(bench.running.runs.stop(run.id, reason)))
+        await asyncio.sleep(0.1)
+    assert bench.running.store.run(run.id).state == "running"
+    gate.set()
+    for stop in stops:
+        ended = await stop
+        assert (ended.state, ended.reason, ended.rounds_done) == ("stopped", "again", rounds_done)
 
 
 async def test_runs_on_shared_sites_do_not_disturb_each_other(config, spec, bench_of, initial):
