@@ -105,8 +105,9 @@ class Session:
     async def _pause(self, seconds: float) -> None:
         """Wait before the next try; a new certificate is tried at once."""
         self._renewed.clear()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._renewed.wait(), seconds)
+        with suppress(TimeoutError):  # wait_for would swallow a cancel that comes with the news
+            async with asyncio.timeout(seconds):
+                await self._renewed.wait()
 
     async def _attach_once(self) -> FederationError | None:
         """One session from beginning to end; says why it ended, None if we wanted another."""
