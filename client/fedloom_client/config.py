@@ -129,8 +129,9 @@ class SiteConfig(Strict):
     """Global models kept in ``state_dir``, and files of frozen weights besides; the newest ones."""
     upload_bytes_per_s: float | None = Field(default=None, ge=1000)
     """Most bytes that updates take of the line to the coordinator; as many as it has if not given."""
-    download_bytes_per_s: float | None = Field(default=None, ge=1000)
-    """Most bytes that models take of the line from the coordinator; as many as it has if not given."""
+    download_bytes_per_s: float | None = Field(default=None, ge=10_000)
+    """Most bytes that models take of the line from the coordinator, which sends 1 MiB at a time and takes a
+    site for dead that reads none for minutes; as many as it has if not given."""
     window_bytes: int = Field(default=WINDOW_BYTES, ge=1 << 16, le=1 << 26)
     """Bytes of a model that may be on their way: a break loses them, a long fast line needs its
     rate times the round trip, such as 4194304."""
