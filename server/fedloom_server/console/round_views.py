@@ -225,6 +225,8 @@ def _main_work(item: Round) -> list[SiteRound]:
 
 def _sites_done(item: Round) -> Text:
     works = _main_work(item)
+    if not works:  # such as round 0 where those who train measure the initial model
+        return Text("–")
     done = sum(map(_counts, works))
     lost = sum(work.state not in ("done", "open") for work in works)
     return Text(f"{done}/{len(works)}", style="yellow" if lost else "")
