@@ -42,7 +42,7 @@ def experiment(model: Path, steps: int, seeds: tuple[int, ...]) -> Experiment:
             task={"kind": "classification", "labels": list(LABELS), "context_tokens": 64},
             sites=len(SITES),
             steps=steps,
-            batch_examples=16,
+            batch_examples=8,
             warmup_steps=max(1, steps // 10),
             evaluations=5,
             curve_examples=50,
