@@ -102,7 +102,7 @@ def foretell(config: SiteConfig, path: Path) -> list[str]:
     here = Circumstances(data_sets=config.data, trainings_today=len(set(done.today)), now=now)
     model_type = (spec.model.config or {}).get("model_type")
     last = [
-        None if config.trains else ONLY_MEASURES,
+        None if config.trains or spec.evaluation.central else ONLY_MEASURES,
         refusal_of_model(model_type, policy=policy) if model_type else None,
         refusal_of_training(policy, here),
     ]

@@ -102,13 +102,12 @@ class Frozen:
         self._intact.add(path)
 
     def _make_room(self) -> None:
-        for partial in self._state.frozen.glob(".*.safetensors.partial"):
-            if not self._needed[partial.name[1:].removesuffix(".safetensors.partial")]:
-                discard(partial)
-        files = sorted(self._state.frozen.glob("*.safetensors"), key=lambda path: -path.stat().st_mtime_ns)
-        for path in files[self._kept :]:
-            if not self._needed[path.stem]:
-                path.unlink()
+        folder = self._state.frozen
+        found = [*folder.glob("*.safetensors"), *folder.glob(".*.safetensors.partial")]
+        found.sort(key=lambda path: -path.stat().st_mtime_ns)
+        for path in found[self._kept :]:
+            if not self._needed[path.name.removeprefix(".").partition(".")[0]]:
+                discard(path)
                 self._intact.discard(path)
 
 

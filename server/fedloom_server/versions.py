@@ -217,10 +217,12 @@ class Versions:
     def end(self, reason: str) -> None:
         """The run ends: of the version whose buffer is open nothing will come.
 
-        What sites have measured so far counts.
+        What sites have measured counts if nobody still measures: a part of them would compare with nothing.
         """
         for record in self.measured:
-            self._finish(record, self._asked_to_measure(record))
+            batch = self._asked_to_measure(record)
+            is_whole = all(assignment.state is not AssignmentState.OPEN for assignment in batch)
+            self._finish(record, batch if is_whole else [])
         if self.open is not None:
             self.open.state, self.open.ended_at_s = RoundState.FAILED, time.time()
             self.open.reason = f"the run ended before the buffer was full: {reason}"

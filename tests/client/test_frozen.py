@@ -137,6 +137,15 @@ def test_a_base_that_came_in_part_stays_while_an_assignment_needs_it(site):
     assert not partial.exists()
 
 
+def test_a_base_that_came_in_part_is_among_those_that_are_kept(site):
+    site.frozen = Frozen(site.state, site.source, site.local, kept=2)
+    broken_off, other = (site.source.add("base.safetensors", content) for content in (b"one", b"two"))
+    partial = site.state.frozen / f".{plain_name(broken_off.digest)}.safetensors.partial"
+    partial.write_bytes(b"on")  # its assignment was called off, and comes again in the next round
+    site.bring([other])
+    assert partial.exists()
+
+
 def test_a_base_that_does_not_fit_on_the_disk_leaves_nothing_behind(site):
     blob = Blob(name="base.safetensors", digest="blake3:" + "0" * 64, size_bytes=1 << 60)
     with pytest.raises(StorageFull, match="no space left"):

@@ -19,7 +19,7 @@ from fedloom_client.policy import (
 )
 from fedloom_client.statedir import StateDir
 from fedloom_common.errors import BadSpec
-from fedloom_common.runspec import RunSpec, parse_run_spec
+from fedloom_common.runspec import Evaluation, RunSpec, parse_run_spec
 
 
 def spec(**local: Any) -> RunSpec:
@@ -279,5 +279,8 @@ def test_what_would_be_refused_is_told_beforehand(tmp_path: Path) -> None:
     assert foretell(site(tmp_path, trains=False), path) == [
         "trains is false in site.yaml: this site only measures models"
     ]
+    measured = spec(steps=10).model_copy(update={"evaluation": Evaluation(central=("lab",))})
+    path.write_text(measured.model_dump_json())  # a site does not know here by which name it is called
+    assert foretell(site(tmp_path, trains=False), path) == []
     with pytest.raises(BadSpec, match="cannot be read"):
         foretell(site(tmp_path), tmp_path / "none.yaml")

@@ -93,7 +93,7 @@ async def failures(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Show what went wrong in a run: site, round, cause, and the last lines of the log."""
+    """Show what went wrong in a run: site, round, cause, and what sites tell of their logs."""
     async with operator.connect() as coordinator:
         request = ListFailuresRequest(run_id=run, limit=limit)
         answer = await coordinator.call(coordinator.runs.ListFailures, request)
