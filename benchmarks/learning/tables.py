@@ -28,7 +28,7 @@ def comparison(experiment: Experiment, results: Sequence[Result]) -> str:
             [
                 arm.told,
                 _mean_text([result.figure(metric) for result in found]),
-                f"{found[0].tokens / MB:.2f}",
+                f"{found[0].tokens / MB:.3g}",
                 f"{mean(result.wire_bytes for result in found) / MB:,.0f}" if arm.is_federated else "–",
                 _target_text(arm.is_federated, found, target),
                 found[0].rates.told,
