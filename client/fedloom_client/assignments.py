@@ -204,8 +204,9 @@ class Assignments:
         if isinstance(answer, Outcome):
             logger.info("work done", extra={"assignment": name, "examples": answer.examples})
         else:
-            what, kept = type(answer).__name__.lower(), getattr(answer, "kept", "")
-            facts = {"assignment": name, what: answer.reason} | ({"details": kept} if kept else {})
+            facts = {"assignment": name, type(answer).__name__.lower(): answer.reason}
+            if isinstance(answer, Failure) and answer.kept:
+                facts["details"] = answer.kept
             logger.warning("work not done", extra=facts)
         if isinstance(answer, Outcome) and answer.update_digest:
             self._send_outcome(answer)

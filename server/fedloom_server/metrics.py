@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fedloom_common.errors import AttemptFailed
+from fedloom_common.runspec.evaluation import TRAIN_PREFIX
 from fedloom_server.evaluation import before_of
 from fedloom_server.records import AssignmentState, MetricPoint, Run, Work
 from fedloom_server.store import Store
@@ -25,7 +26,7 @@ SLOWER_AFTER_POINTS = 20_000
 FLUSH_SAMPLES = 500
 """Of one flush; a thousand sites take two."""
 LARGEST_STEP = 1 << 53
-_LEADS = {Work.TRAIN: "train_", Work.EVALUATE: "", Work.ALONE: "alone_"}
+_LEADS = {Work.TRAIN: TRAIN_PREFIX, Work.EVALUATE: "", Work.ALONE: "alone_"}
 
 Row = TypeVar("Row")
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from fedloom_common.digests import DIGEST, is_digest
 from fedloom_common.runspec import RunSpec, Task
-from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
+from fedloom_common.runspec.evaluation import CENTRAL_PREFIX, TRAIN_PREFIX
 from fedloom_common.runspec.tasks import MOST_LABELS
 from fedloom_server.evaluation import SiteMetrics
 from fedloom_server.records import Assignment, Work
 
 LARGEST_RATIO = 64  # bytes of text that a token, or a byte of a compressed file, may stand for
 LARGEST_COUNT = 1 << 53  # beyond it a count is no longer exact as a float, nor ever honest
-OWN_PREFIXES = (CENTRAL_PREFIX, "train_")
+OWN_PREFIXES = (CENTRAL_PREFIX, TRAIN_PREFIX)
 """Begin names of a round's metrics that the coordinator makes; a site would speak for others by them."""
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 from fedloom_common.errors import TooFewUpdates
+from fedloom_common.runspec.evaluation import TRAIN_PREFIX
 from fedloom_server.batches import evaluations, still_late, terms_of_evaluation, terms_of_training, trainings
 from fedloom_server.central import Central
 from fedloom_server.closing import measure_last
@@ -129,7 +130,7 @@ def _begin_attempt(
 async def _aggregate(run: Run, record: Round, done: Sequence[Assignment], folding: Folding) -> None:
     """The next global model, durable under its digest, named by round and run."""
     published = await folding.aggregate(done)
-    record.metrics = {f"train_{name}": value for name, value in _combined(done).items()}
+    record.metrics = {TRAIN_PREFIX + name: value for name, value in _combined(done).items()}
     model, delta = published.model, published.delta
     record.model_digest, record.model_bytes, record.reason = model.digest, model.size_bytes, ""
     record.optimizer_digest = published.optimizer_digest

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import Patience, RunSpec, Target
-from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
-
-_TRAIN_PREFIX = "train_"  # metrics of training, reported in every round; all others come from evaluations
+from fedloom_common.runspec.evaluation import CENTRAL_PREFIX, TRAIN_PREFIX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +20,7 @@ class RoundResult:
 
 def is_measured(result: RoundResult, *, by_central: bool = False) -> bool:
     """Whether an evaluation has reported on the round's model: of those who train, or of a central site."""
-    measured = [name for name in result.metrics if not name.startswith(_TRAIN_PREFIX)]
+    measured = [name for name in result.metrics if not name.startswith(TRAIN_PREFIX)]
     return any(name.startswith(CENTRAL_PREFIX) == by_central for name in measured)
 
 
@@ -52,7 +50,7 @@ def stop_reason(spec: RunSpec, history: Sequence[RoundResult], elapsed_s: float)
 
 def _require_known(metric: str, history: Sequence[RoundResult]) -> None:
     """Check a metric's name as soon as any evaluation has shown what there is."""
-    if metric.startswith(_TRAIN_PREFIX) and not any(result.number for result in history):
+    if metric.startswith(TRAIN_PREFIX) and not any(result.number for result in history):
         return  # nobody has trained yet
     names = {name for result in history for name in result.metrics}
     by_central = metric.startswith(CENTRAL_PREFIX)

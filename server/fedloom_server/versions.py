@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from fedloom_common.runspec import Async
+from fedloom_common.runspec.evaluation import TRAIN_PREFIX
 from fedloom_server.config import KeepModels
 from fedloom_server.evaluation import combine, metrics_of
 from fedloom_server.failures import FAILURES_KEPT
@@ -287,8 +288,8 @@ def _is_live(assignment: Assignment) -> bool:
 
 
 def _training_metrics(taken: Sequence[Assignment]) -> dict[str, float]:
-    metrics = {f"train_{name}": value for name, value in _combined(taken).items()}
-    return metrics | {"train_staleness": sum(a.staleness for a in taken) / len(taken)}
+    metrics = {TRAIN_PREFIX + name: value for name, value in _combined(taken).items()}
+    return metrics | {TRAIN_PREFIX + "staleness": sum(a.staleness for a in taken) / len(taken)}
 
 
 def _combined(done: Sequence[Assignment]) -> dict[str, float]:

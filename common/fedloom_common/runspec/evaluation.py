@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from fedloom_common.strict import Name, Strict
 
-CENTRAL_PREFIX = "central_"
+CENTRAL_PREFIX, TRAIN_PREFIX = "central_", "train_"
 """Begins the names of metrics that the sites of ``evaluation.central`` measured."""
 GROWING = frozenset({"accuracy", "macro_f1", "token_accuracy", "exact_match", "rouge_l"})
 """Metrics that are better the higher they are; a run's other ones, but for plug-ins', the lower."""

@@ -107,7 +107,7 @@ def totals_table(rounds: Iterable[Round]) -> Table:
     """One line a site: what it did in all rounds, and its latest losses."""
     totals: dict[str, _Totals] = {}
     for item in rounds:
-        for work in item.sites:
+        for work in sorted(item.sites, key=lambda work: work.work):  # a measurement after trainings
             totals.setdefault(work.site, _Totals()).add(work)
     table = FittingTable(
         "site",
@@ -219,8 +219,7 @@ def _main_work(item: Round) -> list[SiteRound]:
     A version may have several updates of the same site.
     """
     wanted = Work.WORK_TRAIN if item.number else Work.WORK_EVALUATE
-    works = [work for work in item.sites if work.work == wanted and work.attempt == item.attempt]
-    return list({(work.site, work.turn): work for work in works}.values())
+    return [work for work in item.sites if work.work == wanted and work.attempt == item.attempt]
 
 
 def _sites_done(item: Round) -> Text:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedloom.v1 import runs_pb2 as pb
-from fedloom.v1.session_pb2 import WORK_TRAIN, Measurement
+from fedloom.v1.session_pb2 import WORK_EVALUATE, WORK_TRAIN, Measurement
 from fedloom_server.console.round_views import rounds_table, totals_table, troubles_table
 from fedloom_server.console.run_views import run_facts
 
@@ -54,6 +54,9 @@ def test_a_sites_latest_loss_is_also_that_of_the_model_that_it_trained_from() ->
     work = pb.SiteRound(site="kiel", work=WORK_TRAIN, state="done", attempt=1, before=before)
     lines = shown(totals_table([pb.Round(number=2, attempt=1, sites=[work])]))
     assert "3.2500" in next(line for line in lines if "kiel" in line)
+    last = pb.SiteRound(site="kiel", work=WORK_EVALUATE, state="done", attempt=1, metrics={"loss": 2.5})
+    lines = shown(totals_table([pb.Round(number=2, attempt=1, sites=[last, work])]))  # in whatever order
+    assert "2.5000" in next(line for line in lines if "kiel" in line)
 
 
 def test_the_best_round_and_the_final_model_are_named() -> None:
