@@ -19,6 +19,7 @@ from fedloom_common.digests import digest_of_file, digest_of_name, plain_name
 from fedloom_common.errors import FederationError, StorageFull
 from fedloom_common.files import storage_errors
 from fedloom_common.partial import discard, overwrite
+from fedloom_common.threads import until_done
 
 ASSET_FOLDERS_KEPT = 3  # besides those in use
 DISK_RESERVE_BYTES = 16 << 20  # logs and status files still fit after a download
@@ -141,7 +142,7 @@ class Cache:
         try:
             require_space(self._models, blob.size_bytes + file.size_bytes, "the model and its change")
             await self._fetch(file, change, lambda done: on_progress(done, file.size_bytes))
-            await _to_its_end(
+            await until_done(
                 rebuild, blob, path, delta=change, stages=stages, base=base, base_digest=delta.base_digest
             )
         except (FederationError, OSError) as error:
@@ -216,16 +217,6 @@ def require_space(folder: Path, wanted_bytes: int, what: str) -> None:
             f"no space left in {folder}: {wanted_bytes} bytes are wanted for {what} and {DISK_RESERVE_BYTES} "
             f"to spare, {free_bytes} are free; free some, or move state_dir"
         )
-
-
-async def _to_its_end(function: Callable[..., None], *arguments: object, **named: object) -> None:
-    """Run in a thread, and wait for its end even when cancelled: nobody may use the same files before."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **named))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
 
 
 def _partial(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """What every part of a run spec, a config and a file of the console's stands on: no key passes unread."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,3 +16,8 @@ class Strict(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,  # JSON has neither: a run that was saved with one could not be read again
     )
+
+
+def by_name(data: Any) -> Any:
+    """What has no parameters, or only defaults, may be given by its name: a validator to run before others."""
+    return {"name": data} if isinstance(data, str) else data

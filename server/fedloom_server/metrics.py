@@ -26,7 +26,8 @@ SLOWER_AFTER_POINTS = 20_000
 FLUSH_SAMPLES = 500
 """Of one flush; a thousand sites take two."""
 LARGEST_STEP = 1 << 53
-_LEADS = {Work.TRAIN: TRAIN_PREFIX, Work.EVALUATE: "", Work.ALONE: "alone_"}
+ALONE_LEAD = "alone_"
+_LEADS = {Work.TRAIN: TRAIN_PREFIX, Work.EVALUATE: "", Work.ALONE: ALONE_LEAD}
 
 Row = TypeVar("Row")
 
@@ -122,7 +123,7 @@ class Samples:
 
 
 def _points(run_id: str, progress: SiteProgress, at_s: float) -> Iterator[MetricPoint]:
-    lead = "alone_" if progress.work is Work.ALONE else ""
+    lead = ALONE_LEAD if progress.work is Work.ALONE else ""
     for name, value in (("step_loss", progress.loss), ("step_tokens_per_s", progress.tokens_per_s)):
         if value is not None and math.isfinite(value) and progress.done <= LARGEST_STEP:
             yield MetricPoint(

@@ -76,7 +76,7 @@ class Submissions:
         return run
 
     async def clone(self, run_id: str, spec_text: str, *, priority: int = 0) -> Run:
-        """Queue a new run in place of another, with a model of its own.
+        """Queue a new run like another, with an initial model of its own.
 
         Raises:
             NotFound, WrongState: there is no such run.

@@ -259,6 +259,22 @@ def test_the_schema_describes_every_field():
     assert [pair for pair in undescribed if pair[1] not in ("name", "kind")] == []
 
 
+def test_the_schema_allows_a_bare_name_wherever_the_parser_takes_one():
+    spec = parse_run_spec(
+        GOOD.replace("steps: 10", "steps: 10, algorithm: fedprox")
+        + "aggregation: {rule: median, server_optimizer: fedadam}\ncohort: {min_sites: 3}\n"
+    )
+    assert spec.local.algorithm.name == "fedprox"
+    parts = json.loads(run_spec_schema())["$defs"]
+    for part, field, name in (
+        ("Local", "algorithm", "fedprox"),
+        ("Aggregation", "rule", "median"),
+        ("Aggregation", "server_optimizer", "fedadam"),
+    ):
+        names = [choice.get("enum", []) for choice in parts[part]["properties"][field]["anyOf"]]
+        assert any(name in found for found in names), (part, field)
+
+
 ROBUST = {
     "median": ("median", 3),
     "trimmed": ("{name: trimmed_mean, byzantine: 2}", 5),

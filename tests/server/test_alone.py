@@ -61,6 +61,14 @@ async def test_each_site_trains_alone_for_as_many_rounds_as_counted_and_the_repo
     assert not any(a.bytes_up for a in alone(bench, run).values())
 
 
+@pytest.mark.parametrize(("metric", "is_higher_better"), [("shortened_share", False), ("accuracy", True)])
+async def test_a_report_by_another_metric_knows_its_direction(bench, spec, metric, is_higher_better):
+    bench.site("a")
+    run = await bench.ended(await bench.enqueue(spec(rounds=1)))
+    message, _ = told(bench.running, run)
+    assert goal_of(message, metric).higher_is_better is is_higher_better
+
+
 async def test_updates_that_no_model_holds_are_no_rounds_of_a_site(bench, spec):
     bench.site("a")
     run = await bench.ended(await bench.enqueue(spec(rounds=2)))

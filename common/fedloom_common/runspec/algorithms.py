@@ -1,10 +1,10 @@
 """A run spec's site algorithm: what a site's optimizer steps aim at, besides the loss on its own data."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fedloom_common.strict import Strict
+from fedloom_common.strict import Strict, by_name
 
 
 class Plain(Strict):
@@ -34,11 +34,11 @@ class Scaffold(Strict):
     name: Literal["scaffold"]
 
 
-def _algorithm_of_name(data: Any) -> Any:
-    return {"name": data} if isinstance(data, str) else data
-
+_AnyAlgorithm = Plain | FedProx | Scaffold
+_AlgorithmName = Literal["plain", "fedprox", "scaffold"]
 
 Algorithm = Annotated[
-    Annotated[Plain | FedProx | Scaffold, Field(discriminator="name")], BeforeValidator(_algorithm_of_name)
+    Annotated[_AnyAlgorithm, Field(discriminator="name")],
+    BeforeValidator(by_name, json_schema_input_type=_AlgorithmName | _AnyAlgorithm),
 ]
 """A mapping with a name, or the name alone: ``algorithm: fedprox``."""

@@ -6,8 +6,10 @@ from pydantic import Field, model_validator
 
 from fedloom_common.strict import Name, Strict
 
-CENTRAL_PREFIX, TRAIN_PREFIX = "central_", "train_"
+CENTRAL_PREFIX = "central_"
 """Begins the names of metrics that the sites of ``evaluation.central`` measured."""
+TRAIN_PREFIX = "train_"
+"""Begins the names of what training tells of itself."""
 GROWING = frozenset({"accuracy", "macro_f1", "token_accuracy", "exact_match", "rouge_l"})
 """Metrics that are better the higher they are; a run's other ones, but for plug-ins', the lower."""
 
@@ -36,8 +38,8 @@ class Evaluation(Strict):
     metrics come with the next round's updates and cost no round trip; the run's last model is measured for
     itself. ``after_round``: every site is asked to measure each new model, before the next round begins."""
     every_rounds: int = Field(default=1, ge=0)
-    """Rounds between evaluations; 0 for none, of the initial model neither; else the last round is always
-    evaluated."""
+    """Rounds between evaluations; the last round is always evaluated. 0 for none, not even of the initial
+    model."""
     initial: bool = True
     """Whether the initial model is evaluated too."""
     central: tuple[Name, ...] = ()

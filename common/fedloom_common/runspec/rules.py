@@ -1,11 +1,11 @@
 """A run spec's aggregation rules: what each is told, and how many updates it needs for what it promises."""
 
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fedloom_common.strict import Strict
+from fedloom_common.strict import Strict, by_name
 
 
 class MeanRule(Strict):
@@ -118,11 +118,6 @@ class GeometricMedianRule(_Robust):
 
 AnyRule = MeanRule | MedianRule | TrimmedMeanRule | KrumRule | MultiKrumRule | GeometricMedianRule
 RuleName = Literal["weighted_mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median"]
-
-
-def by_name(data: Any) -> Any:
-    """What has no parameters, or only defaults, may be given by its name."""
-    return {"name": data} if isinstance(data, str) else data
 
 
 Rule = Annotated[

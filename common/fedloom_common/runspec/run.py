@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from fedloom_common.runspec.aggregation import Aggregation
 from fedloom_common.runspec.algorithms import Scaffold
 from fedloom_common.runspec.cohort import Cohort
-from fedloom_common.runspec.evaluation import CENTRAL_PREFIX, GROWING, Evaluation, Goal, Stop
+from fedloom_common.runspec.evaluation import CENTRAL_PREFIX, GROWING, TRAIN_PREFIX, Evaluation, Goal, Stop
 from fedloom_common.runspec.local import Local
 from fedloom_common.runspec.mode import Async, Sync
 from fedloom_common.runspec.model import ModelSpec
@@ -30,7 +30,7 @@ _ONLY_IN_ROUNDS = (
 """What has no meaning without rounds, and what to do instead."""
 
 
-_OF_EVERY_TASK = frozenset({"train_loss"})
+_OF_EVERY_TASK = frozenset({f"{TRAIN_PREFIX}loss"})
 
 
 class RunSpec(Strict):

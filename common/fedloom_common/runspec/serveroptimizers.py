@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fedloom_common.runspec.rules import by_name
-from fedloom_common.strict import Strict
+from fedloom_common.strict import Strict, by_name
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[_Beta, _Beta]

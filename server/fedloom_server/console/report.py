@@ -66,9 +66,7 @@ def goal_of(run: Run, metric: str = "") -> Goal:
     Of a metric that central sites measure it takes what each site measures itself.
     """
     goal = read_run_spec(run.spec_json).own_goal
-    name, known = metric or goal.metric, {"loss", "perplexity", "bits_per_byte"}
-    is_higher_better = goal.higher_is_better if name == goal.metric else name not in known
-    return Goal(metric=name, higher_is_better=is_higher_better)
+    return Goal(metric=metric) if metric and metric != goal.metric else goal
 
 
 def report_view(run: Run, reports: Sequence[SiteReport], goal: Goal) -> RenderableType:

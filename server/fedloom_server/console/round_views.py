@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedloom.v1.runs_pb2 import Round, RoundState, Run, SiteRound
 from fedloom.v1.session_pb2 import Work
+from fedloom_common.runspec.evaluation import TRAIN_PREFIX
 from fedloom_server.console.formats import (
     FittingTable,
     bytes_text,
@@ -40,7 +41,7 @@ def rounds_table(rounds: Sequence[Round], now_s: float, run: Run | None = None) 
     names = _metric_names(rounds)
     headers = [f">{plain(name)}".replace("_", "_\n") for name in names]
     unit = "version" if any(map(is_version, rounds)) else "round"
-    kept = {"train_loss", "loss", run.best_metric if run else ""}
+    kept = {f"{TRAIN_PREFIX}loss", "loss", run.best_metric if run else ""}
     less = [header[1:] for name, header in reversed([*zip(names, headers, strict=True)]) if name not in kept]
     table = FittingTable(
         f">{unit}", "state", ">sites", ">examples", *headers, ">down", ">up", ">time",
@@ -237,7 +238,7 @@ def _counts(work: SiteRound) -> bool:
 
 def _metric_names(rounds: Iterable[Round]) -> list[str]:
     found = {name for item in rounds for name in item.metrics}
-    first = ["train_loss", "loss"] + ["perplexity"] * ("perplexity" in found)
+    first = [f"{TRAIN_PREFIX}loss", "loss"] + ["perplexity"] * ("perplexity" in found)
     return first + sorted(found.difference(first))
 
 

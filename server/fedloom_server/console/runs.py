@@ -20,7 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from fedloom.v1.runs_pb2 import ListFailuresRequest, Round, Run, SubmitRequest
+from fedloom.v1.runs_pb2 import Failure, ListFailuresRequest, Round, Run, SubmitRequest
 from fedloom_common.errors import BadSpec, NotFound
 from fedloom_common.runspec import parse_run_spec, run_spec_schema
 from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
@@ -118,8 +118,10 @@ async def show(
     """Show one run: its rounds, what each site did, and why anything was not done."""
     async with operator.connect() as coordinator:
         answer = await coordinator.run_with_rounds(run)
-        request = ListFailuresRequest(run_id=answer.run.id, limit=FAILURES_LOOKED_AT)
-        failures = (await coordinator.call(coordinator.runs.ListFailures, request)).failures
+        failures: Sequence[Failure] = ()
+        if not (spec or as_json or sites):
+            request = ListFailuresRequest(run_id=answer.run.id, limit=FAILURES_LOOKED_AT)
+            failures = (await coordinator.call(coordinator.runs.ListFailures, request)).failures
     if spec:
         typer.echo(yaml.safe_dump(json.loads(answer.run.spec_json), sort_keys=False), nl=False)
     elif as_json:
@@ -144,7 +146,10 @@ async def report(
     operator: Operator,
     run: RunId,
     metric: Annotated[
-        str, typer.Option(help="Judge by this metric; by that of the run's best model if not given.")
+        str, typer.Option(
+            help="Judge by this metric (of a plug-in's own the lower is the better); by that of the run's "
+            "best model if not given."
+        ),
     ] = "",
     as_json: AsJson = False,
 ) -> None:
