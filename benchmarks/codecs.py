@@ -27,7 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedloom_common.codecs.chain import Chain, codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.feedback import Feedback
@@ -89,7 +89,7 @@ class Case:
 def measure(case: Case) -> Row:
     """Everything of one chain, in a process of its own."""
     stages = TypeAdapter(Codecs).validate_python(case.codec.split(","))
-    chain, out = codec_chain(stages), case.scratch / "encoded.safetensors"
+    chain, out = Chain(stages), case.scratch / "encoded.safetensors"
     with TensorFile(case.base) as base, TensorFile(case.trained) as trained:
 
         def encode(feedback: Feedback | None = None) -> None:

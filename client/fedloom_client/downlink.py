@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedloom_client.messages import Blob
-from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.spec import AnyStage
 from fedloom_common.codecs.storage import TensorFile
@@ -28,7 +28,7 @@ def rebuild(
     made = out.with_name(f".{out.name}.made.partial")
     try:
         with TensorFile(base) as held:
-            decode_model(delta, codec_chain(stages), base=held, base_digest=base_digest, out=made)
+            decode_model(delta, Chain(stages), base=held, base_digest=base_digest, out=made)
         if (digest := digest_of_file(made)) != model.digest:
             raise BadTensor(f"the change gives a model of digest {digest}, wanted {model.digest}")
         made.replace(out)

@@ -21,8 +21,6 @@ from fedloom_common.errors import StorageFull
 from fedloom_common.files import storage_errors
 from fedloom_common.partial import discard
 
-OnBytes = Callable[[int], None]
-
 logger = logging.getLogger(__name__)
 
 

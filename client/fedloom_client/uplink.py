@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedloom_client.messages import Assignment
 from fedloom_client.residuals import Residuals
-from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.runspec import RunSpec
@@ -27,7 +27,7 @@ def encode_update(
         BadTensor: names a tensor that holds a value or change that the codec cannot tell.
         StorageFull: the disk is full.
     """
-    chain = codec_chain(spec.transport.up)
+    chain = Chain(spec.transport.up)
     feedback = None
     if chain.uses_feedback:
         feedback = residuals.feedback(assignment.run_id, assignment.id, assignment.round)
@@ -40,6 +40,6 @@ def encode_update(
 
 def encoding_bytes(spec: RunSpec, model: Path) -> int:
     """What encoding an update takes on disk at most, beside the trained model and the residual so far."""
-    chain, manifest = codec_chain(spec.transport.up), Manifest.read(model)
+    chain, manifest = Chain(spec.transport.up), Manifest.read(model)
     values = sum(chain.layout(info).values for info in manifest.tensors if chain.is_coded(info))
     return chain.limit_bytes(manifest) + (values * RESIDUAL_ITEM_BYTES if chain.uses_feedback else 0)

@@ -14,9 +14,9 @@ from fedloom_client.assignments import Assignments
 from fedloom_client.config import SiteConfig
 from fedloom_client.outbox import Outbox
 from fedloom_client.status import Status
+from fedloom_common.certificates import certificate_expiry
 from fedloom_common.errors import BadSpec
 from fedloom_common.httpport import http_encryption
-from fedloom_common.identity import certificate_expiry
 from fedloom_common.vitals import Check, LoopLag, disk_above
 from fedloom_common.web import Vitals, http_port
 

@@ -17,7 +17,6 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import TypeAdapter, ValidationError
 
-from fedloom_common.certificates import certificate_expiry as certificate_expiry
 from fedloom_common.certificates import read_credential
 from fedloom_common.errors import NotIdentified, NotPermitted
 from fedloom_common.settings import ConfigPath

@@ -1,6 +1,5 @@
 """FederationErrors across gRPC: from error to status at the server, and back at the caller."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +12,6 @@ from fedloom_common.errors import FederationError
 ERROR_KEY = "fedloom-error"  # trailing metadata: the error's class, finer than its status
 TIME_KEY = "fedloom-time"  # trailing metadata of a health check: the server's clock, in seconds since 1970
 TEXT_LIMIT = 4000  # a status text travels in an HTTP/2 header, whose block grpc caps at 8 KiB
-
-logger = logging.getLogger(__name__)
 
 
 def status_of(error: FederationError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:

@@ -19,5 +19,5 @@ class Strict(BaseModel):
 
 
 def by_name(data: Any) -> Any:
-    """What has no parameters, or only defaults, may be given by its name: a validator to run before others."""
+    """A validator: what has no parameters, or only defaults, may be given by its name."""
     return {"name": data} if isinstance(data, str) else data

@@ -6,7 +6,6 @@ the more versions were made since the update began. ``versions`` holds what is d
 """
 
 import asyncio
-import logging
 from collections.abc import Collection, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
@@ -23,8 +22,6 @@ from fedloom_server.pending import Terms
 from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work
 from fedloom_server.sites import LOOK_S
 from fedloom_server.versions import ALL_MADE, Versions
-
-logger = logging.getLogger(__name__)
 
 
 async def run_buffered(run: Run, federation: Federation) -> str:

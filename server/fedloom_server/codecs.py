@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.spec import AnyStage
 from fedloom_common.errors import BadSpec, BadTensor
 from fedloom_common.runspec import Transport
@@ -19,14 +19,14 @@ def require_codable(transport: Transport, model: Path) -> None:
     manifest = Manifest.read(model)
     for way, stages in (("up", transport.up), ("down", transport.down)):
         try:
-            codec_chain(stages).entries(manifest)
+            Chain(stages).entries(manifest)
         except BadTensor as error:
             raise BadSpec(f"transport.{way} cannot encode this model: {error}") from error
 
 
 def most_update_bytes(up: Sequence[AnyStage], model: Path) -> int:
     """Size of the largest file that an update of a model can be."""
-    chain = codec_chain(up)
+    chain = Chain(up)
     if chain.is_as_is:
         return model.stat().st_size + HEADER_LIMIT_BYTES
     return chain.limit_bytes(Manifest.read(model))

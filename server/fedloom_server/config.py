@@ -54,7 +54,7 @@ def own_address(listen: str) -> str:
 
 
 def _policy(value: Any) -> Any:
-    """A plain number is what the setting was before there were policies."""
+    """A plain number is short for ``last`` alone."""
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return {"last": value, "best": 0} if is_number else value
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedloom_common.codecs.chain import Chain, codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.feedback import Feedback, Residual
@@ -76,7 +76,7 @@ def publish(store: Store, run: Run, record: Round, mean: Path) -> Published:
     Raises:
         BadTensor: the codec has no code for the change.
     """
-    chain = codec_chain(run.spec.transport.down)
+    chain = Chain(run.spec.transport.down)
     if chain.is_as_is:
         return Published(model=store.files.put(mean))
     encoded, decoded = mean.with_suffix(".delta"), mean.with_suffix(".decoded")

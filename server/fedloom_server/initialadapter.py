@@ -71,7 +71,7 @@ def write_adapter(spec: RunSpec, folder: Path) -> Layout:
     )
     layout.write(folder)
     _write_tensors(spec.seed, adapter, layout, layers, folder)
-    _write_config(config, adapter, spec.model.path, folder)
+    _write_config(config, spec.model.path, folder)
     return layout
 
 
@@ -183,7 +183,7 @@ def _write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     )
 
 
-def _write_config(config: LoraConfig, adapter: Lora, path: str | None, folder: Path) -> None:
+def _write_config(config: LoraConfig, path: str | None, folder: Path) -> None:
     """peft's own file, the same bytes for the same spec."""
     described: dict[str, Any] = config.to_dict()
     base = None if path is None else PurePath(path).name  # its folder is nobody's business

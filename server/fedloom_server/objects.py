@@ -18,7 +18,6 @@ from fedloom_common.errors import BadSpec, NotFound, StorageUnavailable
 
 TRIES = 3
 PAUSE_S = 1.0
-CHUNK_BYTES = 8 << 20
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.spec import AS_IS
 from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.controls import is_control
@@ -80,7 +80,7 @@ class _Stepper:
         self._base = stack.enter_context(TensorFile(step.base))
         self._centre = stack.enter_context(TensorFile(step.centre))
         self._before = stack.enter_context(TensorFile(step.state)) if step.state else None
-        chain = codec_chain(AS_IS)
+        chain = Chain(AS_IS)
         self._next, self._carried = NextModel(chain, self._base), NextModel(chain, self._centre)
         self._values = [np.empty(PIECE_VALUES) for _ in range(2 + len(step.optimizer.slots))]
         self._floats = np.empty(PIECE_VALUES, np.float32)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save
 from fedloom.v1 import session_pb2 as pb
 from fedloom_client import cache as cache_module
 from fedloom_client.residuals import Residuals
-from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder, decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Codecs
@@ -36,7 +36,7 @@ def content(values: np.ndarray) -> bytes:
 
 
 def chain_of(stages: object) -> Any:
-    return codec_chain(TypeAdapter(Codecs).validate_python(stages))
+    return Chain(TypeAdapter(Codecs).validate_python(stages))
 
 
 class Exchange:

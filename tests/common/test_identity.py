@@ -20,12 +20,12 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedloom_common.authority import Authority, Credential
+from fedloom_common.certificates import certificate_expiry
 from fedloom_common.errors import BadSpec, NotPermitted
 from fedloom_common.identity import (
     Peer,
     Role,
     TlsFiles,
-    certificate_expiry,
     channel_credentials,
     insecure_metadata,
     insecure_peer,

@@ -20,7 +20,7 @@ from safetensors.numpy import deserialize, save_file
 
 from fedloom.v1.transfer_pb2 import Chunk as ChunkMessage
 from fedloom_common.chunks import CHUNK_BYTES, Chunk
-from fedloom_common.codecs.chain import Chain, codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Codecs
@@ -181,9 +181,7 @@ def _scratch() -> Path:
 
 @functools.cache
 def _chain(stages: str | tuple[str, ...]) -> Chain:
-    return codec_chain(
-        TypeAdapter(Codecs).validate_python(list(stages) if isinstance(stages, tuple) else stages)
-    )
+    return Chain(TypeAdapter(Codecs).validate_python(list(stages) if isinstance(stages, tuple) else stages))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from bench import Bench
 from safetensors.numpy import load_file, save_file
 
 from fedloom_common.adapters.layout import Layout, Target
-from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Int8
@@ -270,7 +270,7 @@ async def test_no_two_rounds_of_a_stacking_clone_begin_with_the_same_adapter(spe
 
 
 def test_encoded_updates_are_merged_as_what_they_decode_to(tmp_path):
-    random, chain = np.random.default_rng(8), codec_chain((Int8(),))
+    random, chain = np.random.default_rng(8), Chain((Int8(),))
     model = {"w.A": random.normal(size=(3, 40)), "w.B": random.normal(size=(50, 3))}
     save_file(fp32(model), tmp_path / "model")
     base, changes = BaseModel(path=tmp_path / "model", digest="blake3:0"), []

@@ -7,7 +7,7 @@ from fakesite import FakeSite
 from sitefaults import Fault
 
 from fedloom.v1 import session_pb2 as pb
-from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.storage import TensorFile
 from fedloom_server.app import coordinator
@@ -39,7 +39,7 @@ class EncodingSite(FakeSite):
         encoded = path.with_suffix(".encoded")
         with TensorFile(path) as trained, TensorFile(model) as base:
             digest = assignment.model.digest
-            encode_model(codec_chain(self.up), trained=trained, base=base, base_digest=digest, out=encoded)
+            encode_model(Chain(self.up), trained=trained, base=base, base_digest=digest, out=encoded)
         self._updates[assignment.id] = encoded
         return encoded
 

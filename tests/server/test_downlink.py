@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.digests import digest_of_file
@@ -86,7 +86,7 @@ class Way:
 
     def site_decodes(self, held, out):
         """The model that a site makes of the one that it holds."""
-        chain = codec_chain(self.spec.transport.down)
+        chain = Chain(self.spec.transport.down)
         delta = delta_to(self.store, self.run, self.run.model_digest)
         assert digest_of_file(held) == delta.base_digest
         with TensorFile(held) as base:

@@ -15,8 +15,6 @@ MOST_VALUES = 1_000_000  # of one column; a column of texts by mistake would fil
 NOTHING = "(nothing)"
 """The value of records whose column is null."""
 
-Numbers = NDArray[np.int64]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Census:

@@ -45,7 +45,6 @@ class Records:
         self._paths = _matching(source)
         self.total = sum(path.stat().st_size for path in self._paths) if source.format == "text" else 0
         """Bytes of text files; 0 (unknown) for records."""
-        self.held_out_share = source.held_out
 
     def fingerprint(self) -> str:
         """Changes whenever a file or the way it is read does."""

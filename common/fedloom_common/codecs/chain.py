@@ -219,11 +219,6 @@ class Chain:
         return (Part(suffix=".gap", dtype="U16", planes=2), *named)
 
 
-def codec_chain(stages: Sequence[AnyStage]) -> Chain:
-    """The chain that a run spec asks for."""
-    return Chain(stages)
-
-
 def _value_codec(stages: Sequence[AnyStage]) -> ValueCodec:
     for stage in stages:
         match stage:

@@ -126,8 +126,7 @@ class Kit:
         Raises:
             BadSpec: none is known.
         """
-        folder, file = self._folder(role, name), f"{role}.crt"
-        serials = self._ledger.of(role, name, (folder / file, folder / "previous" / file))
+        serials = self._ledger.of(role, name)
         if not serials:
             raise BadSpec(f"this kit has made no certificate for {role} {name}; names are case-sensitive")
         self.sign_revocations(serials)
@@ -173,8 +172,6 @@ class Kit:
             credential.save(folder / f"{role}.crt", folder / f"{role}.key")
             write_text(folder / config[0], config[1])
             if role is Role.COORDINATOR:
-                if not self._ledger.crl.exists():  # a kit of before there were such lists
-                    self._ledger.revoke()
                 write_text(folder / CRL, self._ledger.crl.read_text())
             self._ledger.issued(role, name, credential.certificate)
         return self._directory / place

@@ -55,22 +55,18 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
-    def of(self, role: Role, name: str, kept: Iterable[Path]) -> set[int]:
-        """Serials of every certificate of an identity; ``kept`` are files of before there was a ledger."""
-        serials = {
+    def of(self, role: Role, name: str) -> set[int]:
+        """Serials of every certificate of an identity."""
+        return {
             int(entry.serial, 16) for entry in self._entries() if (entry.role, entry.name) == (role, name)
         }
-        for path in kept:
-            if path.is_file():
-                serials.add(x509.load_pem_x509_certificate(path.read_bytes()).serial_number)
-        return serials
 
     def knows(self, serial: int) -> bool:
         """Whether a serial was ever issued, as far as is noted."""
         return any(int(entry.serial, 16) == serial for entry in self._entries())
 
-    def revoke(self, serials: Iterable[int] = (), *, days: int = CRL_DAYS) -> int:
-        """Sign a new revocation list that names these too; tells how many it names.
+    def revoke(self, serials: Iterable[int] = (), *, days: int = CRL_DAYS) -> None:
+        """Sign a new revocation list that names these too.
 
         Raises:
             BadSpec: the present list is damaged, or the days are wrong.
@@ -80,7 +76,6 @@ class Ledger:
         revoked |= {serial: now for serial in serials if serial not in revoked}
         signed = self._authority.list_revoked(revoked, number=number + 1, days=days)
         write_text(self.crl, signed.decode())
-        return len(revoked)
 
     def _revoked(self) -> tuple[dict[int, datetime], int]:
         if not self.crl.exists():

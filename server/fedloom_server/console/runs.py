@@ -20,7 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from fedloom.v1.runs_pb2 import Failure, ListFailuresRequest, Round, Run, SubmitRequest
+from fedloom.v1.runs_pb2 import ListFailuresRequest, Round, Run, RunFailure, SubmitRequest
 from fedloom_common.errors import BadSpec, NotFound
 from fedloom_common.runspec import parse_run_spec, run_spec_schema
 from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
@@ -118,7 +118,7 @@ async def show(
     """Show one run: its rounds, what each site did, and why anything was not done."""
     async with operator.connect() as coordinator:
         answer = await coordinator.run_with_rounds(run)
-        failures: Sequence[Failure] = ()
+        failures: Sequence[RunFailure] = ()
         if not (spec or as_json or sites):
             request = ListFailuresRequest(run_id=answer.run.id, limit=FAILURES_LOOKED_AT)
             failures = (await coordinator.call(coordinator.runs.ListFailures, request)).failures
@@ -146,7 +146,8 @@ async def report(
     operator: Operator,
     run: RunId,
     metric: Annotated[
-        str, typer.Option(
+        str,
+        typer.Option(
             help="Judge by this metric (of a plug-in's own the lower is the better); by that of the run's "
             "best model if not given."
         ),

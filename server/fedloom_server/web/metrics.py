@@ -10,8 +10,8 @@ from prometheus_client import Gauge, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from fedloom_common.certificates import certificate_expiry
 from fedloom_common.errors import BadSpec, StorageUnavailable
-from fedloom_common.identity import certificate_expiry
 from fedloom_common.nativelines import handshakes
 from fedloom_common.revocation import read_revocations
 from fedloom_common.vitals import LoopLag

@@ -6,7 +6,7 @@ import pytest
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
-from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder, decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Codecs
@@ -21,7 +21,7 @@ class Exchange:
     """A base model and one trained from it, in files of the safetensors library, and a chain to code them."""
 
     def __init__(self, folder, chain, base, trained):
-        self.folder, self.chain = folder, codec_chain(CODECS.validate_python(chain))
+        self.folder, self.chain = folder, Chain(CODECS.validate_python(chain))
         self.encoded = folder / "encoded.safetensors"
         self.base, self.trained = folder / "base.safetensors", folder / "trained.safetensors"
         save_file(base, self.base, {"format": "pt", "origin": "round 3"})

@@ -5,7 +5,7 @@ import sys
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from fedloom_common.codecs.chain import codec_chain
+from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.spec import AS_IS, Bf16, Codecs, Fp32, Int4, Int8, TopK, Zstd
 
 CODECS = TypeAdapter(Codecs)
@@ -32,7 +32,7 @@ def test_a_chain_is_a_name_a_stage_or_a_list_of_them(given, wanted):
 
 def test_values_travel_as_they_are_unless_asked_otherwise():
     assert Transport().up == (Fp32(),)
-    assert codec_chain(Transport().up).is_as_is
+    assert Chain(Transport().up).is_as_is
 
 
 def test_a_chain_survives_the_way_through_json():
@@ -94,4 +94,4 @@ def test_nobody_pays_for_imports_that_are_not_needed(modules, unwanted):
     ],
 )
 def test_feedback_is_used_where_a_stage_asks_for_it(given, wants):
-    assert codec_chain(CODECS.validate_python(given)).uses_feedback is wants
+    assert Chain(CODECS.validate_python(given)).uses_feedback is wants
