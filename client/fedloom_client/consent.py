@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from fedloom_client.config import Policy, SiteConfig
@@ -24,6 +23,7 @@ from fedloom_client.statedir import StateDir
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import write_text
 from fedloom_common.runspec import RunSpec, describe, parse_run_spec
+from fedloom_common.yamltext import read_yaml
 
 MOST_RUNS = 1000  # remembered as joined with a permitted model; the oldest is forgotten
 
@@ -119,11 +119,12 @@ def current_policy(config: SiteConfig) -> Policy:
     if path is None:
         return config.policy
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = read_yaml(text, f"everything is refused: policy_file {path}")
         if not isinstance(content, dict):
             raise BadSpec(f"policy_file {path} is no mapping of rules; until it is, everything is refused")
         return Policy.model_validate(content)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise BadSpec(f"policy_file {path} cannot be read, so everything is refused: {error}") from error
     except ValidationError as error:
         mistakes = describe(error)

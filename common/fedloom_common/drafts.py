@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.fields import is_model, leaves, plain_type, unknown_setting
+from fedloom_common.yamltext import read_yaml
 
 # Kubernetes gives containers variables for each service: of one named fedloom-coordinator, with our prefix.
 _FOREIGN = re.compile(r"config|service_(host|port).*|port(_\d+_.*)?")
@@ -81,10 +81,7 @@ def _read_file(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise BadSpec(f"the config file {file} cannot be read: {reason}") from error
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadSpec(f"the config file {file} is not YAML: {error}") from error
+    content = read_yaml(text, f"the config file {file}")
     if content is None:
         return {}
     if not isinstance(content, dict):

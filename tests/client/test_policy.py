@@ -251,7 +251,7 @@ def test_a_policy_file_is_read_as_it_stands_and_permits_nothing_while_it_is_wron
     assert "permits llama" in str(judge.refusal_of_family("gpt2"))
     rules.write_text("max_steps_per_round: 10\n")
     assert judge.refusal(assignment(), spec()) is None
-    for wrong in ("max_step: 5", "just words", "{", "max_steps_per_round: many"):
+    for wrong in ("max_step: 5", "just words", "{", "max_steps_per_round: many", "codecs: []\ncodecs: null"):
         rules.write_text(wrong)
         assert "everything is refused" in str(judge.refusal(assignment(), spec()))
 

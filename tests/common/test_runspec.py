@@ -44,6 +44,7 @@ def test_the_example_specs_are_right(path):
 
 MISTAKES = {
     "not-yaml": ("a: [", "not YAML"),
+    "said-twice": (GOOD + "\nname: other\n", "the run spec has the key 'name' twice, in lines"),
     "not-a-mapping": ("[1]", "is a mapping"),
     "unknown-key": (GOOD + "round: 2", "round: no such key"),
     "unknown-nested-key": (GOOD.replace("steps: 10", "steps: 10, lr: 1"), "local.lr: no such key"),

@@ -206,6 +206,7 @@ def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (b"- a\n- b\n", "must be a mapping of keys to values, not list"),
         (b"a: [", "is not YAML"),
+        (b"ranks: 1\nranks: 2\n", "has the key 'ranks' twice, in lines 1 and 2"),
         (b"\xff\xfe\x00", "it is not UTF-8 text"),
         (None, "cannot be read: No such file or directory"),
     ],

@@ -4,14 +4,14 @@ import json
 import re
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec.run import RunSpec
+from fedloom_common.yamltext import Loader, read_yaml
 
 
-class _Yaml(yaml.SafeLoader):
+class _Yaml(Loader):
     """YAML as people and JSON write it: 1e-5 is a number, which YAML 1.1 reads as text."""
 
 
@@ -26,10 +26,7 @@ def parse_run_spec(text: str) -> RunSpec:
     Raises:
         BadSpec: one line for each wrong key or value: its path, what came, what was wanted.
     """
-    try:
-        data = yaml.load(text, _Yaml)  # noqa: S506 (a safe loader)
-    except yaml.YAMLError as error:
-        raise BadSpec(f"the run spec is not YAML: {error}") from error
+    data = read_yaml(text, "the run spec", loader=_Yaml)
     if not isinstance(data, dict):
         raise BadSpec(f"a run spec is a mapping with keys such as name and model, not {type(data).__name__}")
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from fedloom_common.errors import BadSpec
+from fedloom_common.yamltext import read_yaml
 
 
 def read_spec_text(source: str) -> str:
@@ -34,15 +35,13 @@ def apply_overrides(text: str, overrides: Iterable[str]) -> str:
     A value is read as JSON and, if it is none, as YAML: ``1e-3`` is a number in the first only.
 
     Raises:
-        BadSpec: a setting without "=", or with a path through something that has no parts.
+        BadSpec: a setting without "=", with a path through something that has no parts, or a text that is
+            no YAML or says a thing twice.
     """
     overrides = tuple(overrides)
     if not overrides:
         return text
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadSpec(f"the run spec is not YAML: {error}") from error
+    data = read_yaml(text, "the run spec")
     if not isinstance(data, dict):
         raise BadSpec(f"a run spec is a mapping with keys such as name and model, not {type(data).__name__}")
     for override in overrides:
@@ -72,7 +71,4 @@ def _value(override: str, text: str) -> Any:
         return json.loads(text)
     except ValueError:
         pass
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadSpec(f"--set {override}: the value is not YAML: {error}") from error
+    return read_yaml(text, f"--set {override}: the value")

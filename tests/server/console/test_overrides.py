@@ -50,6 +50,8 @@ def test_the_last_setting_of_a_value_wins():
         (SPEC, "name.first=x", "name is 'plays' in the spec, so it has no part 'first'"),
         (SPEC, "local.steps=[1", "is not YAML"),
         ("a: [", "local.steps=5", "the run spec is not YAML"),
+        ("local: {}\nlocal: {}", "local.steps=5", "the run spec has the key 'local' twice"),
+        (SPEC, "stop={a: 1, a: 2}", "--set stop={a: 1, a: 2}: the value has the key 'a' twice"),
         ("- a", "local.steps=5", "not list"),
     ],
 )
