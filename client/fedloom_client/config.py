@@ -81,8 +81,9 @@ class Policy(Strict):
     model_types: tuple[str, ...] | None = None
     """Model families by transformers' ``model_type``; any if not given."""
     models: tuple[Digest, ...] | None = None
-    """Models by digest, as `fedloom run show` tells it: of config.json, which is one all through a run, or of
-    the first model.safetensors, whose run this site must then join at its beginning; any if not given."""
+    """Models by digest, as `fedloom run show` tells it: of config.json, which is one all through a run, of
+    the frozen base under an adapter, or of the first model.safetensors, whose run this site must then join at
+    its beginning; any if not given."""
     max_model_bytes: int | None = Field(default=None, ge=1)
     """Largest model file, in bytes."""
     max_steps_per_round: int | None = Field(default=None, ge=1)

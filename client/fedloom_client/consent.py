@@ -67,10 +67,12 @@ class Consent:
     def _judge(self, policy: Policy, assignment: Assignment, spec: RunSpec) -> str | None:
         now, is_training = datetime.now(UTC), assignment.work != "evaluate"
         done = self._trainings.read(now)
-        files = (assignment.model, *assignment.frozen)
-        digests = {file.digest for file in (*files, *assignment.assets)}
+        # The frozen files first: of an adapter's run, the base is what people know by its digest.
+        files = (*assignment.frozen, assignment.model)
+        configs = (file.digest for file in assignment.assets if file.name == "config.json")
         here = Circumstances(
-            data_sets=self._config.data, digests=digests, now=now,
+            data_sets=self._config.data, now=now,
+            config_digest=next(configs, None), weights_digests=[file.digest for file in files],
             model_bytes=max(file.size_bytes for file in files),
             joined_permitted=assignment.run_id in done.joined,
             trainings_today=len(set(done.today) - {assignment.id}),
@@ -82,8 +84,9 @@ class Consent:
             reason = refusal_of_training(policy, here)
         if reason is None and assignment.work == "alone":
             reason = refusal_of_alone(policy)
-        if reason is None and (is_training or names_model(policy, digests)):
-            done.add(assignment, is_training=is_training, is_named=names_model(policy, digests))
+        is_named = names_model(policy, here)
+        if reason is None and (is_training or is_named):
+            done.add(assignment, is_training=is_training, is_named=is_named)
         return reason
 
 

@@ -1,11 +1,14 @@
 """What this site permits, as pure rules: each gives the reason for a refusal, or None."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, time
 
 from fedloom_client.config import Policy, Privacy
 from fedloom_common.runspec import Local, Plugin, RunSpec
+
+DIGEST_SHOWN = len("blake3:") + 12
+MOST_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +19,10 @@ class Circumstances:
     """Data sets of this site."""
     model_bytes: int = 0
     """Size of the model file; 0 if it is not known yet."""
-    digests: Collection[str] | None = None
-    """Of the model and the files beside it; None if they are not known yet."""
+    config_digest: str | None = None
+    """Of the model's config.json."""
+    weights_digests: Sequence[str] = ()
+    """Of the model file and the frozen ones; none if they are not known yet."""
     joined_permitted: bool = False
     """Whether the run's model was found permitted when this site joined the run."""
     trainings_today: int = 0
@@ -57,9 +62,10 @@ def refusal_of_model(model_type: str, *, policy: Policy) -> str | None:
     return f"policy.model_types permits {_listed(policy.model_types)}, the model is a {model_type}"
 
 
-def names_model(policy: Policy, digests: Collection[str]) -> bool:
-    """Whether ``policy.models`` names one of a model's files."""
-    return policy.models is not None and not set(policy.models).isdisjoint(digests)
+def names_model(policy: Policy, here: Circumstances) -> bool:
+    """Whether ``policy.models`` names a model's config.json or weights; a tokenizer's files tell no model."""
+    own = {here.config_digest, *here.weights_digests}
+    return policy.models is not None and not own.isdisjoint(policy.models)
 
 
 def is_within(hours: str, moment: time) -> bool:
@@ -85,9 +91,9 @@ def objections(spec: RunSpec, policy: Policy, here: Circumstances) -> Iterator[s
         yield f"policy.data_sets permits {_listed(policy.data_sets)}, the run wants {spec.data}"
     if policy.max_model_bytes is not None and here.model_bytes > policy.max_model_bytes:
         yield f"policy.max_model_bytes is {policy.max_model_bytes}, the model has {here.model_bytes} bytes"
-    is_known = here.digests is None or here.joined_permitted or names_model(policy, here.digests)
+    is_known = not here.weights_digests or here.joined_permitted or names_model(policy, here)
     if policy.models is not None and not is_known:
-        yield f"policy.models names none of the model's files ({_listed(here.digests or ())})"
+        yield _wrong_model(policy.models, here)
     yield from _objections_to_amount(spec.local, policy)
     for stage in spec.transport.up:
         if policy.codecs is not None and stage.name not in policy.codecs:
@@ -95,6 +101,17 @@ def objections(spec: RunSpec, policy: Policy, here: Circumstances) -> Iterator[s
     if policy.privacy is not None:
         # Run specs have no privacy of their own yet: what a run cannot promise, it does not give.
         yield f"policy.privacy demands {_demands(policy.privacy)}, the run gives no privacy"
+
+
+def _wrong_model(permitted: Sequence[str], here: Circumstances) -> str:
+    # The run's digests whole, to be copied; the permitted ones in part, which stand in the site's policy:
+    # the operator is shown the first 300 characters.
+    shown = [digest[:DIGEST_SHOWN] + "…" for digest in permitted[:MOST_SHOWN]]
+    more = [f"{len(permitted) - MOST_SHOWN} more"] if len(permitted) > MOST_SHOWN else []
+    return (
+        f"policy.models permits {', '.join([*shown, *more]) or 'nothing'}; this run's config.json is "
+        f"{here.config_digest or 'missing'}, its weights {', '.join(here.weights_digests)}"
+    )
 
 
 def _objections_to_amount(local: Local, policy: Policy) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """What a site permits."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ WEIGHTS, CONFIG, OTHER = (f"blake3:{digit * 64}" for digit in "123")
 
 
 def here(**changes: Any) -> Circumstances:
-    facts = {"data_sets": ["plays"], "model_bytes": 100, "digests": [WEIGHTS, CONFIG], "now": NOON}
+    facts = {"data_sets": ["plays"], "model_bytes": 100, "now": NOON}
+    facts |= {"config_digest": CONFIG, "weights_digests": [WEIGHTS]}
     return Circumstances(**facts | changes)
 
 
@@ -52,7 +54,12 @@ def here(**changes: Any) -> Circumstances:
         pytest.param({"max_steps_per_round": 9}, {"epochs": 1}, "give local.steps", id="step-limit"),
         pytest.param({"max_epochs_per_round": 1}, {"steps": 1}, "give local.epochs", id="epoch-limit"),
         pytest.param({"data_sets": ("notes",)}, {"steps": 1}, "data_sets permits notes, the run", id="data"),
-        pytest.param({"models": (OTHER,)}, {"steps": 1}, "policy.models names none of", id="digest"),
+        pytest.param(
+            {"models": (OTHER,)},
+            {"steps": 1},
+            f"policy.models permits blake3:333333333333…; this run's config.json is {CONFIG}, its weights {WEIGHTS}",
+            id="digest",
+        ),
         pytest.param({"codecs": ("int8",)}, {"steps": 1}, "would leave as fp32", id="codec"),
         pytest.param(
             {"privacy": Privacy(max_clip_norm=1, min_noise_multiplier=0.5)},
@@ -132,9 +139,22 @@ def test_only_listed_model_families_are_permitted() -> None:
 
 def test_a_run_whose_model_was_permitted_when_it_was_joined_stays_permitted() -> None:
     policy = Policy(models=(WEIGHTS,))
-    later = here(digests=[OTHER, CONFIG])
-    assert "names none of" in str(refusal_of_run(spec(), policy, later))
-    assert refusal_of_run(spec(), policy, here(digests=[OTHER, CONFIG], joined_permitted=True)) is None
+    later = {"weights_digests": [OTHER]}
+    assert "policy.models permits" in str(refusal_of_run(spec(), policy, here(**later)))
+    assert refusal_of_run(spec(), policy, here(**later, joined_permitted=True)) is None
+
+
+def test_the_run_s_digests_are_among_the_characters_that_the_operator_is_shown() -> None:
+    permitted = tuple(f"blake3:{number:064x}" for number in range(100))
+    answer = str(refusal_of_run(spec(), Policy(models=permitted), here()))
+    assert "blake3:000000000000…, 97 more; this run" in answer
+    assert CONFIG in answer[:300]
+    assert WEIGHTS in answer[:300]
+
+
+def test_no_digest_is_judged_before_one_is_known() -> None:
+    unknown = here(config_digest=None, weights_digests=[])
+    assert refusal_of_run(spec(), Policy(models=(OTHER,)), unknown) is None
 
 
 def test_trainings_beyond_the_day_or_the_hours_are_refused() -> None:
@@ -235,9 +255,27 @@ def test_a_damaged_record_of_trainings_permits_nothing(tmp_path: Path) -> None:
 def test_a_model_named_by_its_first_weights_is_permitted_all_through_the_run(tmp_path: Path) -> None:
     config = site(tmp_path, policy={"models": [WEIGHTS]})
     late = assignment("r2.5.1.train.a", weights=OTHER)
-    assert "names none" in str(consent(config).refusal(late, spec()))
+    assert "policy.models permits" in str(consent(config).refusal(late, spec()))
     assert consent(config).refusal(assignment("r1.1.1.train.a"), spec()) is None
     assert consent(config).refusal(assignment("r1.2.1.train.a", weights=OTHER), spec()) is None
+
+
+BASE, TOKENIZER = (f"blake3:{digit * 64}" for digit in "45")
+
+
+@pytest.mark.parametrize(
+    ("digest", "is_permitted"), [(CONFIG, True), (WEIGHTS, True), (BASE, True), (TOKENIZER, False)]
+)
+def test_a_model_is_told_by_its_config_its_weights_or_its_base_and_not_by_its_tokenizer(
+    tmp_path: Path, digest: str, is_permitted: bool
+) -> None:
+    asked = assignment()
+    base = Blob(name="base.safetensors", digest=BASE, size_bytes=100)
+    tokenizer = Blob(name="tokenizer.json", digest=TOKENIZER, size_bytes=10)
+    asked = replace(asked, frozen=(base,), assets=(tokenizer, *asked.assets))
+    answer = consent(site(tmp_path, policy={"models": [digest]})).refusal(asked, spec())
+    told = f"this run's config.json is {CONFIG}, its weights {BASE}, {WEIGHTS}"
+    assert answer is None if is_permitted else told in str(answer)
 
 
 def test_a_policy_file_is_read_as_it_stands_and_permits_nothing_while_it_is_wrong(tmp_path: Path) -> None:
