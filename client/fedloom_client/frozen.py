@@ -73,8 +73,10 @@ class Frozen:
             self._needed.subtract(names)
 
     async def _frozen(self, blob: Blob, on_progress: Callable[[int, int], None]) -> Path:
-        own = await self._local.find(blob.digest, blob.size_bytes)
-        if own is not None:
+        from fedloom_common.adapters.layout import FROZEN_A_FILE  # here: it brings numpy, an idle daemon none
+
+        is_published = blob.name != FROZEN_A_FILE  # which the coordinator has drawn
+        if is_published and (own := await self._local.find(blob.digest, blob.size_bytes)) is not None:
             return own
         path = self._state.frozen / f"{plain_name(blob.digest)}.safetensors"
         await self._have(blob, path, on_progress)

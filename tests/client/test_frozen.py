@@ -85,6 +85,52 @@ def test_a_base_in_a_directory_of_the_sites_own_is_used_where_it_lies(tmp_path):
     assert site.source.fetched == []
 
 
+def test_bad_directories_and_files_are_warned_of_once_and_the_base_is_downloaded(
+    tmp_path, monkeypatch, caplog
+):
+    own = tmp_path / "own"
+    (own / "empty").mkdir(parents=True)
+    (own / "gone.safetensors").symlink_to("nowhere")
+    (own / "locked.safetensors").write_bytes(b"base")
+    site = Site(tmp_path, own=own, empty=own / "empty", file=own / "locked.safetensors", missing=own / "none")
+
+    def refuse(path):  # as of save_pretrained, which gives a file to its own user alone; root may read all
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("fedloom_client.localmodels.digest_of_file", refuse)
+    blob = site.source.add("base.safetensors", b"base")
+    for _ in range(2):
+        assert Path(site.bring([blob]).frozen["base.safetensors"]).read_bytes() == b"base"
+    warned = [f"{record.message}: {getattr(record, 'reason', '')}" for record in caplog.records]
+    expected = [
+        f"a model file cannot be read: {own}/gone.safetensors cannot be read (No such file or directory)",
+        f"a model file cannot be read: {own}/locked.safetensors cannot be read (Permission denied): let the",
+        f"a directory of models is of no use: {own}/empty has no .safetensors file: name the directory that",
+        f"a directory of models is of no use: {own}/locked.safetensors is no directory: name the one that",
+        f"a directory of models is of no use: {own}/none cannot be read (No such file or directory): put it",
+        "no model of the site's own is the one wanted: ",
+    ]
+    assert [told[: len(start)] for told, start in zip(warned, expected, strict=True)] == expected
+
+
+def test_who_cannot_remember_a_digest_uses_the_file_all_the_same(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "model.safetensors").write_bytes(b"base")
+    site = Site(tmp_path, own=own)
+    site.state.local_models.mkdir()  # no file can be written under this name
+    blob = site.source.add("base.safetensors", b"base")
+    assert site.bring([blob]).frozen["base.safetensors"] == str(own / "model.safetensors")
+
+
+def test_what_the_coordinator_has_drawn_is_not_looked_for(tmp_path, caplog):
+    own = tmp_path / "own"
+    own.mkdir()
+    site = Site(tmp_path, own=own)
+    site.bring([site.source.add("adapter_a.safetensors", b"drawn")])
+    assert not caplog.records
+
+
 def test_a_file_is_hashed_again_only_when_it_has_changed(tmp_path, monkeypatch):
     own, hashed = tmp_path / "own", []
     own.mkdir()
