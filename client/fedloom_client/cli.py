@@ -76,13 +76,15 @@ def policy(
 
     It goes by the config file, which a daemon that runs has read when it started.
     """
-    from fedloom_client.consent import foretell
+    from fedloom_client.consent import foretell, judged_later, read_spec
 
-    reasons = foretell(_settings(config, context.args), spec)
+    run = read_spec(spec)
+    reasons = foretell(_settings(config, context.args), run)
     for reason in reasons:
         typer.echo(f"refused: {reason}")
     if not reasons:
-        typer.echo("permitted, as far as the run spec tells; the model's size and digests are judged later")
+        later = judged_later(run)
+        typer.echo(f"permitted, as far as the run spec tells; the model's {later} are judged later")
     sys.exit(1 if reasons else 0)
 
 

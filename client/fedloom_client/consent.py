@@ -90,26 +90,44 @@ class Consent:
         return reason
 
 
-def foretell(config: SiteConfig, path: Path) -> list[str]:
+def read_spec(path: Path) -> RunSpec:
+    """The run spec in a file.
+
+    Raises:
+        BadSpec: it cannot be read.
+    """
+    try:
+        return parse_run_spec(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadSpec(f"the run spec {path} cannot be read: {error}") from error
+
+
+def foretell(config: SiteConfig, spec: RunSpec) -> list[str]:
     """Every reason for which this site would refuse a run now, as far as its spec tells.
 
     Raises:
-        BadSpec: the spec, the policy or the record of trainings cannot be read.
+        BadSpec: the policy or the record of trainings cannot be read.
     """
-    try:
-        spec = parse_run_spec(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadSpec(f"the run spec {path} cannot be read: {error}") from error
     policy, now = current_policy(config), datetime.now(UTC)
     done = Trainings(StateDir(config.state_dir).trainings).read(now)
     here = Circumstances(data_sets=config.data, trainings_today=len(set(done.today)), now=now)
-    model_type = (spec.model.config or {}).get("model_type")
+    model_type = _family(spec)
     last = [
         None if config.trains or spec.evaluation.central else ONLY_MEASURES,
         refusal_of_model(model_type, policy=policy) if model_type else None,
         refusal_of_training(policy, here),
     ]
     return [*objections(spec, policy, here), *(reason for reason in last if reason)]
+
+
+def judged_later(spec: RunSpec) -> str:
+    """What of the model a run's spec leaves open, so that it is judged only when the run is there."""
+    return "size and digests" if _family(spec) else "family, size and digests"
+
+
+def _family(spec: RunSpec) -> str | None:
+    """The model's family; None if only the coordinator's directory, ``model.path``, tells it."""
+    return (spec.model.config or {}).get("model_type")
 
 
 def current_policy(config: SiteConfig) -> Policy:

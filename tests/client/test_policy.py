@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from fedloom_client.cli import app
 from fedloom_client.config import Policy, Privacy, SiteConfig
-from fedloom_client.consent import Consent, foretell
+from fedloom_client.consent import Consent, foretell, read_spec
 from fedloom_client.messages import Assignment, Blob
 from fedloom_client.policy import (
     Circumstances,
@@ -57,7 +59,8 @@ def here(**changes: Any) -> Circumstances:
         pytest.param(
             {"models": (OTHER,)},
             {"steps": 1},
-            f"policy.models permits blake3:333333333333…; this run's config.json is {CONFIG}, its weights {WEIGHTS}",
+            "policy.models permits blake3:333333333333…; "
+            f"this run's config.json is {CONFIG}, its weights {WEIGHTS}",
             id="digest",
         ),
         pytest.param({"codecs": ("int8",)}, {"steps": 1}, "would leave as fp32", id="codec"),
@@ -305,20 +308,41 @@ def test_a_policy_in_two_places_is_a_mistake(tmp_path: Path) -> None:
 
 
 def test_what_would_be_refused_is_told_beforehand(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(spec(steps=10).model_dump_json())
+    run = spec(steps=10)
     rules = {"max_steps_per_round": 5, "model_types": ["llama"], "max_rounds_per_day": 0}
-    assert foretell(site(tmp_path, policy=rules), path) == [
+    assert foretell(site(tmp_path, policy=rules), run) == [
         "policy.max_steps_per_round is 5, the run wants 10 steps",
         "policy.model_types permits llama, the model is a gpt2",
         "policy.max_rounds_per_day is 0, 0 have begun today (UTC)",
     ]
-    assert foretell(site(tmp_path), path) == []
-    assert foretell(site(tmp_path, trains=False), path) == [
+    assert foretell(site(tmp_path), run) == []
+    assert foretell(site(tmp_path, trains=False), run) == [
         "trains is false in site.yaml: this site only measures models"
     ]
-    measured = spec(steps=10).model_copy(update={"evaluation": Evaluation(central=("lab",))})
-    path.write_text(measured.model_dump_json())  # a site does not know here by which name it is called
-    assert foretell(site(tmp_path, trains=False), path) == []
-    with pytest.raises(BadSpec, match="cannot be read"):
-        foretell(site(tmp_path), tmp_path / "none.yaml")
+    # a site does not know here by which name it is called
+    measured = run.model_copy(update={"evaluation": Evaluation(central=("lab",))})
+    assert foretell(site(tmp_path, trains=False), measured) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "later"),
+    [
+        ({"config": {"model_type": "gpt2"}}, "the model's size and digests are judged later"),
+        ({"path": "/srv/models/x"}, "the model's family, size and digests are judged later"),
+    ],
+)
+def test_what_a_spec_does_not_tell_of_the_model_is_said_to_be_judged_later(
+    tmp_path: Path, model: dict[str, Any], later: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps(spec().model_dump(mode="json") | {"model": model}))
+    config = {"coordinator": "localhost:1", "insecure": "a", "state_dir": "state"}
+    config |= {"data": {"plays": {"files": ["*.txt"]}}, "policy": {"model_types": ["llama", "gpt2"]}}
+    (tmp_path / "site.yaml").write_text(json.dumps(config))
+    flags = ["policy", "--config", str(tmp_path / "site.yaml"), "--spec", str(tmp_path / "run.yaml")]
+    done = CliRunner().invoke(app, flags)
+    assert (done.exit_code, done.output) == (0, f"permitted, as far as the run spec tells; {later}\n")
+
+
+def test_a_spec_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadSpec, match=r"none\.yaml cannot be read"):
+        read_spec(tmp_path / "none.yaml")
