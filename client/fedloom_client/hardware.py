@@ -45,15 +45,15 @@ def main_memory_bytes() -> int:
 
 
 def data_set_bytes(source: DataSource) -> int:
-    """Size of the files that a data set's globs match now; 0 if there are none."""
+    """Size of what training would read now: files that the globs match, or folders of saved datasets."""
     paths = {match for pattern in source.files for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
-    return sum(map(_size_bytes, {file for path in paths for file in _files_of(path)}))
+    if source.format == "dataset":
+        return sum(map(_size_bytes, {file for path in paths for file in _files_below(path)}))
+    return sum(_size_bytes(Path(path)) for path in paths)
 
 
-def _files_of(path: str) -> Iterator[Path]:
-    """The path itself, or all files below it; what goes meanwhile or is not ours to enter has none."""
-    if not os.path.isdir(path):  # noqa: PTH112 (pathlib's raises for a link into a folder that is not ours)
-        yield Path(path)
+def _files_below(path: str) -> Iterator[Path]:
+    """What goes meanwhile or is not ours to enter has none."""
     for folder, _, names in os.walk(path):
         yield from (Path(folder, name) for name in names)
 

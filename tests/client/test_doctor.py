@@ -64,6 +64,9 @@ def test_a_site_that_only_measures_may_hold_out_all_it_has(site):
     ("source", "told"),
     [
         pytest.param({"files": ["*.csv"]}, "no file matches", id="nothing-matches"),
+        pytest.param({"files": ["more"]}, "/more is a folder: give /", id="a-folder"),
+        pytest.param({"files": ["more/"], "format": "jsonl"}, "/more/*.jsonl", id="a-folder-of-records"),
+        pytest.param({"files": ["bad.txt"], "format": "dataset"}, "bad.txt is no folder", id="no-folder"),
         pytest.param({"files": ["bad.txt"]}, "is not UTF-8 text", id="not-text"),
         pytest.param({"files": ["empty.txt"]}, "no text", id="empty"),
         pytest.param(
@@ -77,6 +80,7 @@ def test_data_that_training_would_fail_on_is_a_problem(site, tmp_path, source, t
     (tmp_path / "bad.jsonl").write_text('{"body": "text"}\n')
     (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "more").mkdir()
 
     found = site("data set plays", data={"plays": source})
 

@@ -67,9 +67,18 @@ def test_a_data_set_has_the_size_of_its_files_each_counted_once(tmp_path: Path) 
     (tmp_path / "a.txt").write_text("four")
     (tmp_path / "saved" / "state.json").write_text("12345")
     (tmp_path / "saved" / "deep" / "data.arrow").write_text("1234567")
-    patterns = (str(tmp_path / "*.txt"), str(tmp_path / "a.*"), str(tmp_path / "saved"))
-    assert data_set_bytes(DataSource(files=patterns)) == 4 + 5 + 7
+    patterns = (str(tmp_path / "*.txt"), str(tmp_path / "a.*"))
+    assert data_set_bytes(DataSource(files=patterns)) == 4
+    saved = (str(tmp_path / "saved"), str(tmp_path / "s*"))
+    assert data_set_bytes(DataSource(files=saved, format="dataset")) == 5 + 7
     assert data_set_bytes(DataSource(files=(str(tmp_path / "none*"),))) == 0
+
+
+def test_what_training_does_not_read_counts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("four")
+    assert data_set_bytes(DataSource(files=(str(tmp_path / "data"),))) == 0
+    assert data_set_bytes(DataSource(files=(str(tmp_path / "data" / "a.txt"),), format="dataset")) == 0
 
 
 def test_a_link_that_cannot_be_followed_counts_nothing(tmp_path: Path) -> None:
@@ -92,5 +101,5 @@ def test_a_folder_that_goes_while_it_is_measured_counts_nothing(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", remove_then_scan)
-    assert data_set_bytes(DataSource(files=(str(tmp_path / "saved"),))) == 5
+    assert data_set_bytes(DataSource(files=(str(tmp_path / "saved"),), format="dataset")) == 5
     assert not (tmp_path / "saved" / "going").exists()

@@ -153,12 +153,19 @@ def _matching(source: Source) -> list[Path]:
         names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
         found = [Path(name) for name in names if wanted(Path(name))]
         if not found:
-            kind = "directory" if source.format == "dataset" else "file"
-            raise TrainingFailed(
-                f"no {kind} matches {pattern}: correct the data set's files in the site's config"
-            )
+            raise TrainingFailed(_nothing_in(pattern, names, source))
         paths += found
     return list(dict.fromkeys(paths))
+
+
+def _nothing_in(pattern: str, names: Sequence[str], source: Source) -> str:
+    if source.format == "dataset" and names:
+        return f"{names[0]} is no folder: give the one that the datasets library saved, or another format"
+    is_named = not glob.has_magic(Path(pattern).name)
+    if is_named and (folder := next((Path(name) for name in names if Path(name).is_dir()), None)):
+        return f"{folder} is a folder: give {folder}/*.{source.format.replace('text', 'txt')}"
+    kind = "folder" if source.format == "dataset" else "file"
+    return f"no {kind} matches {pattern}: correct the data set's files in the site's config"
 
 
 def _saved_dataset(path: Path) -> Iterable[dict[str, Any]]:
