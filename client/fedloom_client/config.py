@@ -6,15 +6,17 @@ from pydantic import Field, model_validator
 
 from fedloom_common.channels import WINDOW_BYTES
 from fedloom_common.codecs.spec import StageName
+from fedloom_common.digests import DIGEST
 from fedloom_common.httpport import http_encryption
 from fedloom_common.identity import TlsFiles
 from fedloom_common.requirements import MOST_LABELS, Label
 from fedloom_common.runspec import TaskKind
 from fedloom_common.settings import Address, ConfigGlob, ConfigPath
-from fedloom_common.strict import Name, Strict
+from fedloom_common.strict import Name, Pattern, Strict
 
-HOURS = r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$"
-Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
+_TIME = r"([01]\d|2[0-3]):[0-5]\d"
+Hours = Annotated[str, Pattern(f"^{_TIME}-{_TIME}$", "two times from 00:00 to 23:59, such as 20:00-06:00")]
+Digest = Annotated[str, Pattern(r"^blake3:[0-9a-f]{64}$", f"{DIGEST}, which `b3sum FILE` tells of a file")]
 
 
 class DataSource(Strict):
@@ -95,7 +97,7 @@ class Policy(Strict):
     alone: bool = True
     """Whether the site also trains by itself at the end of a run with ``evaluation.alone``, for as many steps
     as the run gave it; that counts as one training of the day."""
-    hours_utc: str | None = Field(default=None, pattern=HOURS)
+    hours_utc: Hours | None = None
     """When trainings may begin, such as ``20:00-06:00``, in UTC; always if not given."""
     failure_details: bool = False
     """Whether the coordinator is told all of why work failed, such as the end of a traceback. What other

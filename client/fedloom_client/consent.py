@@ -21,8 +21,9 @@ from fedloom_client.policy import (
 )
 from fedloom_client.statedir import StateDir
 from fedloom_common.errors import BadSpec
+from fedloom_common.fields import mistake
 from fedloom_common.files import write_text
-from fedloom_common.runspec import RunSpec, describe, parse_run_spec
+from fedloom_common.runspec import RunSpec, parse_run_spec
 from fedloom_common.yamltext import read_yaml
 
 MOST_RUNS = 1000  # remembered as joined with a permitted model; the oldest is forgotten
@@ -148,7 +149,7 @@ def current_policy(config: SiteConfig) -> Policy:
     except (OSError, UnicodeDecodeError) as error:
         raise BadSpec(f"policy_file {path} cannot be read, so everything is refused: {error}") from error
     except ValidationError as error:
-        mistakes = describe(error)
+        mistakes = "\n".join(mistake(Policy, item, None) for item in error.errors())
         raise BadSpec(f"policy_file {path} has mistakes, so everything is refused:\n{mistakes}") from error
 
 

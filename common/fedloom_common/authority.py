@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import atomic_file
 from fedloom_common.identity import Role
-from fedloom_common.strict import Name
+from fedloom_common.strict import NAME, Name
 
 CA_DAYS = 3652
 LEAF_DAYS = 365
@@ -247,10 +247,7 @@ def _require_name(name: str, role: Role) -> None:
     try:
         _NAME.validate_python(name)
     except ValidationError as error:
-        raise BadSpec(
-            f"{name!r} is not allowed as {role} name; wanted are up to 64 small letters, digits, "
-            "dots, dashes and underscores, with a letter or digit at both ends"
-        ) from error
+        raise BadSpec(f"{name!r} is not allowed as {role} name; wanted are {NAME}") from error
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

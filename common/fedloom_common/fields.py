@@ -1,6 +1,7 @@
 """What the fields of a config say of themselves: their types as flags see them, help, and mistakes."""
 
 import difflib
+import itertools
 import json
 import shutil
 import textwrap
@@ -59,7 +60,7 @@ def leaves(cls: type[BaseModel], lead: str) -> Iterator[tuple[str, str, FieldInf
 
 def mistake(cls: type[BaseModel], item: Any, source: str | None) -> str:
     """One of pydantic's errors as a line: path, what was wanted, what came, and from which source."""
-    path = ".".join(str(part) for part in item["loc"]) or "(the whole)"
+    path = ".".join(str(part) for part in item["loc"] if part != "[key]") or "(the whole)"
     origin = f" in {source}" if source else ""
     if item["type"] == "missing":
         return f"  {path}: required, but not given{origin}"
@@ -67,7 +68,7 @@ def mistake(cls: type[BaseModel], item: Any, source: str | None) -> str:
         kind = _kind_at(cls, item["loc"][:-1])
         model = kind if is_model(kind) else cls
         return f"  {path}: " + unknown_setting(model, str(item["loc"][-1]), "") + f" (came{origin})"
-    wanted = item["msg"].removeprefix("Value error, ")
+    wanted = _shape(_kind_at(cls, item["loc"]), item) or item["msg"].removeprefix("Value error, ")
     came = repr(item["input"])
     is_secret = _kind_at(cls, item["loc"]) is SecretStr
     if isinstance(item["input"], dict) or len(came) > 80 or is_secret:
@@ -80,6 +81,30 @@ def unknown_setting(cls: type[BaseModel], key: str, lead: str) -> str:
     close = difflib.get_close_matches(key, cls.model_fields, n=1)
     known = f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.model_fields)}"
     return f"{lead}no setting {key!r}; {known}"
+
+
+def _shape(kind: Any, item: Any) -> str | None:
+    """What was wanted where something else came than a list or mapping, with an example made of it."""
+    if item["type"] in ("tuple_type", "list_type"):
+        return f"wanted a list, such as {_example(kind, item['input'])}"
+    if item["type"] == "dict_type":
+        return f"wanted a mapping, such as {_example(kind, item['input'])}"
+    if item["type"] in ("model_type", "model_attributes_type") and is_model(kind):
+        return f"wanted a mapping with keys such as {', '.join(itertools.islice(kind.model_fields, 3))}"
+    return None
+
+
+def _example(kind: Any, came: Any) -> str:
+    if is_model(kind):
+        needed = [name for name, info in kind.model_fields.items() if info.is_required()]
+        parts = ((name, _example(plain_type(kind.model_fields[name].annotation), came)) for name in needed)
+        return f"{{{', '.join(f'{name}: {part}' for name, part in parts)}}}"
+    if typing.get_origin(kind) is dict:
+        return f"{{name: {_example(plain_type(typing.get_args(kind)[1]), came)}}}"
+    if typing.get_origin(kind) in (tuple, list):
+        return f"[{_example(plain_type(typing.get_args(kind)[0]), came)}]"
+    first = came[0] if isinstance(came, list) and came else came
+    return str(first) if isinstance(first, str | int | float) else "…"
 
 
 def _kind_at(cls: type[BaseModel], loc: Iterable[int | str]) -> Any:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedloom_common.certificates import read_credential
 from fedloom_common.errors import NotIdentified, NotPermitted
 from fedloom_common.settings import ConfigPath
-from fedloom_common.strict import Name, Strict
+from fedloom_common.strict import NAME, Name, Strict
 
 _NAME = TypeAdapter(Name)
 _ROLE_KEY, _NAME_KEY = "fedloom-role", "fedloom-name"
@@ -210,9 +210,7 @@ def _peer(role: str, name: str, source: str) -> Peer:
     try:
         return Peer(Role(role), _NAME.validate_python(name))
     except ValidationError as error:
-        raise NotIdentified(
-            f"{source} gives the name {name!r}; a name is small letters, digits, dots, dashes and underscores"
-        ) from error
+        raise NotIdentified(f"{source} gives the name {name!r}; a name is {NAME}") from error
 
 
 def _is_loopback(host: str) -> bool:

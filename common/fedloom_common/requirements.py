@@ -4,10 +4,11 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from fedloom_common.strict import Strict
+from fedloom_common.strict import Pattern, Strict
 
-LABEL = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"
-Label = Annotated[str, Field(pattern=LABEL)]
+LABEL = "up to 63 letters, digits, dots, dashes, slashes and underscores, with a letter or digit at both ends"
+"""What a label's name or value looks like, for error messages."""
+Label = Annotated[str, Pattern(r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$", f"{LABEL}, such as icu")]
 MOST_LABELS = 64
 
 GB = 1e9  # decimal, as vendors of devices count: an "80 GB" device reports at least 8e10 bytes

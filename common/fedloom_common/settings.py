@@ -11,7 +11,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    Field,
     ValidationError,
     ValidationInfo,
     create_model,
@@ -20,6 +19,7 @@ from pydantic import (
 from fedloom_common.drafts import Draft, Typed, draft_of
 from fedloom_common.errors import BadSpec
 from fedloom_common.fields import mistake, settings_help
+from fedloom_common.strict import Pattern
 
 __all__ = ["Address", "ConfigGlob", "ConfigPath", "Fitting", "load_fitting", "load_settings", "settings_help"]
 
@@ -34,7 +34,9 @@ def _port_exists(address: str) -> str:
     return address
 
 
-Address = Annotated[str, Field(pattern=r"^.+:\d+$"), AfterValidator(_port_exists)]
+Address = Annotated[
+    str, Pattern(r"^.+:\d+$", "host:port, such as fed.example.org:7443"), AfterValidator(_port_exists)
+]
 """host:port."""
 
 

@@ -7,7 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedloom_common.errors import BadSpec, NotFound, WrongState
 from fedloom_common.requirements import LABEL, MOST_LABELS, Label
-from fedloom_common.strict import Name
+from fedloom_common.strict import NAME, Name
 from fedloom_server.assignments import Assignments
 from fedloom_server.records import SiteState
 from fedloom_server.roster import Roster, Site
@@ -66,9 +66,7 @@ class Admission:
         try:
             _NAME.validate_python(name)
         except ValidationError:
-            raise BadSpec(
-                f"no site can be named {name[:200]!r}: small letters, digits, dots, dashes and underscores"
-            ) from None
+            raise BadSpec(f"no site can be named {name[:200]!r}: wanted are {NAME}") from None
         site = self._decide(self._roster.add(name), SiteState.BLOCKED, reason or "blocked by an operator")
         refusal = self._sites.refusal(name)
         assert refusal is not None, "it has just been blocked"

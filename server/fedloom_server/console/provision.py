@@ -11,7 +11,7 @@ from rich.markup import escape
 from fedloom_common.authority import LEAF_DAYS
 from fedloom_common.errors import BadSpec
 from fedloom_common.identity import Role
-from fedloom_common.strict import Name
+from fedloom_common.strict import NAME, Name
 from fedloom_server.console.kit import PORT, Kit, create_kit
 from fedloom_server.console.kitledger import CRL, CRL_DAYS
 
@@ -173,10 +173,7 @@ def _data_sets(given: list[str]) -> dict[str, list[str]] | None:
         try:
             TypeAdapter(Name).validate_python(name)
         except ValidationError as error:
-            raise BadSpec(
-                f"--data: {name!r} cannot name a data set; wanted are small letters, digits, dots, dashes "
-                "and underscores"
-            ) from error
+            raise BadSpec(f"--data: {name!r} cannot name a data set; wanted are {NAME}") from error
         sets.setdefault(name, []).append(files)
     return sets or None
 
