@@ -10,7 +10,7 @@ import typer
 
 from fedloom_client.config import SiteConfig
 from fedloom_common.cli import StartByDefault
-from fedloom_common.errors import BadSpec, WrongState
+from fedloom_common.errors import WrongState
 from fedloom_common.logs import set_up_logging
 from fedloom_common.nativelines import route_native_lines
 from fedloom_common.settings import load_settings, settings_help
@@ -99,10 +99,4 @@ def node(context: typer.Context, config: ConfigFile = None) -> None:
 
 
 def _settings(config: Path | None, flags: list[str]) -> SiteConfig:
-    settings = load_settings(SiteConfig, config, env_prefix=ENV_PREFIX, flags=flags)
-    if (settings.tls is None) == (settings.insecure is None):
-        raise BadSpec(
-            "give tls: the folder that `fedloom provision site` made has its three files "
-            "(or, for tests on one machine only, insecure: the site's name); exactly one of both"
-        )
-    return settings
+    return load_settings(SiteConfig, config, env_prefix=ENV_PREFIX, flags=flags)

@@ -166,7 +166,12 @@ class SiteConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _http_has_its_certificate(self) -> Self:
+    def _security_fits(self) -> Self:
+        if (self.tls is None) == (self.insecure is None):
+            raise ValueError(
+                "give tls: the folder that `fedloom provision site` made has its three files "
+                "(or, for tests on one machine only, insecure: the site's name); exactly one of both"
+            )
         if self.http is not None:
             http_encryption(self.http, self.http_tls, self.tls)
         return self

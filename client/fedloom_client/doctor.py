@@ -58,13 +58,7 @@ def checks(fitting: Fitting) -> dict[str, Check]:
 def _config(fitting: Fitting) -> Iterator[Finding]:
     for mistake in fitting.mistakes:
         yield problem(mistake, "correct the config; `fedloom client --help` lists all settings")
-    values = fitting.values
-    if not fitting.mistakes and (values["tls"] is None) == (values["insecure"] is None):
-        yield problem(
-            "exactly one of tls and insecure is wanted",
-            "give tls: the folder that `fedloom provision site` made has its three files",
-        )
-    elif not fitting.mistakes:
+    if not fitting.mistakes:
         yield ok("every key and value is right")
 
 

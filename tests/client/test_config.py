@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fedloom_client.config import SiteConfig
+from fedloom_client.doctor import examination
 from fedloom_common.errors import BadSpec
 from fedloom_common.settings import load_settings
 
@@ -80,3 +81,20 @@ def test_a_mistake_is_told_in_words_with_an_example(
 def test_a_window_has_times_that_a_clock_shows(tmp_path: Path, hours: str) -> None:
     with pytest.raises(BadSpec, match="wanted two times"):
         load(tmp_path, policy={"hours_utc": hours})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"insecure": None},
+        {"insecure": "a", "tls": {"ca": "ca.crt", "certificate": "site.crt", "key": "site.key"}},
+    ],
+)
+def test_neither_or_both_of_tls_and_insecure_is_a_mistake_wherever_the_config_is_read(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    with pytest.raises(BadSpec, match=r"give tls: the folder that .* exactly one of both"):
+        load(tmp_path, **given)
+    found = [item for item in examination(tmp_path / "site.yaml", []) if item.part == "config"]
+    assert [str(item.verdict) for item in found] == ["problem"]
+    assert "exactly one of both" in found[0].told
