@@ -15,7 +15,8 @@ import numpy as np
 from bare_process import CHUNK_BYTES, Setting, Sum
 
 from fedloom_common.channels import CHANNEL_OPTIONS, SERVER_OPTIONS, window
-from fedloom_common.identity import TlsFiles, channel_credentials, server_credentials
+from fedloom_common.identity import TlsFiles
+from fedloom_common.rotation import LiveCredential
 
 SERVICE = "bare.Transfer"
 HEAD_BYTES = 16
@@ -74,7 +75,7 @@ async def _serve(setting: Setting, held: Sum) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     address = f"localhost:{setting.port}"
     if setting.credentials:
-        server.add_secure_port(address, server_credentials(_tls(setting, "coordinator", "coordinator")))
+        server.add_secure_port(address, _tls(setting, "coordinator", "coordinator").for_servers())
     else:
         server.add_insecure_port(address)
     await server.start()
@@ -86,7 +87,7 @@ async def _open(setting: Setting) -> tuple[Any, Any]:
     address = f"localhost:{setting.port}"
     options = [*CHANNEL_OPTIONS, window(WINDOW_BYTES)]
     if setting.credentials:
-        credentials = channel_credentials(_tls(setting, "sites/site-1", "site"))
+        credentials = _tls(setting, "sites/site-1", "site").for_channels()
         channel = grpc.aio.secure_channel(
             address, credentials, options=[*CHANNEL_OPTIONS, window(WINDOW_BYTES)]
         )
@@ -96,9 +97,11 @@ async def _open(setting: Setting) -> tuple[Any, Any]:
     return channel.stream_unary(f"/{SERVICE}/Upload"), channel.unary_stream(f"/{SERVICE}/Broadcast")
 
 
-def _tls(setting: Setting, place: str, role: str) -> TlsFiles:
+def _tls(setting: Setting, place: str, role: str) -> LiveCredential:
     folder = Path(setting.credentials) / place
-    return TlsFiles(ca=folder / "ca.crt", certificate=folder / f"{role}.crt", key=folder / f"{role}.key")
+    return LiveCredential(
+        TlsFiles(ca=folder / "ca.crt", certificate=folder / f"{role}.crt", key=folder / f"{role}.key")
+    )
 
 
 def _encode(offset: int, payload: memoryview) -> bytes:

@@ -10,7 +10,6 @@ from fedloom_common.errors import BadSpec
 from fedloom_common.identity import (
     Peer,
     TlsFiles,
-    channel_credentials,
     insecure_metadata,
     is_loopback,
     require_loopback,
@@ -103,8 +102,8 @@ def open_channel(
     if called is not None:
         options.append(("grpc.ssl_target_name_override", called))
     if tls is not None:
-        credentials = tls.for_channels() if isinstance(tls, LiveCredential) else channel_credentials(tls)
-        return grpc.aio.secure_channel(address, credentials, options=options)
+        live = tls if isinstance(tls, LiveCredential) else LiveCredential(tls)
+        return grpc.aio.secure_channel(address, live.for_channels(), options=options)
     if insecure is None:
         raise BadSpec("neither tls nor insecure is given; set tls to the files that `fedloom provision` made")
     require_loopback(address, "a channel without TLS")

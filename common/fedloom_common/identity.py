@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
-import grpc
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import TypeAdapter, ValidationError
 
-from fedloom_common.certificates import read_credential
 from fedloom_common.errors import NotIdentified, NotPermitted
 from fedloom_common.settings import ConfigPath
 from fedloom_common.strict import NAME, Name, Strict
@@ -57,26 +55,6 @@ class Peer:
 
     def __str__(self) -> str:
         return f"{self.role} {self.name}"
-
-
-def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    """Credentials that demand a certificate of the same CA from every client.
-
-    Raises:
-        BadSpec: a file is missing, unreadable, expired, or does not belong to the others.
-    """
-    ca, certificate, key = read_credential(tls.ca, tls.certificate, tls.key)
-    return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=True)
-
-
-def channel_credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
-    """Credentials that show this host's certificate and trust only the federation's CA.
-
-    Raises:
-        BadSpec: a file is missing, unreadable, expired, or does not belong to the others.
-    """
-    ca, certificate, key = read_credential(tls.ca, tls.certificate, tls.key)
-    return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,8 @@ import pytest
 from fedloom_common.authority import Authority
 from fedloom_common.channels import MESSAGE_BYTES, RECEIVED_BYTES, SERVER_OPTIONS, open_channel
 from fedloom_common.errors import BadSpec, NotPermitted
-from fedloom_common.identity import (
-    Peer,
-    Role,
-    TlsFiles,
-    insecure_peer,
-    peer_of,
-    server_credentials,
-)
+from fedloom_common.identity import Peer, Role, TlsFiles, insecure_peer, peer_of
+from fedloom_common.rotation import LiveCredential
 
 PEER = Peer(Role.SITE, "ward-a")
 
@@ -120,7 +114,8 @@ async def secure(tmp_path: Path) -> AsyncIterator[tuple[str, TlsFiles]]:
 
     server = grpc.aio.server(options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers([HANDLER])
-    port = server.add_secure_port("127.0.0.1:0", server_credentials(files(Role.COORDINATOR, "coordinator")))
+    own = LiveCredential(files(Role.COORDINATOR, "coordinator"))
+    port = server.add_secure_port("127.0.0.1:0", own.for_servers())
     await server.start()
     yield f"localhost:{port}", files(Role.OPERATOR, "ann")
     await server.stop(None)

@@ -26,13 +26,12 @@ from fedloom_common.identity import (
     Peer,
     Role,
     TlsFiles,
-    channel_credentials,
     insecure_metadata,
     insecure_peer,
     peer_of,
     require_loopback,
-    server_credentials,
 )
+from fedloom_common.rotation import LiveCredential
 
 WHO = "/test.Identity/Who"
 CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
@@ -129,7 +128,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, authority: Authority) 
 
 @pytest.fixture
 async def address(coordinator: TlsFiles) -> AsyncIterator[str]:
-    async with serving(server_credentials(coordinator)) as address:
+    async with serving(LiveCredential(coordinator).for_servers()) as address:
         yield address
 
 
@@ -153,15 +152,15 @@ async def test_the_server_knows_each_role_and_name_from_the_certificate(
     role: Role, address: str, authority: Authority, tmp_path: Path
 ) -> None:
     tls = files(tmp_path / "own", authority, authority.issue(role, "ward-a.2"))
-    assert await ask(address, channel_credentials(tls)) == f"{role} ward-a.2"
+    assert await ask(address, LiveCredential(tls).for_channels()) == f"{role} ward-a.2"
 
 
 async def test_a_sync_server_knows_it_as_well(
     coordinator: TlsFiles, ca: Path, authority: Authority, tmp_path: Path
 ) -> None:
     tls = files(tmp_path / "own", authority, authority.issue(Role.SITE, "ward-a"))
-    with sync_server(server_credentials(coordinator)) as address:
-        assert await ask(address, channel_credentials(tls)) == "site ward-a"
+    with sync_server(LiveCredential(coordinator).for_servers()) as address:
+        assert await ask(address, LiveCredential(tls).for_channels()) == "site ward-a"
         two = unchecked(authority, handcrafted(ca, SITE_URI, "spiffe://fed.test/site/ward-b"))
         assert (await refusal(address, two))[0] is grpc.StatusCode.PERMISSION_DENIED
 
@@ -184,9 +183,11 @@ async def test_the_coordinator_is_trusted_under_its_hosts_and_locally(
 ) -> None:
     hosts = ["fed.example.org", "10.1.2.3"]
     tls = files(tmp_path / "own", authority, authority.issue(Role.COORDINATOR, "coordinator", hosts=hosts))
-    async with serving(server_credentials(tls)) as address:
+    async with serving(LiveCredential(tls).for_servers()) as address:
         options = [("grpc.ssl_target_name_override", host)]
-        async with grpc.aio.secure_channel(address, channel_credentials(tls), options=options) as channel:
+        async with grpc.aio.secure_channel(
+            address, LiveCredential(tls).for_channels(), options=options
+        ) as channel:
             assert await channel.unary_unary(WHO)(b"", timeout=60) == b"coordinator coordinator"
 
 
@@ -274,15 +275,15 @@ def test_a_call_without_a_readable_certificate_has_no_identity(context: dict[str
 async def test_a_site_cannot_pose_as_the_coordinator(authority: Authority, tmp_path: Path) -> None:
     site = authority.issue(Role.SITE, "ward-a", hosts=["127.0.0.1"])
     tls = files(tmp_path / "own", authority, site)
-    async with serving(server_credentials(tls)) as address:
-        code, _ = await refusal(address, channel_credentials(tls))
+    async with serving(LiveCredential(tls).for_servers()) as address:
+        code, _ = await refusal(address, LiveCredential(tls).for_channels())
     assert code is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_coordinator_of_another_ca_is_not_trusted(address: str, tmp_path: Path) -> None:
     other = Authority.create(tmp_path / "ca", "fed.test")
     tls = files(tmp_path / "own", other, other.issue(Role.SITE, "ward-a"))
-    code, _ = await refusal(address, channel_credentials(tls))
+    code, _ = await refusal(address, LiveCredential(tls).for_channels())
     assert code is grpc.StatusCode.UNAVAILABLE
 
 
@@ -304,10 +305,9 @@ def test_files_that_do_not_fit_are_named_before_any_handshake(
         (own.model_copy(update={"key": tmp_path / "no.pem"}), "no.pem holds no private key"),
         (expired, f"{expired.certificate} expired at"),
     ]:
-        for credentials in (server_credentials, channel_credentials):
-            with pytest.raises(BadSpec) as caught:
-                credentials(wrong)
-            assert message in str(caught.value)
+        with pytest.raises(BadSpec) as caught:
+            LiveCredential(wrong)
+        assert message in str(caught.value)
 
 
 def test_a_key_with_a_passphrase_is_refused_with_the_reason(authority: Authority, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_key_with_a_passphrase_is_refused_with_the_reason(authority: Authority
         key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
     )
     with pytest.raises(BadSpec, match="protected by a passphrase"):
-        channel_credentials(tls)
+        LiveCredential(tls)
 
 
 def test_keys_are_private_and_never_overwritten(authority: Authority, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from cryptography import x509
 from fedloom_client.config import SiteConfig
 from fedloom_common.channels import SERVER_OPTIONS, open_channel
 from fedloom_common.errors import BadSpec
-from fedloom_common.identity import Role, peer_of, server_credentials
+from fedloom_common.identity import Role, peer_of
+from fedloom_common.rotation import LiveCredential
 from fedloom_common.settings import load_settings
 from fedloom_server.config import CoordinatorTls
 from fedloom_server.console.config import OperatorConfig
@@ -92,7 +93,7 @@ async def test_folders_that_were_copied_elsewhere_meet_over_tls(kit: Kit, tmp_pa
     server = grpc.aio.server(options=SERVER_OPTIONS)
     methods = {"Who": grpc.unary_unary_rpc_method_handler(who)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Who", methods)])
-    port = server.add_secure_port("127.0.0.1:0", server_credentials(tls))
+    port = server.add_secure_port("127.0.0.1:0", LiveCredential(tls).for_servers())
     await server.start()
     for identity, folder in folders.items():
         moved = folder.rename(tmp_path / identity.replace(" ", "-"))
