@@ -137,9 +137,15 @@ def current_policy(config: SiteConfig) -> Policy:
     Raises:
         BadSpec: its file is missing or wrong.
     """
-    path = config.policy_file
-    if path is None:
-        return config.policy
+    return config.policy if config.policy_file is None else read_policy(config.policy_file)
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a file of its own.
+
+    Raises:
+        BadSpec: the file is missing or wrong.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         content = read_yaml(text, f"everything is refused: policy_file {path}")

@@ -4,13 +4,15 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
 from fedloom_client.cli import ENV_PREFIX
 from fedloom_client.config import DataSource, Policy, SiteConfig, Workers
+from fedloom_client.consent import read_policy
 from fedloom_client.hardware import data_set_bytes, find_devices, main_memory_bytes
+from fedloom_client.localmodels import safetensors_in, unreadable
 from fedloom_client.statedir import StateDir
 from fedloom_client.status import ill_health, runs
 from fedloom_client.training.orders import Source
@@ -19,9 +21,10 @@ from fedloom_common.doctor.credentials import credential
 from fedloom_common.doctor.findings import Check, Finding, examine, ok, problem, warning
 from fedloom_common.doctor.host import open_files, size, state_folder
 from fedloom_common.doctor.reach import way
-from fedloom_common.errors import TrainingFailed
+from fedloom_common.errors import BadSpec, BadTensor, TrainingFailed
 from fedloom_common.identity import Peer, Role
 from fedloom_common.settings import Fitting, load_fitting
+from fedloom_common.tensors import Manifest
 
 TORCH_S = 120.0
 ASK_TORCH = "import torch; print(torch.version.cuda, torch.cuda.device_count())"
@@ -48,9 +51,15 @@ def checks(fitting: Fitting) -> dict[str, Check]:
         made["state"] = partial(_state, values["state_dir"], values.get("disk_floor_bytes", 0))
         made["daemon"] = partial(_daemon, values["state_dir"])
     made["devices"] = partial(_devices, values.get("workers") or Workers())
+    policy_file, policy = values.get("policy_file"), values.get("policy")
+    policy = _policy_in(policy_file) if policy_file else policy
+    if policy is not None:
+        made["policy"] = partial(_policy, policy, values.get("data"))
+    for name, folder in (values.get("models") or {}).items():
+        made[f"models {name}"] = partial(_models, folder)
     for name, source in (values.get("data") or {}).items():
-        policy, trains = values.get("policy") or Policy(), values.get("trains", True)
-        made[f"data set {name}"] = partial(_data, source, policy, trains=trains)
+        rules = policy if isinstance(policy, Policy) else Policy()
+        made[f"data set {name}"] = partial(_data, source, rules, trains=values.get("trains", True))
     made["limits"] = open_files
     return made
 
@@ -60,6 +69,45 @@ def _config(fitting: Fitting) -> Iterator[Finding]:
         yield problem(mistake, "correct the config; `fedloom client --help` lists all settings")
     if not fitting.mistakes:
         yield ok("every key and value is right")
+
+
+def _policy_in(path: Path) -> Policy | BadSpec:
+    try:
+        return read_policy(path)
+    except BadSpec as error:
+        return error
+
+
+def _policy(policy: Policy | BadSpec, data_sets: Collection[str] | None) -> Iterator[Finding]:
+    if isinstance(policy, BadSpec):
+        yield problem(str(policy), "correct the file, which the daemon's user must be able to read")
+        return
+    named = policy.data_sets or ()
+    if data_sets is not None and (unknown := sorted(set(named) - set(data_sets))):
+        yield warning(
+            f"policy.data_sets names {', '.join(unknown)}, data has {', '.join(sorted(data_sets))}",
+            "correct the name, or add the data set under data",
+        )
+    else:
+        yield ok("its rules can be read")
+
+
+def _models(directory: Path) -> Iterator[Finding]:
+    """Whether the frozen weights of adapters can be taken from here; what cannot is downloaded."""
+    try:
+        paths = safetensors_in(directory)
+    except BadSpec as error:
+        yield problem(str(error), "until then, what runs need is downloaded")
+        return
+    for path in paths:
+        try:
+            size_bytes = Manifest.read(path).size_bytes
+        except OSError as error:
+            yield problem(unreadable(path, error), "until then, what runs need of it is downloaded")
+        except BadTensor as error:
+            yield problem(f"{path}: {error}", "copy it here again")
+        else:
+            yield ok(f"{path} can be read, {size(size_bytes)}")
 
 
 def _state(folder: Path, floor_bytes: int) -> Iterator[Finding]:

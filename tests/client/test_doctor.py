@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from fedloom_client import doctor
 from fedloom_client.doctor import examination
@@ -114,6 +116,57 @@ def test_where_the_policy_permits_plugins_records_may_have_any_fields(site, tmp_
     data = {"plays": {"files": ["some.jsonl"], "format": "jsonl", "held_out": 0.5}}
     found = site("data set plays", data=data, policy={"task_plugins": ["wordtags"]})
     assert not [text for _, text in found if "none of text" in text]
+
+
+def test_a_policy_file_is_read_as_the_daemon_would(site, tmp_path):
+    assert [verdict for verdict, _ in site("policy")] == ["ok"]
+    [(verdict, told)] = site("policy", policy_file="rules.yaml")
+    assert (verdict, "rules.yaml cannot be read, so everything is refused" in told) == ("problem", True)
+    (tmp_path / "rules.yaml").write_text("max_step: 5\n")
+    [(verdict, told)] = site("policy", policy_file="rules.yaml")
+    assert (verdict, "no setting 'max_step'" in told) == ("problem", True)
+    (tmp_path / "rules.yaml").write_text("task_plugins: [wordtags]\n")
+    assert [verdict for verdict, _ in site("policy", policy_file="rules.yaml")] == ["ok"]
+    (tmp_path / "some.jsonl").write_text(json.dumps({"words": "x" * 40}) + "\n")
+    data = {"plays": {"files": ["some.jsonl"], "format": "jsonl", "held_out": 0.5}}
+    found = site("data set plays", data=data, policy_file="rules.yaml")
+    assert not [text for _, text in found if "none of text" in text]
+
+
+@pytest.mark.parametrize("place", ["policy", "policy_file"])
+def test_a_policy_that_names_a_data_set_that_is_not_there_is_warned_of(site, tmp_path, place):
+    rules = {"data_sets": ["play", "plays"]}
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
+    found = site("policy", **{place: rules if place == "policy" else "rules.yaml"})
+    assert found == [("warning", "policy.data_sets names play, data has plays")]
+
+
+def test_a_policy_that_is_wrong_itself_is_only_told_of_with_the_config(site):
+    assert site("policy", policy={"max_step": 5}) == []
+    assert site("policy", policy={"data_sets": ["plays"]}, data={}) == [("ok", "its rules can be read")]
+
+
+def test_directories_of_models_and_their_files_are_looked_at(site, tmp_path):
+    good = tmp_path / "good"
+    good.mkdir()
+    save_file({"w": np.zeros(3, np.float32)}, good / "model.safetensors")
+    [(verdict, told)] = site("models smollm2", models={"smollm2": "good"})
+    assert (verdict, "model.safetensors can be read" in told) == ("ok", True)
+    (good / "cut.safetensors").write_bytes(b"no tensors")
+    (good / "gone.safetensors").symlink_to("nowhere")
+    found = site("models smollm2", models={"smollm2": "good"})
+    assert [verdict for verdict, _ in found] == ["problem", "problem", "ok"]
+    assert "the link leads nowhere" in found[1][1]
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [("none", "No such file"), ("empty", "no .safetensors file"), ("a.txt", "is no directory")],
+)
+def test_a_directory_without_models_is_a_problem(site, tmp_path, place, told):
+    (tmp_path / "empty").mkdir()
+    [(verdict, text)] = site("models smollm2", models={"smollm2": place})
+    assert (verdict, told in text) == ("problem", True)
 
 
 def test_several_mistakes_in_a_config_are_each_told_and_data_is_looked_at_all_the_same(site):
