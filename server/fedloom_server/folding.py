@@ -23,7 +23,7 @@ from fedloom_server.aggregation import (
     Update,
     aggregator_for,
 )
-from fedloom_server.aggregation.controls import settle_controls
+from fedloom_server.aggregation.controls import Census, settle_controls
 from fedloom_server.downlink import Published
 from fedloom_server.globalmodel import make_model
 from fedloom_server.records import Assignment, AssignmentState, Round, Run
@@ -111,8 +111,18 @@ class Folding:
             )
             parts = self._merge.merge(given, base, out)
         if isinstance(self._run.spec.local.algorithm, Scaffold):
-            settle_controls(out, base, len(done) / max(self._record.population, len(done)))
+            self._settle_controls(done, base, out)
         return replace(make_model(self._store, self._run, self._record, out), parts=parts)
+
+    def _settle_controls(self, done: Sequence[Assignment], base: Path, out: Path) -> None:
+        weights = {update.site: update.examples for update in self._updates.of(done)}
+        earlier = self._store.round(self._run.id, self._record.number - 1)
+        known = earlier.control_weights if earlier else {}
+        before = Census(sites=earlier.population if earlier else 0, weights=known)
+        self._record.control_weights = known | weights
+        after = Census(sites=self._record.population, weights=self._record.control_weights)
+        share = sum(weights.values()) / after.total
+        settle_controls(out, base, kept=before.total / after.total, share=share)
 
     def _take_mean(self, base: Path, updates: Sequence[Update], out: Path) -> None:
         if isinstance(self._rule, FoldingAggregator):

@@ -159,7 +159,10 @@ class Round(Base):
     target: Mapped[int] = mapped_column(default=0)
     """Updates with which the round goes on, whoever is still at work; 0 if it goes on when all have ended."""
     population: Mapped[int] = mapped_column(default=0)
-    """Sites of which the cohort was drawn, N, those still at work on an earlier round included."""
+    """Sites of which a cohort could be drawn, N, in this round or an earlier one, whichever were more; those
+    still at work on an earlier round included."""
+    control_weights: Mapped[dict[str, int]] = mapped_column(default_factory=dict)
+    """With SCAFFOLD what the last update of each site weighed, this round's included."""
     reason: Mapped[str] = mapped_column(default="")
     model_digest: Mapped[str] = mapped_column(default="")
     """The model after the round."""

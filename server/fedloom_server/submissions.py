@@ -129,9 +129,12 @@ class Submissions:
         return run
 
     def _fitted(self, spec: RunSpec, digest: str, model: Path) -> tuple[str, Path]:
-        """A kept model as a run can begin with it: with the control variates that its algorithm needs."""
+        """A kept model as a run can begin with it: with control variates of zero if its algorithm needs them.
+
+        Those of the origin are of what its sites keep for it, and no site has any for the new run.
+        """
         wanted = isinstance(spec.local.algorithm, Scaffold)
-        if has_controls(model) == wanted:
+        if not (wanted or has_controls(model)):
             return digest, model
         folder = self._store.spool.new_workshop()
         try:

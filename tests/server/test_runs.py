@@ -304,7 +304,20 @@ async def test_control_variates_move_by_the_cohorts_share_of_the_sites_and_the_m
     model = bench.model(run)
     np.testing.assert_allclose(model["layer.bias"], initial["layer.bias"] + 6, rtol=1e-6)
     np.testing.assert_allclose(model["control/layer.weight"], np.full((3, 4), 3.0), rtol=1e-6)
-    assert [record.population for record in bench.running.store.rounds(run.id)] == [0, 4, 4]
+    records = bench.running.store.rounds(run.id)
+    assert [record.population for record in records] == [0, 4, 4]
+    assert set(records[2].control_weights) == {*records[1].cohort, *records[2].cohort}
+
+
+async def test_a_clone_from_scaffold_to_scaffold_begins_with_control_variates_of_zero_too(bench, spec):
+    """What its sites keep for the run that it comes from is of no use to it."""
+    bench.site("a", step=1.0)
+    run = await bench.ended(await bench.enqueue(spec(local=SCAFFOLD)))
+    assert bench.model(run)["control/layer.bias"].tolist() == [1] * 4
+    submissions = bench.running.runs.submissions
+    clone = await submissions.clone_from_model(run.id, spec(local=SCAFFOLD).model_dump_json(), None)
+    assert bench.model(clone)["control/layer.bias"].tolist() == [0] * 4
+    np.testing.assert_array_equal(bench.model(clone)["layer.bias"], bench.model(run)["layer.bias"])
 
 
 async def test_a_clone_from_a_model_is_refused_another_model_or_round(bench, spec):

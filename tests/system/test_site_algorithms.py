@@ -22,7 +22,7 @@ from fedloom_common.controls import add_controls
 from fedloom_common.runspec import FedProx, Plain, Scaffold
 from fedloom_common.tensors import write_tensors
 from fedloom_server.aggregation import Update
-from fedloom_server.aggregation.controls import settle_controls
+from fedloom_server.aggregation.controls import Census, settle_controls
 from fedloom_server.aggregation.mean import WeightedMean
 
 RATES = [0.1, 0.08, 0.05, 0.02]
@@ -75,7 +75,15 @@ def by_hand(algorithm: Any, data: Any) -> list[np.ndarray]:
     return models
 
 
-def train(algorithm: Any, data: Any, model: Path, round_: int, counted_round: int, folder: Path) -> Path:
+def train(
+    algorithm: Any,
+    data: Any,
+    model: Path,
+    round_: int,
+    counted_round: int,
+    folder: Path,
+    clip: float = CLIP,
+) -> Path:
     """One site's round as the loop takes it; its update, which is delivered."""
     x, y = (torch.from_numpy(values).float() for values in data)
     module = nn.Linear(FEATURES, 1, bias=False)
@@ -93,7 +101,7 @@ def train(algorithm: Any, data: Any, model: Path, round_: int, counted_round: in
         optimizer.zero_grad()
         ((module(x)[:, 0] - y) ** 2).mean().backward()
         steps.add_to_objective()
-        nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(module.parameters(), clip)
         steps.correct()
         optimizer.step()
     left = steps.end()
@@ -139,8 +147,50 @@ def test_rounds_with_partial_cohorts_are_the_papers(
         base, model = model, tmp_path / f"model-{round_}.safetensors"
         WeightedMean().aggregate(base, updates, model)
         if algorithm.name == "scaffold":
-            settle_controls(model, base, len(cohort) / SITES)
+            settle_controls(model, base, kept=1.0, share=len(cohort) / SITES)
         np.testing.assert_allclose(load_file(model)["weight"][0].numpy(), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("first", "population"),
+    [
+        pytest.param([[0, 1], [0], [0], [0]], [2, 2, 2, 2], id="one-is-away"),
+        pytest.param([[0], [0], [0]], [1, 1, 1], id="one-joins-late"),
+        pytest.param([[1], [0], [1]], [2, 2, 2], id="one-at-a-time"),
+    ],
+)
+def test_whoever_was_there_first_scaffold_ends_where_all_sites_together_would(
+    first: Any, population: Any, data: Any, tmp_path: Path
+) -> None:
+    """The optimum of the weighted loss, by the normal equations; a site's nine times the other's."""
+    examples, model = [20, 180], tmp_path / "model-0.safetensors"
+    write_tensors(model, {"weight": torch.zeros(1, FEATURES)})
+    add_controls(model, model)
+    folders = [tmp_path / f"site-{site}" for site in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    counted, before = [0, 0], Census(sites=0, weights={})
+    rounds = [*zip(first, population, strict=True), *[([0, 1], 2)] * 60]
+    for round_, (cohort, sites) in enumerate(rounds, start=1):
+        updates = []
+        for site in cohort:
+            path = train(
+                Scaffold(name="scaffold"), data[site], model, round_, counted[site], folders[site], clip=1e9
+            )
+            updates.append(Update(site=str(site), path=path, examples=examples[site]))
+            counted[site] = round_
+        base, model = model, tmp_path / f"model-{round_}.safetensors"
+        WeightedMean().aggregate(base, updates, model)
+        weights = {update.site: update.examples for update in updates}
+        after = Census(sites=sites, weights=before.weights | weights)
+        share = sum(weights.values()) / after.total
+        settle_controls(model, base, kept=before.total / after.total, share=share)
+        before = after
+    hessian = sum(n * x.T @ x for n, (x, _) in zip(examples, data, strict=False))
+    slope = sum(n * x.T @ y for n, (x, y) in zip(examples, data, strict=False))
+    np.testing.assert_allclose(
+        load_file(model)["weight"][0].numpy(), np.linalg.solve(hessian, slope), atol=1e-4
+    )
 
 
 def test_by_hand_the_algorithms_differ(data: Any) -> None:
