@@ -4,6 +4,7 @@ With θ the present model and θ̄ the centre,  g = θ − θ̄  is the gradient
 is a formula on arrays of values, in float64, with the state's arrays changed in place.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -33,8 +34,11 @@ class ServerOptimizer(Protocol):
     slots: Mapping[str, float]
     """What the state holds for every value of the model, and what it begins with."""
 
-    def step(self, gradient: Values, state: Sequence[Values], rate: float) -> Values:
-        """What is subtracted from the model; ``gradient`` is used up, ``state`` becomes the next round's."""
+    def step(self, gradient: Values, state: Sequence[Values], rate: float, number: int) -> Values:
+        """What is subtracted from the model; ``gradient`` is used up, ``state`` becomes the next round's.
+
+        ``number`` counts the steps of the state, from 1.
+        """
 
 
 class GradientDescent:
@@ -46,7 +50,7 @@ class GradientDescent:
     name = "fedavg"
     slots: Mapping[str, float] = {}
 
-    def step(self, gradient: Values, state: Sequence[Values], rate: float) -> Values:
+    def step(self, gradient: Values, state: Sequence[Values], rate: float, number: int) -> Values:
         """η g."""
         gradient *= rate
         return gradient
@@ -63,7 +67,7 @@ class Momentum:
         self._beta, self._is_nesterov = spec.momentum, isinstance(spec, DiLoCo)
         self.slots: Mapping[str, float] = {"momentum": 0.0}
 
-    def step(self, gradient: Values, state: Sequence[Values], rate: float) -> Values:
+    def step(self, gradient: Values, state: Sequence[Values], rate: float, number: int) -> Values:
         """η v, or η (g + β v)."""
         (velocity,) = state
         velocity *= self._beta
@@ -75,13 +79,14 @@ class Momentum:
 
 
 class Adaptive:
-    """m ← β₁ m + (1 − β₁) g;  θ ← θ − η m / (√v + τ),  without bias correction, where v becomes
+    """m ← β₁ m + (1 − β₁) g;  θ ← θ − η m / (√v + τ),  where v becomes
 
     - v + g²                              (FedAdagrad)
     - v − (1 − β₂) g² sign(v − g²)        (FedYogi)
     - β₂ v + (1 − β₂) g²                  (FedAdam)
 
-    m begins with 0, v with τ². torch.optim.Adam begins v with 0 and divides m by 1 − β₁ᵗ and v by 1 − β₂ᵗ.
+    m begins with 0, v with τ². With bias correction, of which only FedAdam knows, step t divides m by 1 − β₁ᵗ
+    and v by 1 − β₂ᵗ before it uses them; with v from 0 that is torch.optim.Adam, τ being its ε.
 
     Source: Reddi et al. 2021, arXiv:2003.00295, algorithm 2.
     """
@@ -90,17 +95,22 @@ class Adaptive:
         self.name: str = spec.name
         self._tau = spec.tau
         self._beta1, self._beta2 = (spec.beta, 0.0) if isinstance(spec, FedAdagrad) else spec.betas
+        self._is_corrected = isinstance(spec, FedAdam) and spec.bias_correction
         v = spec.tau**2 if spec.initial_v is None else spec.initial_v
         self.slots: Mapping[str, float] = {"m": 0.0, "v": v}
 
-    def step(self, gradient: Values, state: Sequence[Values], rate: float) -> Values:
+    def step(self, gradient: Values, state: Sequence[Values], rate: float, number: int) -> Values:
         """η m / (√v + τ)."""
         m, v = state
         m *= self._beta1
         m += (1 - self._beta1) * gradient
         gradient *= gradient
         self._take_square(v, gradient)
-        step: Values = rate * m / (np.sqrt(v) + self._tau)
+        root: Values = np.sqrt(v)
+        if self._is_corrected:
+            rate /= 1 - self._beta1**number
+            root /= math.sqrt(1 - self._beta2**number)
+        step: Values = rate * m / (root + self._tau)
         return step
 
     def _take_square(self, v: Values, square: Values) -> None:

@@ -25,6 +25,7 @@ from fedloom_server.aggregation.pieces import PIECE_VALUES, Piece, each_piece
 from fedloom_server.optimizers import ServerOptimizer
 
 OPTIMIZER_KEY = "fedloom.optimizer"
+STEPS_KEY = "fedloom.steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,11 @@ class Step:
     state: Path | None
     """What the round before left; None before the first."""
 
+    @property
+    def number(self) -> int:
+        """Which step of the state it is, from 1."""
+        return 1 if self.state is None else 1 + int(Manifest.read(self.state).metadata[STEPS_KEY])
+
 
 def take_step(step: Step, model: Path, state: Path) -> None:
     """Write the next model and the next state, each whole and durable.
@@ -51,7 +57,7 @@ def take_step(step: Step, model: Path, state: Path) -> None:
     Raises:
         BadTensor: the next model or state is not finite.
     """
-    manifest = Manifest.read(step.base)
+    manifest, number = Manifest.read(step.base), step.number
     infos = [info for info in manifest.tensors if _is_stepped(info.name, info.is_float)]
     slots = [
         (_slot_of(slot, info.name), "F32", info.shape) for slot in step.optimizer.slots for info in infos
@@ -64,10 +70,11 @@ def take_step(step: Step, model: Path, state: Path) -> None:
         flushing(state_file.fileno()),
     ):
         models = TensorPlaces(model_file.fileno(), entries, manifest.metadata)
-        states = TensorPlaces(state_file.fileno(), slots, {OPTIMIZER_KEY: step.optimizer.name})
+        told = {OPTIMIZER_KEY: step.optimizer.name, STEPS_KEY: str(number)}
+        states = TensorPlaces(state_file.fileno(), slots, told)
 
         def make(stack: ExitStack) -> Callable[[Piece], None]:
-            return models.writing(_Stepper(step, states, stack).bytes_of)
+            return models.writing(_Stepper(step, number, states, stack).bytes_of)
 
         each_piece(manifest.tensors, make)
 
@@ -75,8 +82,8 @@ def take_step(step: Step, model: Path, state: Path) -> None:
 class _Stepper:
     """Makes a piece of the next model at a time, and writes that of the state; for one thread."""
 
-    def __init__(self, step: Step, states: TensorPlaces, stack: ExitStack) -> None:
-        self._step, self._states = step, states
+    def __init__(self, step: Step, number: int, states: TensorPlaces, stack: ExitStack) -> None:
+        self._step, self._number, self._states = step, number, states
         self._base = stack.enter_context(TensorFile(step.base))
         self._centre = stack.enter_context(TensorFile(step.centre))
         self._before = stack.enter_context(TensorFile(step.state)) if step.state else None
@@ -95,7 +102,7 @@ class _Stepper:
         for (slot, begin), values in zip(self._step.optimizer.slots.items(), state, strict=True):
             self._read(slot, begin, piece, values)
         with np.errstate(over="ignore", invalid="ignore"):  # told when they are rounded
-            base -= self._step.optimizer.step(gradient, state, self._step.rate)
+            base -= self._step.optimizer.step(gradient, state, self._step.rate, self._number)
             for slot, values in zip(self._step.optimizer.slots, state, strict=True):
                 self._write(slot, piece, values)
         return self._next.rounded(piece, base)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peaks import peak_bytes, zeros
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from fedloom_common.errors import BadTensor
@@ -83,6 +84,10 @@ TORCH = {
         {"name": "fedadam", "betas": (0.8, 0.95), "tau": 0.01, "initial_v": 0.0},
         torch_adam(0.8, 0.95, 0.01),
     ),
+    "fedadam-corrected": (
+        {"name": "fedadam", "betas": (0.8, 0.95), "tau": 0.01, "initial_v": 0.0, "bias_correction": True},
+        lambda parameters: torch.optim.Adam(parameters, RATE, betas=(0.8, 0.95), eps=0.01),
+    ),
     "fedadagrad": (
         {"name": "fedadagrad", "tau": 0.01},
         lambda parameters: torch.optim.Adagrad(parameters, RATE, eps=0.01, initial_accumulator_value=1e-4),
@@ -131,6 +136,23 @@ def test_adaptive_rounds_are_the_papers_recursion(tmp_path, name):
     for gradient in gradients:
         came = rounds.play({"w": torch.from_numpy(gradient)})
     np.testing.assert_allclose(came["w"], paper(name, gradients, 0.7, 0.9, 0.05), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "start", "centre"),
+    [(torch.float16, 60_000.0, 64_000.0), (torch.bfloat16, 3e38, 3.3e38), (torch.float32, 3e38, 3.3e38)],
+)
+def test_a_step_past_the_range_of_the_models_type_is_refused(tmp_path, dtype, start, centre):
+    rounds = Rounds(
+        tmp_path, {"name": "fedavg", "lr": 2.0}, {"w": torch.tensor([start], dtype=dtype)}, rate=2.0
+    )
+    with pytest.raises(BadTensor, match="the next model's tensor w is not finite in "):
+        rounds.play({"w": torch.tensor([start - centre], dtype=dtype)})
+
+
+def test_bias_correction_is_refused_where_the_moments_do_not_begin_with_zero():
+    with pytest.raises(ValidationError, match="give initial_v: 0 too"):
+        optimizer_of({"name": "fedadam", "bias_correction": True})
 
 
 def test_a_small_case_by_hand(tmp_path):

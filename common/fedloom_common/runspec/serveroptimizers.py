@@ -3,9 +3,9 @@
 With θ the present model and θ̄ what the rule made of the updates, θ − θ̄ is taken for a gradient.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedloom_common.strict import Strict, by_name
 
@@ -70,11 +70,20 @@ class _Adaptive(Strict):
 
 
 class FedAdam(_Adaptive):
-    """Adam without bias correction on θ − θ̄."""
+    """Adam on θ − θ̄."""
 
     name: Literal["fedadam"] = "fedadam"
     betas: Betas = (0.9, 0.99)
     """β₁ and β₂, decay of the first and second moment."""
+    bias_correction: bool = False
+    """Whether the moments are corrected for having begun with 0, as torch.optim.Adam does and the paper does
+    not; with ``initial_v: 0``."""
+
+    @model_validator(mode="after")
+    def _corrects_what_began_with_zero(self) -> Self:
+        if self.bias_correction and self.initial_v != 0:
+            raise ValueError("bias_correction is for moments that begin with 0: give initial_v: 0 too")
+        return self
 
 
 class FedYogi(_Adaptive):

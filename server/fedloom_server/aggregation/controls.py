@@ -2,8 +2,8 @@
 
 That mean is  c + Σ_S nₖ Δcₖ / Σ_S nₖ  over the cohort S, and the algorithm wants  c = Σ nₖ cₖ / W  over all
 sites, with  W = N n̄:  N sites, which weigh n̄ on average. Whatever c holds beside that stays in it, and draws
-every later round away from the optimum: so where sites join, or show what they weigh, c is scaled to the new W.
-With equal nₖ and the same N in every round that is the paper's  c + 1/N Σ_S Δcₖ.
+every later round away from the optimum: so where sites join, or show what they weigh, c is scaled to the
+new W. With equal nₖ and the same N in every round that is the paper's  c + 1/N Σ_S Δcₖ.
 Source: Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1, line 17.
 """
 

@@ -5,30 +5,42 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedloom_common.runspec import GeometricMedianRule
+from fedloom_server.aggregation.gram import squared_distances
 from fedloom_server.aggregation.output import Values
 
-SETTLED = (
-    1e-10  # largest relative change of a share with which the algorithm ends: far updates have tiny ones
-)
+# Largest relative change of a share with which the algorithm ends: far updates have tiny ones.
+SETTLED = 1e-10
 
 
 def geometric_median_shares(gram: Values, examples: Sequence[int], rule: GeometricMedianRule) -> Values:
     """Shares pₖ with  Σ pₖ θₖ ≈ argmin_z Σ αₖ ‖z − θₖ‖,  where αₖ = nₖ/n, or 1/n if unweighted.
 
-    Each step takes  pₖ ∝ αₖ / max(ν, ‖z − θₖ‖)  at the z of the step before, beginning at the mean. With
-    z = Σ pₖ θₖ the squared distances are  pᵀGp − 2(Gp)ₖ + Gₖₖ,  so that no step reads an update again.
+    Each step takes  pₖ ∝ αₖ / max(ν, ‖z − θₖ‖)  at the z of the step before. With z = Σ pₖ θₖ the squared
+    distances are  pᵀGp − 2(Gp)ₖ + Gₖₖ,  so that no step reads an update again. It begins near the update that
+    is nearest to all others, and not at the mean, which a bad update draws as far away as it likes: the steps
+    back would not end.
 
     Source: Pillutla et al. 2019, arXiv:1912.13445, algorithm 2.
     """
     weights: Values = np.array(examples, np.float64) if rule.weighted else np.ones(len(gram))
     weights /= weights.sum()
-    shares: Values = weights
+    shares = _near_medoid(gram, weights, rule.smoothing)
     for _ in range(rule.iterations):
         before = shares
         pulls = weights / np.maximum(rule.smoothing, _distances(gram, shares))
         shares = pulls / pulls.sum()
         if (np.abs(shares - before) <= SETTLED * before).all():
             break
+    return shares
+
+
+def _near_medoid(gram: Values, weights: Values, smoothing: float) -> Values:
+    """Shares of a place beside the update with the least sum of distances to all, as far as its next one."""
+    distances = np.sqrt(squared_distances(gram))
+    medoid = int(np.argmin(distances @ weights))
+    to_next = np.delete(distances[medoid], medoid).min(initial=np.inf)
+    pulls = weights / np.maximum(smoothing, distances[medoid] + (to_next if np.isfinite(to_next) else 0))
+    shares: Values = pulls / pulls.sum()
     return shares
 
 

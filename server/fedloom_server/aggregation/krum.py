@@ -17,9 +17,8 @@ def krum_scores(gram: Values, byzantine: int) -> Values:
     distances = squared_distances(gram)
     neighbours = len(gram) - byzantine - 2
     assert neighbours >= 1, f"{len(gram)} updates, of which {byzantine} may be bad, have no neighbours"
-    others = np.sort(
-        distances + np.diag(np.full(len(gram), np.inf)), axis=1
-    )  # nobody is a neighbour of its own
+    nobody_is_its_own = np.diag(np.full(len(gram), np.inf))
+    others = np.sort(distances + nobody_is_its_own, axis=1)
     scores: Values = others[:, :neighbours].sum(axis=1)
     return scores
 

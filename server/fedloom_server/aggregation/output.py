@@ -14,7 +14,7 @@ from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadTensor
 from fedloom_common.files import atomic_file, flushing
-from fedloom_common.floats import decode, encode
+from fedloom_common.floats import decode, encode, first_not_finite
 from fedloom_common.tensors import ITEM_BYTES, Manifest, encode_header
 from fedloom_server.aggregation.pieces import MOST_THREADS, PIECE_VALUES, Piece, each_piece
 
@@ -101,11 +101,13 @@ class NextModel:
                 self._other = np.empty(PIECE_VALUES)
             self.present(piece, self._other[: piece.count])
             np.add(values, self._other[: piece.count], out=values)
-        if not np.isfinite(values).all():
+        with np.errstate(over="ignore"):  # told below
+            encode(values, info.dtype, raw)
+        if not np.isfinite(values).all() or first_not_finite(raw, info.dtype) is not None:
             raise BadTensor(
-                f"the mean of tensor {info.name} is not finite: some update holds NaN or infinity"
+                f"the next model's tensor {info.name} is not finite in {info.dtype}: some update holds NaN "
+                "or infinity, or they are too far from their model"
             )
-        encode(values, info.dtype, raw)
         return raw
 
     def present(self, piece: Piece, values: NDArray[Any]) -> None:

@@ -190,6 +190,30 @@ def test_no_small_step_shortens_the_distances_to_the_geometric_median(sites, val
         assert cost(point + 1e-3 * step / np.linalg.norm(step)) >= cost(point) - 1e-6 * cost(point)
 
 
+@pytest.mark.parametrize("scale", [1e3, 1e20, 1e30])
+@pytest.mark.parametrize(
+    ("examples", "bad"),
+    [
+        pytest.param([26, 25, 49], [2], id="nearly-half-of-the-weight"),
+        pytest.param([1] * 31, range(16, 31), id="fifteen-of-31"),
+        pytest.param([10, 10, 19], [2], id="two-that-are-alike"),
+    ],
+)
+def test_a_geometric_median_stays_with_the_good_however_far_the_bad_are(examples, bad, scale):
+    """At most 2(1-q)/(1-2q) radii off, q being the bad ones' share (Lopuhaä and Rousseeuw 1991)."""
+    rng = np.random.default_rng(5)
+    vectors = rng.normal(size=(len(examples), 6))
+    if len(examples) == 3 and examples[0] == examples[1]:
+        vectors[1] = vectors[0]
+    vectors[list(bad)] = scale * (1 + rng.random(6))
+    shares = geometric_median_shares(vectors @ vectors.T, examples, GeometricMedianRule())
+    good = [k for k in range(len(examples)) if k not in bad]
+    radius = max(np.linalg.norm(vectors[k] - vectors[good].mean(axis=0)) for k in good)
+    q = sum(examples[k] for k in bad) / sum(examples)
+    off = np.linalg.norm(shares @ vectors - vectors[good].mean(axis=0))
+    assert off <= 2 * (1 - q) / (1 - 2 * q) * radius + 1e-5
+
+
 def test_krum_takes_one_update_whole(tmp_path):
     values = [5.0, 0.1, 0.0, -0.1, 9.0, 0.05, 0.02]
     updates = [
