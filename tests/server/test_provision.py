@@ -274,14 +274,3 @@ def test_a_damaged_list_is_not_begun_anew(kit: Kit, tmp_path: Path) -> None:
     (tmp_path / "kit/ca/revoked.crl").write_text("nothing")
     with pytest.raises(BadSpec, match="put back the copy that the coordinator has"):
         kit.revoke(Role.SITE, "ward-a")
-
-
-def test_certificates_of_a_kit_from_before_there_was_a_ledger_can_be_revoked(
-    kit: Kit, tmp_path: Path
-) -> None:
-    number = serial(kit.add_site("ward-a") / "site.crt")
-    for name in ("issued.jsonl", "revoked.crl"):
-        (tmp_path / "kit/ca" / name).unlink()
-    (tmp_path / "kit/coordinator/revoked.crl").unlink()
-    assert kit.revoke(Role.SITE, "ward-a") == 1
-    assert revoked(tmp_path / "kit") == ([number], 1)
