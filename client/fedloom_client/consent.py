@@ -70,12 +70,11 @@ class Consent:
         done = self._trainings.read(now)
         # The frozen files first: of an adapter's run, the base is what people know by its digest.
         files = (*assignment.frozen, assignment.model)
-        configs = (file.digest for file in assignment.assets if file.name == "config.json")
         here = Circumstances(
             data_sets=self._config.data, now=now,
-            config_digest=next(configs, None), weights_digests=[file.digest for file in files],
+            config_digest=_config_digest(assignment), weights_digests=[file.digest for file in files],
             model_bytes=max(file.size_bytes for file in files),
-            joined_permitted=assignment.run_id in done.joined,
+            joined_permitted=done.has_joined(assignment),
             trainings_today=len(set(done.today) - {assignment.id}),
         )  # fmt: skip
         reason = refusal_of_run(spec, policy, here)
@@ -174,7 +173,8 @@ class Trainings:
         try:
             content: Any = json.loads(self._path.read_text()) if self._path.exists() else {}
             days = {str(day): [str(name) for name in names] for day, names in content.get("days", {}).items()}
-            return Done(self._path, f"{now:%Y-%m-%d}", days, [str(run) for run in content.get("joined", ())])
+            joined = {str(run): str(config) for run, config in content.get("joined", {}).items()}
+            return Done(self._path, f"{now:%Y-%m-%d}", days, joined)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise BadSpec(
                 f"{self._path} is damaged ({error}), so everything is refused; remove it if you know that "
@@ -185,23 +185,35 @@ class Trainings:
 class Done:
     """The trainings of each of the last days, and the runs that were joined with a model the policy names."""
 
-    def __init__(self, path: Path, day: str, days: dict[str, list[str]], joined: list[str]) -> None:
+    def __init__(self, path: Path, day: str, days: dict[str, list[str]], joined: dict[str, str]) -> None:
         self._path = path
         self._day = day
         self._days = days
-        self.joined = joined
+        self._joined = joined
 
     @property
     def today(self) -> list[str]:
         """Assignments whose training has begun since midnight UTC."""
         return self._days.get(self._day, [])
 
+    def has_joined(self, assignment: Assignment) -> bool:
+        """Whether the run was joined with a model that the policy named, and is still of that config.json.
+
+        Weights change with every round, and no policy can name them all; what they are weights of does not.
+        """
+        return self._joined.get(assignment.run_id) == _config_digest(assignment)
+
     def add(self, assignment: Assignment, *, is_training: bool, is_named: bool) -> None:
         """Count an assignment, durably, before it begins."""
         if is_training and assignment.id not in self.today:
             self._days.setdefault(self._day, []).append(assignment.id)
-        if is_named and assignment.run_id not in self.joined:
-            self.joined.append(assignment.run_id)
+        if is_named:
+            self._joined.setdefault(assignment.run_id, _config_digest(assignment))
         # More days than one, as a clock that is set back and forth must not begin a day anew.
         days = {day: self._days[day] for day in sorted(self._days)[-MOST_DAYS:]}
-        write_text(self._path, json.dumps({"days": days, "joined": self.joined[-MOST_RUNS:]}))
+        joined = dict([*self._joined.items()][-MOST_RUNS:])
+        write_text(self._path, json.dumps({"days": days, "joined": joined}))
+
+
+def _config_digest(assignment: Assignment) -> str:
+    return next((file.digest for file in assignment.assets if file.name == "config.json"), "")

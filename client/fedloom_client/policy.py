@@ -19,7 +19,7 @@ class Circumstances:
     """Data sets of this site."""
     model_bytes: int = 0
     """Size of the model file; 0 if it is not known yet."""
-    config_digest: str | None = None
+    config_digest: str = ""
     """Of the model's config.json."""
     weights_digests: Sequence[str] = ()
     """Of the model file and the frozen ones; none if they are not known yet."""

@@ -156,7 +156,7 @@ def test_the_run_s_digests_are_among_the_characters_that_the_operator_is_shown()
 
 
 def test_no_digest_is_judged_before_one_is_known() -> None:
-    unknown = here(config_digest=None, weights_digests=[])
+    unknown = here(config_digest="", weights_digests=[])
     assert refusal_of_run(spec(), Policy(models=(OTHER,)), unknown) is None
 
 
@@ -184,11 +184,13 @@ def test_hours_may_reach_over_midnight(hours: str, moment: time, within: bool) -
     assert is_within(hours, moment) is within
 
 
-def assignment(name: str = "r1.1.1.train.a", *, weights: str = WEIGHTS, work: Any = "train") -> Assignment:
+def assignment(
+    name: str = "r1.1.1.train.a", *, weights: str = WEIGHTS, config: str = CONFIG, work: Any = "train"
+) -> Assignment:
     return Assignment(
         id=name, work=work, run_id=name.partition(".")[0], round=1, attempt=1,
         model=Blob(name="model.safetensors", digest=weights, size_bytes=100),
-        assets=(Blob(name="config.json", digest=CONFIG, size_bytes=10),),
+        assets=(Blob(name="config.json", digest=config, size_bytes=10),),
         spec_json=spec().model_dump_json(), deadline_s=0,
     )  # fmt: skip
 
@@ -253,6 +255,16 @@ def test_a_damaged_record_of_trainings_permits_nothing(tmp_path: Path) -> None:
     assert consent(config).refusal(assignment(), spec()) is None
     (config.state_dir / "trainings.json").write_text('{"days": 7}')
     assert "is damaged" in str(consent(config).refusal(assignment(), spec()))
+
+
+def test_a_run_that_was_joined_with_a_permitted_model_cannot_go_on_with_one_of_another_config(
+    tmp_path: Path,
+) -> None:
+    config = site(tmp_path, policy={"models": [WEIGHTS]})
+    assert consent(config).refusal(assignment("r1.1.1.train.a"), spec()) is None
+    assert consent(config).refusal(assignment("r1.2.1.train.a", weights=OTHER), spec()) is None
+    swapped = assignment("r1.3.1.train.a", weights=OTHER, config=OTHER)
+    assert "policy.models permits" in str(consent(config).refusal(swapped, spec()))
 
 
 def test_a_model_named_by_its_first_weights_is_permitted_all_through_the_run(tmp_path: Path) -> None:
