@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedloom_client.messages import Blob
-from fedloom_common.digests import digest_of_file
+from fedloom_common.digests import has_digest
 from fedloom_common.errors import ProtocolError
 
 # what configs and tokenizers are made of: nothing that runs
@@ -38,8 +38,7 @@ def check_assets(blobs: Sequence[Blob]) -> None:
 
 def are_intact(blobs: Sequence[Blob], folder: Path) -> bool:
     """Whether a folder holds these files as they were sent."""
-    paths = [(folder / blob.name, blob.digest) for blob in blobs]
-    return all(path.exists() and digest_of_file(path) == digest for path, digest in paths)
+    return all(has_digest(folder / blob.name, blob.digest) for blob in blobs)
 
 
 def model_type(assets: Path) -> str:

@@ -9,14 +9,13 @@ from typing import Annotated
 import typer
 
 from fedloom_client.config import SiteConfig
-from fedloom_common.cli import StartByDefault
+from fedloom_common.cli import FLAGS, StartByDefault
 from fedloom_common.errors import WrongState
 from fedloom_common.logs import set_up_logging
 from fedloom_common.nativelines import route_native_lines
 from fedloom_common.settings import load_settings, settings_help
 
 ENV_PREFIX = "FEDLOOM_CLIENT_"
-FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", envvar=ENV_PREFIX + "CONFIG", help="The config file, site.yaml.")

@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 from fedloom_common.errors import FederationError, NeverRetry
 
 GROUP = "fedloom.commands"
+FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""A command's context settings, where its further flags are settings of a config."""
 # Help must not import the commands to describe them.
 SUMMARIES = {
     "audit": "Read, export and check the audit log.",

@@ -48,6 +48,11 @@ def digest_of_file(path: Path) -> str:
     return str(digest)
 
 
+def has_digest(path: Path, digest: str) -> bool:
+    """Whether a file is there and is what its digest says."""
+    return path.exists() and digest_of_file(path) == digest
+
+
 def plain_name(digest: str) -> str:
     """A digest as a file's name: "blake3-…"."""
     return digest.replace(":", "-")

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from fedloom_common.partial import discard
 from fedloom_server.adapters.parts import part_digests
+from fedloom_server.clock import now_s
 from fedloom_server.failures import FAILED, failure_of
 from fedloom_server.meters import Meters
 from fedloom_server.patience import Patience
@@ -143,7 +144,7 @@ class Assignments:
         self._meters.sent(site, down_bytes)
         given = self.open.of(site)
         for entry in given:
-            entry.alive_at_s = _now_s()
+            entry.alive_at_s = now_s()
         if given:
             given[0].assignment.bytes_down += down_bytes
 
@@ -205,7 +206,7 @@ class Assignments:
         if assignment.staleness:
             terms = replace(terms, delta=None)  # it leads to another model
         entry = Pending(
-            assignment=assignment, run=run, terms=terms, alive_at_s=_now_s(),
+            assignment=assignment, run=run, terms=terms, alive_at_s=now_s(),
             ended=asyncio.get_running_loop().create_future(), batch=batch, on_end=on_end,
         )  # fmt: skip
         self.open[assignment.id] = entry
@@ -238,7 +239,7 @@ class Assignments:
         """A site's next work begins only now."""
         for entry in self.open.of(site):
             if entry.is_queued:
-                entry.alive_at_s = _now_s()
+                entry.alive_at_s = now_s()
 
     def _tell(self, assignment: Assignment, reason: str) -> None:
         """Say to a site that an assignment is no longer wanted."""
@@ -248,7 +249,3 @@ class Assignments:
     def _forget(self, assignment_id: str) -> None:
         self.open.pop(assignment_id, None)
         self.uploads.turns.leave(assignment_id)
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedloom_common.channels import open_channel
-from fedloom_common.cli import StartByDefault
+from fedloom_common.cli import FLAGS, StartByDefault
 from fedloom_common.errors import FederationError, NotFound
 from fedloom_common.identity import Peer, Role
 from fedloom_common.logs import set_up_logging
@@ -18,7 +18,6 @@ from fedloom_server.config import OWN_NAME, CoordinatorConfig, own_address
 
 ENV_PREFIX = "FEDLOOM_COORDINATOR_"
 HEALTH_S = 10.0
-FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ConfigFile = Annotated[
     Path | None,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedloom_common.digests import digest_of_file
+from fedloom_common.digests import digest_of_file, has_digest
 from fedloom_common.errors import FederationError, StorageUnavailable
 from fedloom_common.partial import discard
 from fedloom_common.runspec import Scaffold
@@ -207,7 +207,7 @@ class Folding:
     def _spoilt(self) -> list[Assignment]:
         """Assignments whose update counted but is no longer what it was."""
         earlier = self._earlier()
-        sum_is_good = earlier is None or _is_intact(earlier, self._record.sum_digest)
+        sum_is_good = earlier is None or has_digest(earlier, self._record.sum_digest)
         if not sum_is_good:
             self._record.sum_digest = ""
         return [
@@ -219,11 +219,7 @@ class Folding:
     def _is_there(self, assignment: Assignment, sum_is_good: bool) -> bool:
         if assignment.is_folded:
             return sum_is_good
-        return _is_intact(self._store.spool.update_path(assignment), assignment.update_digest)
-
-
-def _is_intact(path: Path, digest: str) -> bool:
-    return path.exists() and digest_of_file(path) == digest
+        return has_digest(self._store.spool.update_path(assignment), assignment.update_digest)
 
 
 def _rule_folds(run: Run) -> bool:

@@ -1,12 +1,12 @@
 """Which sites of an asynchronous run train next: those that fit, have nothing to do and are in good shape."""
 
-import asyncio
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from fedloom_common.errors import TooFewUpdates
 from fedloom_server.batches import require_sites
+from fedloom_server.clock import now_s
 from fedloom_server.cohorts import wanted
 from fedloom_server.federation import Federation
 from fedloom_server.records import Assignment, AssignmentState, Run
@@ -81,13 +81,13 @@ class IdleSites:
         rest_s = min(REST_S * 2 ** (failures - 1), LONGEST_REST_S)
         why = f"{site} {assignment.state}: {assignment.reason}"
         self._rests[site] = _Rest(
-            failures=failures, until_s=_now_s() + rest_s, link=self._sites.link(site), why=why
+            failures=failures, until_s=now_s() + rest_s, link=self._sites.link(site), why=why
         )
 
     def rest_s(self) -> float | None:
         """Seconds until some site may be asked again; None if none rests."""
         ends = [rest.until_s for site, rest in self._rests.items() if self._rests_now(site)]
-        return max(0.0, min(ends) - _now_s()) if ends else None
+        return max(0.0, min(ends) - now_s()) if ends else None
 
     def tell(self, *, is_busy: bool) -> None:
         """Say why nobody works for the run, if sites rest.
@@ -118,8 +118,4 @@ class IdleSites:
     def _rests_now(self, site: str) -> bool:
         """Whether a site that is here is to be left alone."""
         rest, link = self._rests.get(site), self._sites.link(site)
-        return rest is not None and _now_s() < rest.until_s and link is not None and link is rest.link
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()
+        return rest is not None and now_s() < rest.until_s and link is not None and link is rest.link

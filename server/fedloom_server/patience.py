@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
+from fedloom_server.clock import now_s
 from fedloom_server.pending import Pending, Terms, sites_done, sites_possible
 from fedloom_server.records import Assignment, AssignmentState
 from fedloom_server.sites import RETURN_S
@@ -27,7 +28,7 @@ class Patience:
         """``end`` ends an assignment; ``is_held_up`` says that its silence is no fault of its site."""
         self._batch, self._opened, self._terms = batch, opened, terms
         self._end, self._is_held_up, self._is_connected = end, is_held_up, is_connected
-        self._deadline_at_s = _now_s() + _left_s(terms)
+        self._deadline_at_s = now_s() + _left_s(terms)
 
     async def until_over(self) -> None:
         """Return when every assignment has ended, enough are done, or time is up."""
@@ -38,7 +39,7 @@ class Patience:
                 return
             alive_until_s = min(entry.alive_at_s for entry in still) + self._terms.stall_s
             wake_at_s = min(self._deadline_at_s, alive_until_s)
-            timeout_s = None if math.isinf(wake_at_s) else max(0.0, wake_at_s - _now_s())
+            timeout_s = None if math.isinf(wake_at_s) else max(0.0, wake_at_s - now_s())
             await asyncio.wait(
                 [entry.ended for entry in still], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
             )
@@ -48,7 +49,7 @@ class Patience:
         """Why those who are still at work are not waited for; None while they are."""
         terms, done, possible = self._terms, sites_done(self._batch), sites_possible(self._batch)
         only_late = terms.carries_late and all(entry.assignment.staleness for entry in still)
-        is_over = terms.carries_late and _now_s() >= self._deadline_at_s
+        is_over = terms.carries_late and now_s() >= self._deadline_at_s
         if possible < terms.needed:
             return f"{terms.needed} results are needed and only {possible} can still come"
         if terms.target and done >= terms.target:
@@ -72,20 +73,20 @@ class Patience:
                 self._end(entry, AssignmentState.CANCELLED, reason)
 
     def _lose_silent(self) -> None:
-        now_s, terms = _now_s(), self._terms
-        is_over = now_s >= self._deadline_at_s
+        at_s, terms = now_s(), self._terms
+        is_over = at_s >= self._deadline_at_s
         if is_over and terms.carries_late and sites_done(self._batch) >= terms.needed:
             return  # they are late, not lost
         for entry in self._opened:
             if entry.ended.done():
                 continue
             if self._is_held_up(entry):
-                entry.alive_at_s = now_s
+                entry.alive_at_s = at_s
             if is_over and terms.carries_late and entry.assignment.staleness:
                 continue  # it may join the next attempt
             if is_over:
                 self._lose(entry, self._too_late)
-            elif now_s >= entry.alive_at_s + terms.stall_s:
+            elif at_s >= entry.alive_at_s + terms.stall_s:
                 self._lose(entry, f"no progress for {terms.stall_s:g} s")
 
     @property
@@ -102,7 +103,3 @@ def _left_s(terms: Terms) -> float:
     if terms.deadline_s is None:
         return math.inf
     return max(terms.deadline_s - terms.elapsed_s, min(terms.deadline_s, RETURN_S))
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()

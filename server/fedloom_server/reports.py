@@ -1,11 +1,11 @@
 """What sites say of the work that they were given: the session's edge reports it here."""
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 
 from fedloom_common.partial import discard
 from fedloom_server.adapters.parts import parts_of
+from fedloom_server.clock import now_s
 from fedloom_server.federation import Federation
 from fedloom_server.pending import Pending, may_be_taken_up
 from fedloom_server.records import Assignment, AssignmentState, RunState, Work
@@ -44,7 +44,7 @@ class Reports:
         if entry is None or entry.assignment.site != site:
             return  # it crossed with our word that the assignment has ended
         told = replace(progress, round=entry.assignment.round, work=entry.assignment.work)
-        entry.told(told, _now_s())
+        entry.told(told, now_s())
         self._watching.tell(entry.run.id, told)
 
     def finished(self, site: str, assignment_id: str, result: Result) -> None:
@@ -81,7 +81,7 @@ class Reports:
             self._assignments.end(entry, AssignmentState.DONE)
             return
         assignment.update_digest, assignment.update_bytes = result.update_digest, result.update_bytes
-        entry.alive_at_s = _now_s()
+        entry.alive_at_s = now_s()
         self._store.save(assignment)
         self._turns.ask(assignment.id)
 
@@ -134,7 +134,3 @@ class Reports:
 def _counts(assignment: Assignment) -> bool:
     """Whether an update has come and counts."""
     return assignment.work is Work.TRAIN and assignment.state is AssignmentState.DONE
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()

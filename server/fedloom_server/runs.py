@@ -18,6 +18,7 @@ from fedloom_common.partial import discard
 from fedloom_common.runspec import Sync
 from fedloom_server.batches import require_sites
 from fedloom_server.buffered import run_buffered
+from fedloom_server.clock import now_s
 from fedloom_server.closing import train_alone
 from fedloom_server.cohorts import sites_needed, wanted
 from fedloom_server.ends import begin_again, close_rounds
@@ -142,7 +143,7 @@ class Runs:
 
     def _begin_next(self) -> None:
         """Begin as many runs as may be under way: those that were, then by priority, then as submitted."""
-        broken = {name for name, until_s in self._not_before_s.items() if _now_s() < until_s}
+        broken = {name for name, until_s in self._not_before_s.items() if now_s() < until_s}
         self._not_before_s = {name: self._not_before_s[name] for name in broken}
         under_way = [run for run in self._store.runs(RunState.RUNNING) if run.id not in self._under_way]
         queued = sorted(self._store.runs(RunState.QUEUED), key=lambda run: -run.priority)
@@ -167,7 +168,7 @@ class Runs:
         self._changed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.critical("a run broke off; it goes on in a while", extra={"run": run_id}, exc_info=error)
-            self._not_before_s[run_id] = _now_s() + BROKEN_S
+            self._not_before_s[run_id] = now_s() + BROKEN_S
 
     async def _perform(self, run: Run) -> None:
         run.state, run.reason = RunState.RUNNING, ""
@@ -255,7 +256,7 @@ class Runs:
         wait = self._waits[run.id] = self._new_wait(run, failures)
         run.state, run.reason = RunState.WAITING, str(error)
         if failures:
-            run.reason = f"{error}; {wait.text(_now_s())}"
+            run.reason = f"{error}; {wait.text(now_s())}"
             self._store.save(run, failure_of_run(run))
             logger.warning("run waits", extra={"run": run.id, "reason": run.reason})
         else:
@@ -265,7 +266,7 @@ class Runs:
 
     def _new_wait(self, run: Run, failures: int) -> Wait:
         sessions = self._federation.sites.sessions(wanted(run.spec))
-        return Wait(min_sites=sites_needed(run), sessions=sessions, failures=failures, now_s=_now_s())
+        return Wait(min_sites=sites_needed(run), sessions=sessions, failures=failures, now_s=now_s())
 
     def _end_waits(self) -> None:
         """Queue the waiting runs that may go on, and say of the others how many sites are there."""
@@ -274,7 +275,7 @@ class Runs:
             if wait is None:  # the coordinator was started again
                 wait = self._waits[run.id] = self._new_wait(run, 0)
             sessions = self._federation.sites.sessions(wanted(run.spec))
-            if wait.is_over(sessions, _now_s()):
+            if wait.is_over(sessions, now_s()):
                 del self._waits[run.id]
                 run.state, run.reason = RunState.QUEUED, ""
                 self._save(run)
@@ -304,7 +305,3 @@ class Runs:
         if tasks:
             await asyncio.wait(tasks)
         self._waits.clear()
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()

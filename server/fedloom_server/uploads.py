@@ -1,11 +1,11 @@
 """Updates on their way into the spool: whose turn it is, what is still wanted, and what came of it."""
 
-import asyncio
 import logging
 from collections.abc import Iterable
 
 from fedloom_common.errors import NotPermitted, Unreachable, WrongState
 from fedloom_common.partial import held_bytes
+from fedloom_server.clock import now_s
 from fedloom_server.meters import Meters
 from fedloom_server.patience import End
 from fedloom_server.pending import OpenAssignments, facts_of, may_be_taken_up
@@ -86,7 +86,7 @@ class Uploads:
         self._meters.received(assignment.site, up_bytes)
         assignment.bytes_up += up_bytes
         if entry := self._open.get(assignment.id):
-            entry.alive_at_s = _now_s()
+            entry.alive_at_s = now_s()
 
     def held_bytes(self, assignment: Assignment) -> int:
         """Bytes of an update that are on disk; none of a larger file, whose mark a power cut has taken."""
@@ -122,7 +122,7 @@ class Uploads:
         link = self._sites.link(entry.assignment.site) if entry else None
         if entry is None or link is None:
             return False  # it asks again when it is back
-        entry.alive_at_s = _now_s()
+        entry.alive_at_s = now_s()
         link.grant(assignment_id, self.held_bytes(entry.assignment))
         return True
 
@@ -141,7 +141,3 @@ class Uploads:
         for entry in list(self._open.values()):
             if entry.assignment.state is AssignmentState.OPEN:  # one that ends just now is told by itself
                 entry.on_end()
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()

@@ -60,7 +60,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What silence and deadlines of assignments are measured by."""
     clock = Clock()
     for room in ("assignments", "patience", "reports", "uploads"):
-        monkeypatch.setattr(f"fedloom_server.{room}._now_s", clock)
+        monkeypatch.setattr(f"fedloom_server.{room}.now_s", clock)
     return clock
 
 

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedloom_common.cli import FLAGS
 from fedloom_common.doctor.findings import Finding, Verdict
 from fedloom_common.doctor.report import as_json, show
 from fedloom_common.errors import FederationError
 
 GROUP = "fedloom.doctors"
-FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Examination = Callable[[Path | None, list[str]], Iterator[Finding]]
 """Makes the findings from a config file and the flags that change it."""

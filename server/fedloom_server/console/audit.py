@@ -13,7 +13,7 @@ from fedloom_common.errors import BadSpec
 from fedloom_common.files import atomic_file, write_text
 from fedloom_server.auditchain import Entry, Head, Verification
 from fedloom_server.console.auditfiles import database_entries, file_entries, line_of, read_head
-from fedloom_server.console.connection import Coordinator, Operator, operator_command
+from fedloom_server.console.connection import AsJson, Coordinator, Operator, operator_command
 from fedloom_server.console.formats import FittingTable, console_for_output, count_text, json_text, plain
 
 PAGE_ENTRIES = 500
@@ -32,7 +32,7 @@ async def list_entries(
     action: Annotated[
         str, typer.Option("--action", help='Of these, only actions that begin so: "run.", "call.refused".')
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the newest entries, oldest of them first."""
     async with operator.connect() as coordinator:

@@ -31,6 +31,9 @@ CALL_S = 120.0  # for calls that answer once: a coordinator under load is slow, 
 DEFAULT_CONFIG = Path("operator.yaml")
 ENV_PREFIX = "FEDLOOM_OPERATOR_"
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Reason = Annotated[str, typer.Option(help="Why, for the record.")]
+
 HINTS = {
     "CERTIFICATE_VERIFY_FAILED": (
         "do this certificate and the coordinator's come from the same `fedloom provision` kit?"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fedloom.v1.runs_pb2 import ExportRequest, ExportResponse
 from fedloom.v1.session_pb2 import Blob
 from fedloom_common.controls import drop_controls, has_controls
-from fedloom_common.digests import DIGEST, digest_of_file, is_digest, plain_name
+from fedloom_common.digests import DIGEST, has_digest, is_digest, plain_name
 from fedloom_common.errors import ProtocolError, StorageFull, WrongState
 from fedloom_common.files import storage_errors, write_text
 from fedloom_common.transfer import download
@@ -209,7 +209,7 @@ async def _fetch(
     before = 0
     for file in files:
         place = _place(arriving, file)
-        if not await asyncio.to_thread(_is_there, place, file.digest):
+        if not await asyncio.to_thread(has_digest, place, file.digest):
             await download(
                 coordinator.transfers,
                 file.digest,
@@ -254,7 +254,3 @@ def _put_in_place(card: str, made: Mapping[str, Path], directory: Path) -> None:
 def _place(arriving: Path, file: Blob) -> Path:
     # with the digest, so that a broken export of one round is never gone on with by another round's
     return arriving / f"{plain_name(file.digest)[:40]}.{file.name}"
-
-
-def _is_there(path: Path, digest: str) -> bool:
-    return path.exists() and digest_of_file(path) == digest

@@ -17,7 +17,6 @@ app = typer.Typer(
 MOST_ROUNDS = (1 << 32) - 1  # what a message holds
 
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, or its beginning.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change a value: --set local.steps=5. Repeat for more."),

@@ -17,13 +17,12 @@ from fedloom.v1.runs_pb2 import (
 from fedloom.v1.runs_pb2_grpc import RunServiceStub
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import parse_run_spec
-from fedloom_server.console.connection import Operator, operator_command
+from fedloom_server.console.connection import AsJson, Operator, Reason, operator_command
 from fedloom_server.console.formats import as_data, console_for_output, json_text, plain
 from fedloom_server.console.overrides import apply_overrides
 from fedloom_server.console.run_views import failures_view
 from fedloom_server.console.runapp import (
     MOST_ROUNDS,
-    AsJson,
     Overrides,
     Priority,
     Quiet,
@@ -31,8 +30,6 @@ from fedloom_server.console.runapp import (
     app,
     say_state,
 )
-
-Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 
 
 @operator_command(app, "pause")

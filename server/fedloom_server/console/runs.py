@@ -26,7 +26,7 @@ from fedloom_common.runspec import parse_run_spec, run_spec_schema
 from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
 from fedloom_server.console import runcontrol  # noqa: F401 (its commands join the group)
 from fedloom_server.console.board import ENDED
-from fedloom_server.console.connection import Coordinator, Operator, operator_command
+from fedloom_server.console.connection import AsJson, Coordinator, Operator, operator_command
 from fedloom_server.console.export import AsAdapter
 from fedloom_server.console.export import export as export_model
 from fedloom_server.console.formats import as_data, bytes_text, console_for_output, json_text, plain
@@ -35,7 +35,7 @@ from fedloom_server.console.metrics import metrics
 from fedloom_server.console.overrides import apply_overrides, read_spec_text
 from fedloom_server.console.report import goal_of, report_data, report_view, site_reports
 from fedloom_server.console.run_views import failures_table, run_view, runs_table
-from fedloom_server.console.runapp import MOST_ROUNDS, AsJson, Overrides, Priority, Quiet, RunId, app
+from fedloom_server.console.runapp import MOST_ROUNDS, Overrides, Priority, Quiet, RunId, app
 from fedloom_server.console.watch import EXIT_STATUS, HELD_UP
 from fedloom_server.console.watch import watch as watch_run
 

@@ -19,15 +19,13 @@ from fedloom.v1.sites_pb2 import (
 )
 from fedloom.v1.sites_pb2_grpc import SiteServiceStub
 from fedloom_common.errors import BadSpec
-from fedloom_server.console.connection import Operator, operator_command
+from fedloom_server.console.connection import AsJson, Operator, Reason, operator_command
 from fedloom_server.console.formats import as_data, console_for_output, json_text, plain
 from fedloom_server.console.site_views import site_facts, sites_table, state_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Name = Annotated[str, typer.Argument(metavar="SITE", help="Name of the site.")]
-Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 Method = Callable[[SiteServiceStub], Any]
 
 

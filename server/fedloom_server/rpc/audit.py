@@ -1,15 +1,10 @@
 """The gRPC edge of the audit log."""
 
-from typing import Any
-
-import grpc
-
 from fedloom.v1 import audit_pb2 as pb
 from fedloom.v1.audit_pb2_grpc import AuditServiceServicer
 from fedloom_server.audit import PAGE_ENTRIES, AuditLog
 from fedloom_server.auditchain import Entry
-
-Context = grpc.aio.ServicerContext[Any, Any]
+from fedloom_server.rpc.access import Context
 
 
 class AuditEdge(AuditServiceServicer):

@@ -3,9 +3,8 @@
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import dropwhile
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from fedloom.v1 import runs_pb2 as pb
@@ -13,6 +12,7 @@ from fedloom.v1.runs_pb2_grpc import RunServiceServicer
 from fedloom_server.exports import export
 from fedloom_server.models import MODEL_FILE
 from fedloom_server.records import Assignment, Round, Run
+from fedloom_server.rpc.access import Context
 from fedloom_server.rpc.messages import (
     blob,
     change_message,
@@ -30,7 +30,6 @@ PAGE_BYTES = 1 << 20  # of one answer; a round with many sites takes it beyond, 
 FAILURES_BYTES = 2 << 20
 ROUNDS_AT_ONCE = 50
 
-Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
 
 

@@ -1,18 +1,13 @@
 """The gRPC edge of operators' calls about sites."""
 
-from typing import Any
-
-import grpc
-
 from fedloom.v1 import runs_pb2
 from fedloom.v1 import sites_pb2 as pb
 from fedloom.v1.sites_pb2_grpc import SiteServiceServicer
 from fedloom_server.admission import Admission
 from fedloom_server.roster import Site
+from fedloom_server.rpc.access import Context
 from fedloom_server.rpc.messages import site_message
 from fedloom_server.store import Store
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class SiteEdge(SiteServiceServicer):

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import grpc
 
@@ -17,7 +16,7 @@ from fedloom_common.transfer import PATIENCE_S, messages_of, transfer_handlers
 from fedloom_server.aggregation.validation import validate_update
 from fedloom_server.assignments import Assignments
 from fedloom_server.records import Assignment, AssignmentState
-from fedloom_server.rpc.access import Access
+from fedloom_server.rpc.access import Access, Context
 from fedloom_server.rpc.calls import READ, Calls
 from fedloom_server.store import Store
 
@@ -26,8 +25,6 @@ WAIT_S = 5.0  # how often a site that waits for its download is noted as alive
 SETTLE_S = 1.0  # a few chunks are written in much less
 TAKEN_OVER = "another stream has taken this upload over"
 AHEAD_CHUNKS = 2  # for each site that reads: dozens may do so at once
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class _Writer:
