@@ -14,7 +14,7 @@ from fedloom_client.consent import read_policy
 from fedloom_client.hardware import data_set_bytes, find_devices, main_memory_bytes
 from fedloom_client.localmodels import safetensors_in, unreadable
 from fedloom_client.statedir import StateDir
-from fedloom_client.status import ill_health, runs
+from fedloom_client.status import ill_health, is_running
 from fedloom_client.training.orders import Source
 from fedloom_client.training.records import MAIN_FIELDS, Records
 from fedloom_common.doctor.credentials import credential
@@ -38,7 +38,7 @@ def examination(config: Path | None, flags: list[str]) -> Iterator[Finding]:
 
 
 def checks(fitting: Fitting) -> dict[str, Check]:
-    """The checks that those parts of the config allow for which are right."""
+    """The checks that the valid parts of the config allow."""
     values = fitting.values
     made: dict[str, Check] = {"config": partial(_config, fitting)}
     if "tls" in values:
@@ -121,7 +121,7 @@ def _daemon(folder: Path) -> Iterator[Finding]:
     reason = ill_health(status)
     if reason is None:
         yield ok("it runs and is attached")
-    elif runs(status):
+    elif is_running(status):
         yield warning(
             reason, "see the way to the coordinator above; the daemon attaches by itself, if it may"
         )

@@ -59,7 +59,7 @@ def ill_health(path: Path) -> str | None:
     return None
 
 
-def runs(path: Path) -> bool:
+def is_running(path: Path) -> bool:
     """Whether the daemon with this status file is a process, attached or not."""
     try:
         return _lives(json.loads(path.read_text())["pid"])

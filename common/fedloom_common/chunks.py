@@ -12,9 +12,8 @@ from google.protobuf.message import DecodeError
 from fedloom.v1.transfer_pb2 import Chunk as ChunkMessage
 from fedloom_common.errors import BadChunk, ProtocolError
 
-CHUNK_BYTES = (
-    1 << 20
-)  # smaller costs CPU (64 KiB three times as much), larger makes a slow link less responsive
+# Smaller ones cost CPU (64 KiB three times as much), larger ones make a slow link less responsive.
+CHUNK_BYTES = 1 << 20
 
 _UPLOAD, _OFFSET, _CRC32C, _PAYLOAD = 0x0A, 0x10, 0x1D, 0x22  # field number << 3 | wire type
 _VARINT_BYTES = 10

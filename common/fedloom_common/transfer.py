@@ -21,7 +21,7 @@ from fedloom_common.partial import PartialFile
 from fedloom_common.rpc import federation_errors
 
 SERVICE = "fedloom.v1.TransferService"
-PATIENCE_S = 600.0  # a transfer that moves no chunk for so long is given up: 1 MiB takes that at 14 kbit/s
+STALL_S = 600.0  # a transfer that moves no chunk for so long is given up: 1 MiB takes that at 14 kbit/s
 AHEAD_CHUNKS = 4  # read by a thread at once, while others are sent
 SMALLEST_CHUNK_BYTES = 1 << 16
 BREAK_SHARE = 64
@@ -131,7 +131,7 @@ async def download(
     ``on_bytes`` hears how many bytes are there.
 
     Raises:
-        Unreachable: no new byte for PATIENCE_S.
+        Unreachable: no new byte for STALL_S.
         NotFound: the peer has no such file.
         BadChunk: the bytes are not those of the digest.
     """
@@ -150,19 +150,19 @@ async def _fetch(stub: TransferStub, partial: PartialFile, on_bytes: OnBytes, pa
     while partial.offset < partial.size_bytes:
         try:
             with federation_errors("the coordinator"):
-                async with asyncio.timeout(PATIENCE_S) as patience:
+                async with asyncio.timeout(STALL_S) as patience:
                     async for message in stub.read(ReadRequest(digest=partial.digest, offset=partial.offset)):
                         chunk = Chunk.decode(message)
                         await partial.add(chunk)
                         on_bytes(partial.offset)
                         await pace.take(len(chunk.payload))
-                        patience.reschedule(clock() + PATIENCE_S)
+                        patience.reschedule(clock() + STALL_S)
         except TimeoutError:
-            raise Unreachable(f"the coordinator has sent no byte for {PATIENCE_S:g} s") from None
+            raise Unreachable(f"the coordinator has sent no byte for {STALL_S:g} s") from None
         except Unreachable:
             if partial.offset > held:
                 pause_s, held, alive_at = RETRY_S[0], partial.offset, clock()
-            if clock() - alive_at > PATIENCE_S:
+            if clock() - alive_at > STALL_S:
                 raise
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 (jitter, not a secret)
             pause_s = min(pause_s * 2, RETRY_S[1])
@@ -199,7 +199,7 @@ async def upload(
             most_bytes = int(min(CHUNK_BYTES, pace.burst_bytes))
             async for end, message in messages_of(path, offset, upload, most_bytes=most_bytes):
                 await pace.take(end - begin)
-                patience.reschedule(clock() + PATIENCE_S)
+                patience.reschedule(clock() + STALL_S)
                 yield message
                 on_bytes(begin := end)
         except (OSError, BadChunk) as error:
@@ -208,12 +208,12 @@ async def upload(
 
     clock = asyncio.get_running_loop().time
     try:
-        async with asyncio.timeout(PATIENCE_S) as patience:
+        async with asyncio.timeout(STALL_S) as patience:
             with federation_errors("the coordinator"):
                 receipt: Receipt = await stub.write(messages())
                 return receipt
     except TimeoutError:
-        raise Unreachable(f"the coordinator has taken no byte for {PATIENCE_S:g} s") from None
+        raise Unreachable(f"the coordinator has taken no byte for {STALL_S:g} s") from None
     except (FederationError, asyncio.CancelledError):
         task = asyncio.current_task()
         if found_here and task is not None and not task.cancelling():

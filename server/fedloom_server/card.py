@@ -134,9 +134,8 @@ def _origin(spec: RunSpec) -> str:
     if spec.model.config is not None:
         return f"random, of a {_escaped(str(spec.model.config['model_type']))} config"
     assert spec.model.path is not None
-    return (
-        f"the pretrained model {_escaped(PurePath(spec.model.path).name)}"  # its folder is nobody's business
-    )
+    name = PurePath(spec.model.path).name  # its folder is nobody's business
+    return f"the pretrained model {_escaped(name)}"
 
 
 def _adapter(facts: CardFacts) -> Iterator[str]:

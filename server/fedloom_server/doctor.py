@@ -30,7 +30,7 @@ def examination(config: Path | None, flags: list[str]) -> Iterator[Finding]:
 
 
 def checks(fitting: Fitting) -> dict[str, Check]:
-    """The checks that those parts of the config allow for which are right."""
+    """The checks that the valid parts of the config allow."""
     values = fitting.values
     made: dict[str, Check] = {"config": partial(_config, fitting)}
     if "tls" in values:

@@ -26,7 +26,7 @@ from fedloom_server.records import Owner
 from fedloom_server.store import Store
 
 LOCK_KEY = int.from_bytes(b"fedloom", "big")
-PATIENCE_S = 10.0  # the server may take a moment to see that a killed coordinator is gone
+TAKE_LOCK_S = 10.0  # the server may take a moment to see that a killed coordinator is gone
 POLL_S = 0.2
 CHECK_S = 5.0
 IN_USE = "another coordinator uses the database; give each coordinator a database of its own"
@@ -109,7 +109,7 @@ class Ownership:
             WrongState: another coordinator holds it.
             StorageUnavailable: the database does not answer.
         """
-        give_up_at_s = time.monotonic() + PATIENCE_S
+        give_up_at_s = time.monotonic() + TAKE_LOCK_S
         while self._is_shared and not self._lock():
             if time.monotonic() > give_up_at_s:
                 raise WrongState(IN_USE)

@@ -6,7 +6,7 @@ from fedloom_server.roster import Link
 
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
-PATIENCE = 10  # without any sign of a change a run is tried again after so many of its pauses
+PAUSES_WITHOUT_NEWS = 10  # without any sign of a change a run is tried again after so many of its pauses
 
 
 class Wait:
@@ -24,7 +24,7 @@ class Wait:
         self._sessions = dict(sessions)
         pause_s = min(FIRST_PAUSE_S * 2 ** min(failures - 1, 30), LONGEST_PAUSE_S) if failures else 0.0
         self._soon_at_s = now_s + pause_s
-        self._anyway_at_s = now_s + PATIENCE * pause_s
+        self._anyway_at_s = now_s + PAUSES_WITHOUT_NEWS * pause_s
 
     def is_over(self, sessions: Mapping[str, Link], now_s: float) -> bool:
         """Whether to try again, with the sessions that the run's sites have now."""

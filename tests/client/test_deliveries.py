@@ -30,7 +30,7 @@ async def test_an_interrupted_upload_goes_on_from_the_durable_byte(world: Any) -
 async def test_a_pace_at_which_a_chunk_would_outlast_all_patience_only_makes_chunks_smaller(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedloom_common.transfer.PATIENCE_S", 3.0)
+    monkeypatch.setattr("fedloom_common.transfer.STALL_S", 3.0)
     world.group.update = os.urandom(5000)
     world.daemon(upload_bytes_per_s=1000)
     await world.attached()

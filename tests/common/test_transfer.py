@@ -105,7 +105,7 @@ async def test_a_download_goes_on_after_each_cut_and_sends_no_byte_twice(
 
 async def test_a_download_without_progress_is_given_up(tmp_path, flaky, source, monkeypatch):
     monkeypatch.setattr(transfer, "RETRY_S", (0.01, 0.02))
-    monkeypatch.setattr(transfer, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(transfer, "STALL_S", 0.1)
     servicer, stub = flaky
     servicer.cut_bytes = 10
     # The second is told where the machine stands still during a try.

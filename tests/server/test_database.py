@@ -53,7 +53,7 @@ async def test_a_run_on_postgresql_gives_the_model_of_one_on_sqlite(config, url,
 
 
 async def test_a_second_coordinator_is_refused_on_one_database(config, url, monkeypatch):
-    monkeypatch.setattr(ownership, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(ownership, "TAKE_LOCK_S", 0.5)
     async with coordinator(on(config, url)):
         with pytest.raises(WrongState, match="another coordinator uses the database"):
             async with coordinator(on(config, url, "other")):
@@ -80,7 +80,7 @@ def test_a_coordinator_whose_lock_was_lost_writes_no_more_once_another_has_begun
 
 def test_a_lock_that_a_restart_took_is_taken_again(tmp_path, restartable, monkeypatch):
     url = restartable.new_database()
-    monkeypatch.setattr(ownership, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(ownership, "TAKE_LOCK_S", 0.5)
     with owned_store(tmp_path / "first", url) as (store, hold):
         restartable.stop()
         hold.check()

@@ -76,8 +76,8 @@ class Aligned:
         self._matrix = np.empty(len(self._sources) * self._width)
 
     def blocks(self, piece: Piece) -> Iterator[tuple[Piece, NDArray[np.float64]]]:
-        """Parts of a piece of a float tensor, with a row for each update; a matrix is the caller's until the
-        next one: values, or changes where the chain tells these.
+        """Each part of a piece of a float tensor with its matrix, a row for each update: of changes if the
+        chain tells these, else of values. The next part overwrites the matrix.
 
         Raises:
             BadTensor: a value is not finite; names the site.

@@ -1,0 +1,1 @@
+"""The gRPC edge: protobuf comes no further in than here, and no rule of a run stands here."""

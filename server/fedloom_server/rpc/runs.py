@@ -69,9 +69,8 @@ class RunEdge(RunServiceServicer):
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchEvent]:  # noqa: N802
         """The run and its rounds as they stand, then every change, until the run ends."""
         run = self._store.run(request.run_id)
-        with self._watching.watcher(
-            run.id
-        ) as watcher:  # before the first look, so that nothing falls between
+        # Watched before the first look, so that nothing falls between.
+        with self._watching.watcher(run.id) as watcher:
             run = self._store.run(run.id)
             has_ended = run.state.is_end
             yield pb.WatchEvent(run=self._run(run))

@@ -12,7 +12,7 @@ from fedloom_common.chunks import CHUNK_BYTES, Chunk
 from fedloom_common.errors import AttemptFailed, BadChunk, BadTensor, NotPermitted, ProtocolError, WrongState
 from fedloom_common.identity import Peer, Role
 from fedloom_common.partial import PartialFile
-from fedloom_common.transfer import PATIENCE_S, messages_of, transfer_handlers
+from fedloom_common.transfer import STALL_S, messages_of, transfer_handlers
 from fedloom_server.aggregation.validation import validate_update
 from fedloom_server.assignments import Assignments
 from fedloom_server.records import Assignment, AssignmentState
@@ -117,14 +117,14 @@ class TransferEdge:
     async def _send(self, path: Path, begin: int, peer: Peer, context: Context) -> None:
         clock = asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(PATIENCE_S) as patience:
+            async with asyncio.timeout(STALL_S) as patience:
                 async for end, message in messages_of(path, begin, ahead_chunks=AHEAD_CHUNKS):
                     await context.write(message)
-                    patience.reschedule(clock() + PATIENCE_S)
+                    patience.reschedule(clock() + STALL_S)
                     self._moved(peer, end - begin)
                     begin = end
         except TimeoutError:
-            raise BadChunk(f"no chunk was taken in {PATIENCE_S:g} s") from None
+            raise BadChunk(f"no chunk was taken in {STALL_S:g} s") from None
 
     def _moved(self, peer: Peer, down_bytes: int) -> None:
         if peer.role is Role.SITE:
@@ -194,14 +194,14 @@ class TransferEdge:
         assignment.bytes_up = max(assignment.bytes_up, held_bytes)  # what came before a restart is no news
         try:
             await self._add(partial, assignment, first, writer)
-            async with asyncio.timeout(PATIENCE_S) as writer.patience:
+            async with asyncio.timeout(STALL_S) as writer.patience:
                 async for message in messages:
                     await self._add(partial, assignment, Chunk.decode(message), writer)
-                    writer.patience.reschedule(asyncio.get_running_loop().time() + PATIENCE_S)
+                    writer.patience.reschedule(asyncio.get_running_loop().time() + STALL_S)
             writer.patience = None
             await partial.finish()
         except TimeoutError:
-            reason = TAKEN_OVER if writer.is_unwanted else f"no chunk came in {PATIENCE_S:g} s"
+            reason = TAKEN_OVER if writer.is_unwanted else f"no chunk came in {STALL_S:g} s"
             raise BadChunk(reason) from None
         finally:
             writer.patience = None
@@ -241,11 +241,11 @@ async def _first_chunk(messages: AsyncIterator[bytes]) -> Chunk:
         ProtocolError: none comes, or it does not.
     """
     try:
-        first = Chunk.decode(await asyncio.wait_for(anext(messages), PATIENCE_S))
+        first = Chunk.decode(await asyncio.wait_for(anext(messages), STALL_S))
     except StopAsyncIteration:
         raise ProtocolError("the first chunk of a Write names its upload; no chunk came") from None
     except TimeoutError:
-        raise BadChunk(f"no chunk came in {PATIENCE_S:g} s") from None
+        raise BadChunk(f"no chunk came in {STALL_S:g} s") from None
     if not first.upload:
         raise ProtocolError("the first chunk of a Write names its upload; this one does not")
     return first
