@@ -11,7 +11,7 @@ from fedloom_client.training.models import LocalModel
 from fedloom_client.training.optimizers import load_state, state_tensors
 from fedloom_client.training.orders import CHECKPOINT
 from fedloom_client.training.sharding import Gather, first_writes
-from fedloom_common.errors import BadTensor, TrainingFailed
+from fedloom_common.errors import BadTensor, StorageFull, TrainingFailed
 from fedloom_common.tensors import Manifest, read_tensors, write_tensors
 
 _MODEL, _OPTIMIZER, _LOSSES = "model/", "optimizer/", "losses"
@@ -97,5 +97,5 @@ class Checkpoint:
     def _write(self, tensors: dict[str, torch.Tensor], steps: int, whole: Gather) -> None:
         try:
             write_tensors(self._path, tensors, self._marks, whole=whole)
-        except OSError as error:
+        except (OSError, StorageFull) as error:
             logger.warning("no local checkpoint", extra={"step": steps, "error": str(error)})

@@ -1,6 +1,8 @@
 """A training that was cut short and goes on from its checkpoint, against one that never stopped."""
 
+import errno
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,10 +157,14 @@ def test_a_checkpoint_of_another_model_says_what_to_do(alone: Any, make_order: M
 def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     alone: Any, make_order: MakeOrder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    real = os.fsync
 
-    monkeypatch.setattr("fedloom_client.training.checkpoints.write_tensors", full)
+    def full(descriptor: int) -> None:
+        if CHECKPOINT in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
     with caplog.at_level(logging.WARNING):
         result = alone.perform(make_order(local={"checkpoint_every": 2}))
     assert result.examples == 4 * 8
