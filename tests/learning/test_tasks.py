@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedloom_client.training.tasks import IGNORED, label_metrics, label_sums, new_task
+from fedloom_client.training.tasks import IGNORED, BadRecord, label_metrics, label_sums, new_task
 from fedloom_client.training.tasks.seq2seq import rouge_l
 from fedloom_client.training.tasks.tokenizers import bytes_of_tokens
 from fedloom_common.errors import TrainingFailed
@@ -34,6 +34,19 @@ def test_a_label_is_a_name_or_its_number(new_run: Callable[..., Any], label: obj
     run = new_run("bert", CLASSES)
     values = values_of(run, {"text": "good", "label": label})
     assert values == {"input_ids": list(b"good"), "labels": [number]}
+
+
+def test_numerals_in_order_from_0_are_names_and_numbers_alike(new_run: Callable[..., Any]) -> None:
+    run = new_run("bert", CLASSES | {"labels": ["0", "1", "2"]})
+    assert [values_of(run, {"text": "x", "label": label})["labels"] for label in (2, "2")] == [[2], [2]]
+
+
+@pytest.mark.parametrize("label", [1, 3])
+def test_a_number_that_is_another_labels_name_is_refused(new_run: Callable[..., Any], label: int) -> None:
+    run = new_run("bert", CLASSES | {"labels": ["1", "2", "3"]})
+    assert values_of(run, {"text": "x", "label": "1"})["labels"] == [0]
+    with pytest.raises(BadRecord, match=r"numerals in another order .*as text.*\nthe label is"):
+        values_of(run, {"text": "x", "label": label})
 
 
 def test_a_target_ends_with_the_end_token_and_a_source_begins_with_the_prefix(

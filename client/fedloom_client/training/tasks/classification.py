@@ -55,8 +55,14 @@ class Classification(BaseTask):
     def _label(self, came: object) -> int:
         if isinstance(came, str) and came in self._numbers:
             return self._numbers[came]
-        if isinstance(came, int) and not isinstance(came, bool) and 0 <= came < len(self._numbers):
-            return came
+        if isinstance(came, int) and not isinstance(came, bool):
+            if self._numbers.get(str(came), came) != came:
+                raise BadRecord(
+                    "its label is a number, and the task's labels are numerals in another order than from 0: "
+                    f"write the record's label as text, which is a name\nthe label is {came!r}"
+                )
+            if 0 <= came < len(self._numbers):
+                return came
         known = ", ".join(self._spec.labels[:LABELS_TOLD]) + (
             ", …" if len(self._numbers) > LABELS_TOLD else ""
         )
