@@ -3,15 +3,15 @@
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedloom_client.saveddatasets import open_saved
 from fedloom_client.training.orders import Source
+from fedloom_client.training.readers import read
 from fedloom_common.errors import TrainingFailed
 
 MAIN_FIELDS = ("text", "source", "messages", "prompt")
@@ -94,42 +94,7 @@ class Records:
         )
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        if self.source.format == "dataset":
-            for path in self._paths:
-                yield from _saved_dataset(path)
-            return
-        try:
-            yield from self._stream(self._paths)
-        except (ValueError, OSError) as error:  # pyarrow's and codec errors; they do not name the file
-            path, reason = self._culprit() or (self._paths[0], str(error))
-            wanted = {"text": "UTF-8 text", "jsonl": "one JSON object a line", "parquet": "Parquet"}
-            raise TrainingFailed(
-                f"{path} is not {wanted[self.source.format]}: mend it, or leave it out of the data set's "
-                f"files\n{reason}"
-            ) from error
-
-    def _stream(self, paths: list[Path]) -> Iterable[dict[str, Any]]:
-        from datasets import load_dataset
-
-        # streaming reads the files where they are; otherwise datasets copies them into its own cache first
-        options = {"text": {"sample_by": "document"}}.get(self.source.format, {})
-        kind = {"text": "text", "jsonl": "json", "parquet": "parquet"}[self.source.format]
-        names = [glob.escape(str(path)) for path in paths if path.stat().st_size]
-        if not names:  # datasets fails on a file without a record
-            return []
-        stream: Iterable[dict[str, Any]] = load_dataset(
-            kind, data_files={"train": names}, split="train", streaming=True, **options
-        )
-        return stream
-
-    def _culprit(self) -> tuple[Path, str] | None:
-        for path in self._paths:
-            try:
-                for _ in self._stream([path]):
-                    pass
-            except (ValueError, OSError) as error:
-                return path, str(error)
-        return None
+        return read(self.source.format, self._paths)
 
 
 def held_out_records(share: float) -> Iterator[bool]:
@@ -166,11 +131,3 @@ def _nothing_in(pattern: str, names: Sequence[str], source: Source) -> str:
         return f"{folder} is a folder: give {folder}/*.{source.format.replace('text', 'txt')}"
     kind = "folder" if source.format == "dataset" else "file"
     return f"no {kind} matches {pattern}: correct the data set's files in the site's config"
-
-
-def _saved_dataset(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        records: Iterable[dict[str, Any]] = open_saved(path)
-    except ValueError as error:
-        raise TrainingFailed(str(error)) from error
-    return records
