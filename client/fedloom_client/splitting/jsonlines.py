@@ -1,7 +1,5 @@
 """JSON lines: one object a line, copied byte by byte."""
 
-import codecs
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom_client.jsonlines import BadLine, numbered_lines, record_of
 from fedloom_client.splitting.census import Census, Counting
 from fedloom_common.errors import BadSpec
 
@@ -43,21 +42,15 @@ class JsonLines:
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         for number, path in enumerate(self._paths):
-            with path.open("rb") as file:
-                for line_number, line in enumerate(file, start=1):
-                    if line_number == 1:  # a mark is a file's, and must not come to lie within another
-                        line = line.removeprefix(codecs.BOM_UTF8)
-                    if line.strip():
-                        yield number, line_number, line
+            for line_number, line in numbered_lines(path):
+                yield number, line_number, line
 
 
 def _values(line: bytes, columns: Sequence[str], place: str) -> list[object]:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise BadSpec(f"{place} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise BadSpec(f"{place} is {type(record).__name__}, wanted a JSON object")
+        record = record_of(line, place)
+    except BadLine as error:
+        raise BadSpec(str(error)) from error
     for column in columns:
         if column not in record:
             raise BadSpec(f"{place} has no column {column}: it has {', '.join(sorted(record)) or 'none'}")

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedloom_common.errors import TrainingFailed
 
 MAIN_FIELDS = ("text", "source", "messages", "prompt")
 """Each of fedloom's own tasks reads one of them."""
+RECORDS_LOOKED_AT = 1000  # for a field that a record lacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Records:
         """
         self.source = source
         self._paths = _matching(source)
+        self._in_some: set[str] = set()
         self.total = sum(path.stat().st_size for path in self._paths) if source.format == "text" else 0
         """Bytes of text files; 0 (unknown) for records."""
 
@@ -76,21 +79,31 @@ class Records:
             zip(self._records(), held_out_records(self.source.held_out), strict=False), start=1
         ):
             for name in {*fields, *own}:
-                if own.get(name, name) not in record:
-                    raise TrainingFailed(self._lacks(name, record))
-            values = record | {name: record[there] for name, there in own.items()}
+                there = own.get(name, name)
+                if there not in record and (name in fields or not self._is_in_some(there)):
+                    raise TrainingFailed(self._lacks(name, number, record))
+            values = record | {name: record[there] for name, there in own.items() if there in record}
             yield Row(values=values, held_out=held_out, number=number)
 
     def describe(self) -> str:
         """The files, for people."""
         return ", ".join(self.source.files)
 
-    def _lacks(self, name: str, record: Mapping[str, Any]) -> str:
+    def _is_in_some(self, there: str) -> bool:
+        """Whether the first records have a field: lines of JSON may leave out what a task does without."""
+        if there not in self._in_some:
+            if not any(there in record for record in islice(self._records(), RECORDS_LOOKED_AT)):
+                return False
+            self._in_some.add(there)
+        return True
+
+    def _lacks(self, name: str, number: int, record: Mapping[str, Any]) -> str:
         there, other = ", ".join(sorted(record)) or "none", min(record, default="body")
         wanted = self.source.fields.get(name, name)
         return (
-            f"records of {self.describe()} have no field {wanted}: they have {there}; name the one that "
-            f"holds the {name} in the data set's fields, such as fields: {{{name}: {other}}}"
+            f"records of {self.describe()}, such as number {number}, have no field {wanted}: they have "
+            f"{there}; name the one that holds the {name} in the data set's fields, such as fields: "
+            f"{{{name}: {other}}}"
         )
 
     def _records(self) -> Iterator[dict[str, Any]]:

@@ -160,7 +160,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     real = os.fsync
 
     def full(descriptor: int) -> None:
-        if CHECKPOINT in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if CHECKPOINT in Path(f"/proc/self/fd/{descriptor}").readlink().name:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 

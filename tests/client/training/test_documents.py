@@ -93,9 +93,7 @@ def test_the_fingerprint_follows_the_files_and_the_way_they_are_read(tmp_path: P
         pytest.param(
             "b.txt", b"\xff\xfe\x00", "text", r"b\.txt is not UTF-8 text: .*leave it out.*\n.*0xff", id="text"
         ),
-        pytest.param(
-            "b.jsonl", b'{"text": "x"\n', "jsonl", r"b\.jsonl is not one JSON object a line", id="jsonl"
-        ),
+        pytest.param("b.jsonl", b'{"text": "x"\n', "jsonl", r"line 1 of .*b\.jsonl is not JSON", id="jsonl"),
         pytest.param("b.parquet", b"PAR0", "parquet", r"b\.parquet is not Parquet", id="parquet"),
     ],
 )

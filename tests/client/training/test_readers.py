@@ -1,5 +1,7 @@
 """What records the formats give: class labels, and lines of JSON."""
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from fedloom_client.training.orders import Source
 from fedloom_client.training.records import Records
+from fedloom_common.errors import TrainingFailed
 
 FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=["happy", "sad"])})
 
@@ -50,3 +53,61 @@ def test_a_class_label_without_names_is_its_number(tmp_path: Path) -> None:
     features = Features({"label": ClassLabel(num_classes=3)})
     file = save(Dataset.from_dict({"label": [2, 0]}, features), tmp_path / "data", "dataset")
     assert records_of(file, format="dataset") == [{"label": 2}, {"label": 0}]
+
+
+def test_a_text_of_json_that_looks_like_a_date_is_a_text(tmp_path: Path) -> None:
+    records = [{"source": "Jan 1 2020", "target": "2020-01-01"}, {"source": "now", "target": "12:00:00"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert records_of(tmp_path / "a.jsonl", needs=("source", "target")) == records
+
+
+def test_lines_may_be_blank_and_end_in_several_ways(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": "\\ud83d\\ude00"}')
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"a": null}\n'))
+    assert records_of(tmp_path / "*.jsonl*") == [{"a": 1}, {"a": "\N{GRINNING FACE}"}, {"a": None}]
+
+
+def test_a_file_may_be_one_array_of_objects(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"a": 1}, {"a": "x"}], indent=1))
+    assert records_of(tmp_path / "a.json") == [{"a": 1}, {"a": "x"}]
+
+
+def test_a_line_may_leave_out_a_field_that_the_task_can_do_without(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "Hi", "r": "Yo"}\n{"chat": []}\n')
+    fields = {"prompt": "q", "response": "r", "messages": "chat"}
+    first, second = records_of(tmp_path / "a.jsonl", fields=fields)
+    assert (first["prompt"], first["response"], second["messages"]) == ("Hi", "Yo", [])
+    with pytest.raises(TrainingFailed, match=r"such as number 2, have no field q: they have chat; name"):
+        records_of(tmp_path / "a.jsonl", fields=fields, needs=("prompt",))
+    with pytest.raises(TrainingFailed, match=r"such as number 1, have no field text: they have q, r; name"):
+        records_of(tmp_path / "a.jsonl", fields={"prompt": "text"})
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        pytest.param(b'{"a": 1}\n\n{"secret": 1', r"line 3 of .*a\.jsonl is not JSON in UTF-8", id="cut"),
+        pytest.param(b'{"a": "secret\xff"}', r"line 1 of .*a\.jsonl is not JSON in UTF-8", id="latin"),
+        pytest.param(
+            b'{"a": "secret\\ud83d"}',
+            r"line 1 of .*a\.jsonl has half of a surrogate pair",
+            id="half-a-character",
+        ),
+        pytest.param(b'{"a": 1}\n["secret"]', r"line 2 of .*a\.jsonl is list, wanted a JSON", id="list"),
+        pytest.param(b'{"a": 1}\n' + b"[" * 100_000, r"line 2 of .*a\.jsonl is not JSON", id="deep"),
+        pytest.param(b'[{"a": 1}, "secret"]', r"item 2 of the array in .*a\.jsonl is str", id="item"),
+        pytest.param(b'[{"a": "secret"}', r"the array in .*a\.jsonl is not JSON", id="array"),
+    ],
+)
+def test_a_bad_line_is_named_and_not_quoted(tmp_path: Path, content: bytes, place: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(TrainingFailed, match=place + ".*: mend it, or leave it out") as caught:
+        records_of(tmp_path / "a.jsonl")
+    assert "secret" not in str(caught.value).splitlines()[0]
+
+
+def test_a_broken_archive_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-9])
+    with pytest.raises(TrainingFailed, match=r"a\.jsonl\.gz cannot be read: mend it, or leave it out"):
+        records_of(tmp_path / "a.jsonl.gz")
