@@ -124,6 +124,16 @@ def test_packing_is_done_once_and_again_when_the_texts_or_the_tokenizer_change(
     assert packed(folder, tokenizer, text) != again
 
 
+def test_packing_is_done_again_by_another_release(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, folder = tmp_path / "a.txt", tmp_path / "data"
+    text.write_text("some text " * 20)
+    first = packed(folder, assets, text)
+    monkeypatch.setattr("fedloom_client.training.tasks.making.version", lambda _: "99.0")
+    assert packed(folder, assets, text) != first
+
+
 def test_an_interrupted_packing_is_not_taken_for_a_finished_one(assets: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text " * 20)
     records = Records(Source(format="text", files=(str(tmp_path / "a.txt"),), fields={}, held_out=0.1))

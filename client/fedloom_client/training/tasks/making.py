@@ -1,6 +1,6 @@
 """The task of a run spec, with the tokenizer that came with the model."""
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 from fedloom_client.training.tasks.causal import CausalLM
@@ -40,8 +40,8 @@ def new_task(spec: runspec.Task, folder: Path) -> AnyTask:
 
 
 def packing_key(spec: runspec.Task, folder: Path) -> str:
-    """Changes whenever the task's examples of the same records do."""
-    key = f"{Assets(folder).digest()} {spec.model_dump_json()}"
+    """Changes whenever the task's examples of the same records do, as they may with a release."""
+    key = f"{version('fedloom')} {Assets(folder).digest()} {spec.model_dump_json()}"
     if isinstance(spec, runspec.Plugin):
         package = _entry_point(spec.name).dist
         key += f" {package.name} {package.version}" if package else ""
