@@ -1,6 +1,6 @@
 """Instruction tuning: the answers of conversations are predicted, and nothing else of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,18 +33,15 @@ class Instruction(BaseTask):
 
     def example(self, record: Mapping[str, Any]) -> Example | None:
         """A conversation's tokens; those of answers are labels too."""
-        tokens: list[int] = []
-        labels: list[int] = []
-        for text, is_answer in self._parts(_messages(record)):
-            [part] = self._assets.encode([text])
-            tokens += part
-            labels += part if is_answer else [IGNORED] * len(part)
+        spans = self._answers(_messages(record))
+        if not spans:
+            return None
+        tokens, is_answer = self._tokens(spans)
         most = self._spec.context_tokens
-        values = {
-            "input_ids": tokens[:most],
-            "labels": [IGNORED, *labels[1:most]],
-        }  # nothing precedes the first
-        if all(label == IGNORED for label in values["labels"]):
+        labels = [token if is_one else IGNORED for token, is_one in zip(tokens, is_answer, strict=True)]
+        labels = [IGNORED, *labels[1:most]]  # nothing precedes the first
+        values = {"input_ids": tokens[:most], "labels": labels}
+        if all(label == IGNORED for label in labels):
             return None
         return Example(values=values, is_shortened=len(tokens) > most)
 
@@ -56,15 +53,17 @@ class Instruction(BaseTask):
         """The loss over the answers' tokens, and how many of them the model names."""
         return token_sums(_logits(model, inputs), next_token_labels(inputs["labels"]))
 
-    def _parts(self, messages: Messages) -> Iterator[tuple[str, bool]]:
-        """The conversation in parts that are answers, with what ends them, or are not.
+    def _answers(self, messages: Messages) -> list[tuple[str, str]]:
+        """For each answer, the conversation up to it, and with it and what ends it.
 
-        Parts are told by the template itself: what it writes before an answer is what it writes when it
-        asks for that answer, so that models are trained on what they will be given.
+        Answers are told by the template itself: what it writes before one is what it writes when it asks
+        for it, so that models are trained on what they will be given. A first turn that is the assistant's
+        is asked for by nothing, and belongs to what the next answer is given.
         """
+        spans: list[tuple[str, str]] = []
         told = ""
         for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or number == 0:
                 continue
             before = self._written(messages[:number], asks=True)
             after = self._written(messages[: number + 1], asks=False)
@@ -73,9 +72,23 @@ class Instruction(BaseTask):
                     "the tokenizer's chat template writes a conversation's beginning differently when it "
                     "has more turns: give records with one answer, or a model with another template"
                 )
-            yield before[len(told) :], False
-            yield after[len(before) :], True
+            spans.append((before, after))
             told = after
+        return spans
+
+    def _tokens(self, spans: Sequence[tuple[str, str]]) -> tuple[list[int], list[bool]]:
+        """The tokens of the whole conversation, and which of them are the answers'.
+
+        Tokenizers do not write a text as its parts one after the other: those of SentencePiece begin each
+        with a space, and words may reach over the parts' ends. So an answer begins where the whole's tokens
+        part from those of what is before it, and ends where they part from those of what ends with it.
+        """
+        *starts, whole = self._assets.encode([text for span in spans for text in span])
+        is_answer = [False] * len(whole)
+        ends = [_common(start, whole) for start in starts] + [len(whole)]
+        for begin, end in zip(ends[::2], ends[1::2], strict=True):
+            is_answer[begin:end] = [True] * (end - begin)
+        return list(whole), is_answer
 
     def _written(self, messages: Messages, *, asks: bool) -> str:
         from jinja2.exceptions import TemplateError
@@ -84,9 +97,15 @@ class Instruction(BaseTask):
             text: str = self._assets.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=asks
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError, TypeError) as error:  # a template's own, and what it does to texts
             raise BadRecord(f"the tokenizer's chat template does not take it\n{error}") from error
         return text
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common at the start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _messages(record: Mapping[str, Any]) -> Messages:
