@@ -1,7 +1,11 @@
 """A tiny model, its tokenizer and texts, as a coordinator and a site would have them."""
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +144,59 @@ class Alone:
         return self._rank.perform(
             Job(order=order, source=source, directory=str(self.directory), packed=packed)
         )
+
+
+@pytest.fixture
+def ranks(texts: DataSource, make_order: Callable[..., Order], tmp_path: Path) -> "Ranks":
+    """Several ranks in processes of their own, on the two text files."""
+    return Ranks(texts, make_order, tmp_path)
+
+
+class Ranks:
+    """Lists of jobs for ranks, done by processes, and for one process, as what they must equal."""
+
+    def __init__(self, texts: DataSource, make_order: Callable[..., Order], folder: Path) -> None:
+        self._source, self._make_order, self._folder = Source(**texts.model_dump()), make_order, folder
+        self._jobs: dict[str, Any] = {}
+
+    def add(
+        self,
+        name: str,
+        *,
+        kept: str = "",
+        sharding: str = "fsdp",
+        cut_after: int | None = None,
+        **changes: Any,
+    ) -> None:
+        """A job; those with the same ``kept`` share a run's folder."""
+        changes = {"id": kept or name, "update_path": str(self._folder / f"{name}.safetensors")} | changes
+        order = self._make_order(**changes)
+        job = Job(
+            order=order, source=self._source, directory=str(self._folder / (kept or name)),
+            packed=str(self._folder / "data"), sharding=sharding,  # type: ignore[arg-type]
+        )  # fmt: skip
+        self._jobs[name] = {"job": asdict(job), "cut_after": cut_after}
+
+    def run(self, world: int, device: str = "cpu") -> list[dict[str, Any]]:
+        """Do them; by rank, what came of each."""
+        jobs = self._folder / f"jobs-{world}-{len(list(self._folder.glob('jobs-*.json')))}.json"
+        jobs.write_text(json.dumps(self._jobs))
+        self._jobs = {}
+        command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
+        with jobs.with_suffix(".log").open("w") as log:
+            processes = [
+                subprocess.Popen([*command, str(rank), str(world), str(jobs), device], stderr=log)
+                for rank in range(world)
+            ]
+            statuses = [process.wait(800) for process in processes]
+        assert statuses == [0] * world, jobs.with_suffix(".log").read_text()[-4000:]
+        return [json.loads(jobs.with_suffix(f".{rank}").read_text()) for rank in range(world)]
+
+    def same(self, one: str, other: str, tolerance: float = 2e-6) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        first, second = (load_file(self._folder / f"{name}.safetensors") for name in (one, other))
+        assert list(first) == list(second)
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor, atol=tolerance, rtol=0, msg=name)

@@ -1,10 +1,6 @@
 """Sharded models (FSDP2) on gloo ranks against one process; files from which any number of ranks goes on."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedloom_client.config import DataSource
-from fedloom_client.training.orders import Job, Order, Source
+from fedloom_client.training.orders import Order
 from fedloom_client.training.sharding import without_memory
 from fedloom_common.controls import add_controls
 
@@ -25,58 +20,6 @@ ADAMW = {"name": "adamw", "lr": 1e-2, "eps": 1e-3}  # so large that rounding of 
 LOCAL = {"steps": 4, "batch_examples": 8, "accumulation_steps": 2, "clip_norm": 0.5, "optimizer": ADAMW}
 
 
-class Ranks:
-    """Lists of jobs for ranks, done by processes, and for one process, as what they must equal."""
-
-    def __init__(self, texts: DataSource, make_order: MakeOrder, folder: Path) -> None:
-        self._source, self._make_order, self._folder = Source(**texts.model_dump()), make_order, folder
-        self._jobs: dict[str, Any] = {}
-
-    def add(
-        self,
-        name: str,
-        *,
-        kept: str = "",
-        sharding: str = "fsdp",
-        cut_after: int | None = None,
-        **changes: Any,
-    ) -> None:
-        """A job; those with the same ``kept`` share a run's folder."""
-        changes = {"id": kept or name, "update_path": str(self._folder / f"{name}.safetensors")} | changes
-        order = self._make_order(**changes)
-        job = Job(
-            order=order, source=self._source, directory=str(self._folder / (kept or name)),
-            packed=str(self._folder / "data"), sharding=sharding,  # type: ignore[arg-type]
-        )  # fmt: skip
-        self._jobs[name] = {"job": asdict(job), "cut_after": cut_after}
-
-    def run(self, world: int, device: str = "cpu") -> list[dict[str, Any]]:
-        """Do them; by rank, what came of each."""
-        jobs = self._folder / f"jobs-{world}-{len(list(self._folder.glob('jobs-*.json')))}.json"
-        jobs.write_text(json.dumps(self._jobs))
-        self._jobs = {}
-        command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
-        with jobs.with_suffix(".log").open("w") as log:
-            processes = [
-                subprocess.Popen([*command, str(rank), str(world), str(jobs), device], stderr=log)
-                for rank in range(world)
-            ]
-            statuses = [process.wait(800) for process in processes]
-        assert statuses == [0] * world, jobs.with_suffix(".log").read_text()[-4000:]
-        return [json.loads(jobs.with_suffix(f".{rank}").read_text()) for rank in range(world)]
-
-    def same(self, one: str, other: str, tolerance: float = 2e-6) -> None:
-        first, second = (load_file(self._folder / f"{name}.safetensors") for name in (one, other))
-        assert list(first) == list(second)
-        for name, tensor in first.items():
-            torch.testing.assert_close(second[name], tensor, atol=tolerance, rtol=0, msg=name)
-
-
-@pytest.fixture
-def ranks(texts: DataSource, make_order: MakeOrder, tmp_path: Path) -> Ranks:
-    return Ranks(texts, make_order, tmp_path)
-
-
 @pytest.fixture
 def controlled(global_model: Path, tmp_path: Path) -> Path:
     add_controls(global_model, tmp_path / "controlled.safetensors")
@@ -84,7 +27,7 @@ def controlled(global_model: Path, tmp_path: Path) -> Path:
 
 
 def test_two_ranks_with_half_a_model_each_do_what_one_process_does(
-    ranks: Ranks, alone: Any, make_order: MakeOrder, controlled: Path, tmp_path: Path
+    ranks: Any, alone: Any, make_order: MakeOrder, controlled: Path, tmp_path: Path
 ) -> None:
     checkpoints = LOCAL | {"steps": 6, "checkpoint_every": 2}
     scaffold = LOCAL | {"optimizer": SGD, "algorithm": "scaffold"}
@@ -132,7 +75,7 @@ def test_two_ranks_with_half_a_model_each_do_what_one_process_does(
 
 @pytest.mark.slow
 def test_four_ranks_do_what_one_process_does_and_go_on_from_the_checkpoint_of_two(
-    ranks: Ranks, alone: Any, make_order: MakeOrder, tmp_path: Path
+    ranks: Any, alone: Any, make_order: MakeOrder, tmp_path: Path
 ) -> None:
     local = LOCAL | {"steps": 6, "checkpoint_every": 2, "accumulation_steps": 1}
     ranks.add("cut", local=local, kept="shared", cut_after=4)
@@ -152,7 +95,7 @@ def test_four_ranks_do_what_one_process_does_and_go_on_from_the_checkpoint_of_tw
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_devices_with_half_a_model_each_do_what_one_process_does(
-    ranks: Ranks, alone: Any, make_order: MakeOrder, tmp_path: Path
+    ranks: Any, alone: Any, make_order: MakeOrder, tmp_path: Path
 ) -> None:
     local = LOCAL | {"precision": "fp32"}
     ranks.add("shards", local=local)
