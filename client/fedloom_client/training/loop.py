@@ -24,6 +24,8 @@ class Course:
     """What a rank takes a round's steps with."""
 
     plan: RoundPlan
+    loss: nn.Module
+    """Takes a batch to its mean loss; wrapped in DDP if there are several ranks."""
     stream: ExampleStream
     optimizer: torch.optim.Optimizer
     algorithm: RoundAlgorithm
@@ -64,10 +66,10 @@ def train(rank: Rank, local: Local, examples: Examples, course: Course) -> "Trai
         step_targets = rank.step_targets(batches)
         for part, batch in enumerate(batches):
             share = batch.targets * rank.group.world / max(step_targets, 1)
-            with _sync_if(rank.model, part == plan.accumulation - 1):
+            with _sync_if(course.loss, part == plan.accumulation - 1):
                 with rank.autocast():
-                    loss = rank.task.loss(rank.model, batch.inputs) * share
-                loss.backward()  # type: ignore[no-untyped-call]
+                    loss = course.loss(batch.inputs) * share
+                loss.backward()
             losses[step] += loss.detach() / rank.group.world
         course.algorithm.add_to_objective()
         if local.clip_norm is not None:
@@ -120,6 +122,6 @@ def _parts(rank: Rank, examples: Examples, course: Course, step: int) -> list[Ba
     ]
 
 
-def _sync_if(model: nn.Module, last_part: bool) -> AbstractContextManager[None]:
+def _sync_if(loss: nn.Module, last_part: bool) -> AbstractContextManager[None]:
     """Gradients are averaged over the ranks once a step, with its last part."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last_part else nullcontext()
+    return loss.no_sync() if isinstance(loss, DistributedDataParallel) and not last_part else nullcontext()

@@ -3,27 +3,61 @@
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from fedloom_client.training.group import Group
+from fedloom_client.training.examples import Examples
+from fedloom_client.training.ranks import TRAINING, Rank
+from fedloom_client.training.tasks import Inputs, Task
 from fedloom_common.errors import TrainingFailed
 from fedloom_common.runspec import Local
 
 
-def distributed(module: nn.Module, group: Group) -> nn.Module:
-    """What the ranks call instead of the module so that they have one gradient: its mean over them."""
-    if group.world == 1 or isinstance(module, FSDPModule):  # a sharded one sees to it by itself
-        return module
+class Loss(nn.Module):
+    """A task's loss as a forward pass, so that DDP looks for parameters that the loss itself does without."""
+
+    def __init__(self, task: Task, module: nn.Module) -> None:
+        super().__init__()
+        self.task, self.module = task, module
+
+    def forward(self, inputs: Inputs) -> torch.Tensor:
+        """Mean loss over a batch's targets."""
+        return self.task.loss(self.module, inputs)
+
+
+def distributed(rank: Rank, examples: Examples) -> nn.Module:
+    """What takes the loss on a rank so that all have one gradient: its mean over them.
+
+    All ranks call this, and it takes a backward pass of one example; no gradient is left of it.
+    """
+    group = rank.group
+    if group.world == 1 or isinstance(rank.model, FSDPModule):  # a sharded one sees to it by itself
+        return Loss(rank.task, rank.model)
     # language models keep no running statistics; torch 2.13 renamed the switch and warns of the old name
     known = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
     if group.device.type == "cuda":
         options["device_ids"] = [group.device]
-    return DistributedDataParallel(module, **options)
+    # looking for them costs every step a walk through its graph, and one more exchange of the ranks
+    options["find_unused_parameters"] = _has_unused_parameters(rank, examples)
+    return DistributedDataParallel(Loss(rank.task, rank.model), **options)
+
+
+def _has_unused_parameters(rank: Rank, examples: Examples) -> bool:
+    """Whether some rank's example gives a trained parameter no gradient: BigBird's pooler gets none."""
+    batch = rank.batch(examples, np.array([rank.group.rank % len(examples)]), TRAINING, 0)
+    rank.model.train()
+    with rank.autocast():
+        loss = rank.task.loss(rank.model, batch.inputs)
+    loss.backward()  # type: ignore[no-untyped-call]
+    trained = (parameter for parameter in rank.model.parameters() if parameter.requires_grad)
+    unused = sum(parameter.grad is None for parameter in trained)
+    rank.model.zero_grad(set_to_none=True)
+    return bool(rank.group.sum(torch.tensor([float(unused)], device=rank.group.device)).item())
 
 
 def compute_activations_again(module: Any) -> None:

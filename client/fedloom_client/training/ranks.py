@@ -30,7 +30,6 @@ class Rank:
 
     group: Group
     model: nn.Module
-    """The model, wrapped in DDP if there are several ranks."""
     task: Task
     seed: int
     """The run's."""

@@ -4,11 +4,12 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedloom_client.training import loop
 from fedloom_client.training.algorithms import PlainRound, begin_round
@@ -55,7 +56,7 @@ class Trainer:
             compute_activations_again(self._model.module)
         self._rank = Rank(
             group=group,
-            model=distributed(self._model.module, group),
+            model=self._model.module,
             task=new_task(self._spec.task, assets),
             seed=self._spec.seed,
             precision=autocast_type(self._spec.local, group.device),
@@ -110,11 +111,12 @@ class Trainer:
         )  # fmt: skip
         if self._stream is None:
             self._stream = ExampleStream(len(data), seed=self._spec.seed, rank=group.rank, world=group.world)
-        optimizer = self._take_optimizer(order.round)
+        loss, optimizer = self._loss, self._take_optimizer(order.round)
         algorithm = begin_round(local.algorithm, self._start_of(order, plan))
         checkpoint = Checkpoint(self._directory, order.id, local.checkpoint_every, group, self._seeder(order))
         course = loop.Course(
             plan=plan,
+            loss=loss,
             stream=self._stream,
             optimizer=optimizer,
             algorithm=algorithm,
@@ -147,13 +149,14 @@ class Trainer:
             plan = plan_round(
                 spec.local, round=round_, rounds=rounds, train_examples=len(data), world=group.world
             )
+            loss = self._loss
             if round_ > 1 and not spec.keeps_optimizer_state:
                 optimizer = new_optimizer(spec.local.optimizer, self._model.module)
             seed = self._seeder(replace(order, round=round_))
             checkpoint = Checkpoint(self._directory, order.id, None, group, seed)
             course = loop.Course(
-                plan=plan, stream=stream, optimizer=optimizer, algorithm=PlainRound(), checkpoint=checkpoint,
-                earlier=checkpoint.begin(self._model, optimizer),
+                plan=plan, loss=loss, stream=stream, optimizer=optimizer, algorithm=PlainRound(),
+                checkpoint=checkpoint, earlier=checkpoint.begin(self._model, optimizer),
             )  # fmt: skip
             report = told_on(self._rank.report, plan.first_step, plan.total_steps)
             loop.train(replace(self._rank, report=report), spec.local, data, course)
@@ -161,6 +164,11 @@ class Trainer:
                 best = better(spec, best, self._evaluate())
         assert best is not None, "the last round is measured"
         return best
+
+    @cached_property
+    def _loss(self) -> nn.Module:
+        """Made by the first training, ahead of the checkpoint, which seeds: the making may draw dropout."""
+        return distributed(self._rank, self._data.train)
 
     def _evaluate(self) -> WorkerResult:
         data = self._data.held_out

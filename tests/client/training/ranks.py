@@ -66,7 +66,7 @@ def perform(group: Group, job: Job, cut_after: int | None) -> dict[str, Any]:
         return {}
     finally:
         torch.optim.Optimizer.zero_grad = real  # type: ignore[method-assign]
-    return metrics | {"held_bytes": held_bytes(warm)}
+    return metrics | {"held_bytes": held_bytes(warm), "finds_unused": finds_unused(warm)}
 
 
 def held_bytes(warm: WarmRank) -> int:
@@ -77,6 +77,14 @@ def held_bytes(warm: WarmRank) -> int:
     if trainer._optimizer is not None:
         tensors += [value for state in trainer._optimizer.state.values() for value in state.values()]
     return sum(local(tensor).nbytes for tensor in tensors)
+
+
+def finds_unused(warm: WarmRank) -> bool | None:
+    """Whether DDP looks for weights without gradient; None if it was not made."""
+    trainer = warm._trainer
+    assert trainer is not None
+    loss = vars(trainer).get("_loss")
+    return getattr(loss, "find_unused_parameters", None)
 
 
 if __name__ == "__main__":
