@@ -1,6 +1,6 @@
 """Sequence to sequence: a target text for each source text, by encoder-decoder models."""
 
-import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -100,7 +100,8 @@ class Seq2Seq(BaseTask):
 def rouge_l(came: str, wanted: str) -> float:
     """F-measure of the longest common subsequence of words.
 
-    Words are runs of letters and digits of any script, where the original knows those of English alone.
+    Words are runs of letters, with their marks, and digits of any script, where the original knows those
+    of English alone.
 
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3; torchmetrics.
     """
@@ -111,7 +112,12 @@ def rouge_l(came: str, wanted: str) -> float:
 
 
 def _words(text: str) -> str:
-    return re.sub(r"[\W_]+", " ", text.lower())
+    return "".join(character if _is_of_word(character) else " " for character in text.lower())
+
+
+def _is_of_word(character: str) -> bool:
+    # vowels of Indic scripts are marks, which are no letters to isalnum and \w
+    return character.isalnum() or unicodedata.category(character).startswith("M")
 
 
 def _logits(model: nn.Module, inputs: Inputs) -> torch.Tensor:
