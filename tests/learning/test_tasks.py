@@ -318,6 +318,29 @@ def test_tokens_of_sentencepiece_stand_for_the_bytes_that_they_write() -> None:
     assert bytes_of_tokens(fast) == [0, 4, 2, 1, 0, 1]
 
 
+def test_a_word_in_several_tokens_of_wordpiece_stands_for_its_own_bytes() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"[UNK]": 0, "play": 1, "##ing": 2, "##ä": 3, "#": 4}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    sizes = bytes_of_tokens(fast)
+    assert sum(sizes[token] for token in fast("playing")["input_ids"]) == len("playing")
+    assert sizes == [0, 4, 3, 2, 1]
+
+
+def test_an_added_token_stands_for_its_own_bytes(new_run: Callable[..., Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(new_run("gpt2", CHAT).assets)
+    tokenizer.add_tokens(["日本", "<0x41>"])
+    first, second = tokenizer.convert_tokens_to_ids(["日本", "<0x41>"])
+    assert tokenizer("日本")["input_ids"] == [first]
+    sizes = bytes_of_tokens(tokenizer)
+    assert (sizes[first], sizes[second], sizes[END]) == (6, 6, 0)
+    assert sizes[:END] == [1] * 256
+
+
 def test_one_token_of_each_block_is_a_target_however_small_the_share(new_run: Callable[..., Any]) -> None:
     run = new_run("bert", {"kind": "masked_lm", "context_tokens": 8, "masked_share": 1e-9})
     tokens = np.full((100, 6), END)

@@ -106,19 +106,29 @@ def bytes_of_tokens(tokenizer: Any) -> list[int]:
     """How many bytes of text each token stands for, by its number; 0 for special tokens.
 
     Byte-level tokenizers write one character for each byte; those of SentencePiece write a space as ▁, and
-    bytes that they have no character for as <0x00>.
+    bytes that they have no character for as <0x00>; WordPiece marks what goes on with a word. Added tokens
+    are written as they are by all of them.
     """
-    special = set(tokenizer.all_special_ids)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    is_byte_level = backend is not None and '"ByteLevel"' in json.dumps(
-        json.loads(backend.to_str())["decoder"]
-    )
+    special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
+    decoder = _decoder(tokenizer)
+    is_byte_level = '"ByteLevel"' in json.dumps(decoder)
+    prefix = decoder.get("prefix", "") if decoder.get("type") == "WordPiece" else ""
     numbers: dict[str, int] = tokenizer.get_vocab()
     sizes = [0] * (max(numbers.values()) + 1)
     for token, number in numbers.items():
-        if number not in special:
-            sizes[number] = len(token) if is_byte_level else _written_bytes(token)
+        if number in special:
+            continue
+        if number in added:
+            sizes[number] = len(added[number].content.encode())
+        else:
+            sizes[number] = len(token) if is_byte_level else _written_bytes(token.removeprefix(prefix))
     return sizes
+
+
+def _decoder(tokenizer: Any) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder: dict[str, Any] | None = None if backend is None else json.loads(backend.to_str())["decoder"]
+    return decoder or {}
 
 
 def _written_bytes(token: str) -> int:
