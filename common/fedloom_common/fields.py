@@ -78,9 +78,13 @@ def mistake(cls: type[BaseModel], item: Any, source: str | None) -> str:
 
 def unknown_setting(cls: type[BaseModel], key: str, lead: str) -> str:
     """What to say of a key that is none of a config's, with the one that was probably meant."""
+    return f"{lead}no setting {key!r}; {suggestion(cls, key)}"
+
+
+def suggestion(cls: type[BaseModel], key: str) -> str:
+    """The key that was probably meant, or all that there are."""
     close = difflib.get_close_matches(key, cls.model_fields, n=1)
-    known = f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.model_fields)}"
-    return f"{lead}no setting {key!r}; {known}"
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.model_fields)}"
 
 
 def _shape(kind: Any, item: Any) -> str | None:

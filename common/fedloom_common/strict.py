@@ -48,3 +48,8 @@ class Strict(BaseModel):
 def by_name(data: Any) -> Any:
     """A validator: what has no parameters, or only defaults, may be given by its name."""
     return {"name": data} if isinstance(data, str) else data
+
+
+def by_kind(data: Any) -> Any:
+    """A validator: as :func:`by_name`, for parts that call it their kind."""
+    return {"kind": data} if isinstance(data, str) else data

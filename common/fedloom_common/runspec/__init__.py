@@ -16,7 +16,8 @@ The coordinator and every site read the same spec; what belongs to one machine
     mode.py         rounds, or each site at its own pace
     evaluation.py   measuring the model, and what ends the run early
     run.py          all of it, and what contradicts itself
-    reading.py      YAML and JSON, mistakes, the schema
+    reading.py      YAML and JSON, the schema
+    mistakes.py     what is wrong with one, a line each
 """
 
 from fedloom_common.runspec.adapter import Lora
@@ -25,9 +26,10 @@ from fedloom_common.runspec.algorithms import FedProx, Plain, Scaffold
 from fedloom_common.runspec.cohort import Cohort, Staleness
 from fedloom_common.runspec.evaluation import Evaluation, Goal, Patience, Stop, Target
 from fedloom_common.runspec.local import SGD, AdamW, Local, Schedule
+from fedloom_common.runspec.mistakes import describe
 from fedloom_common.runspec.mode import Async, Sync
 from fedloom_common.runspec.model import ModelSpec
-from fedloom_common.runspec.reading import describe, parse_run_spec, read_run_spec, run_spec_schema
+from fedloom_common.runspec.reading import parse_run_spec, read_run_spec, run_spec_schema
 from fedloom_common.runspec.rules import (
     AnyRule,
     GeometricMedianRule,

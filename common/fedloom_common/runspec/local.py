@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedloom_common.runspec.algorithms import Algorithm, Plain, Scaffold
-from fedloom_common.strict import Strict
+from fedloom_common.strict import Strict, by_kind, by_name
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -36,6 +36,15 @@ class SGD(Strict):
     """L2 penalty."""
 
 
+AnyOptimizer = AdamW | SGD
+
+Optimizer = Annotated[
+    Annotated[AnyOptimizer, Field(discriminator="name")],
+    BeforeValidator(by_name, json_schema_input_type=Literal["adamw", "sgd"] | AnyOptimizer),
+]
+"""A field's type for an inner optimizer: ``sgd`` or ``{name: sgd, lr: 0.1}``."""
+
+
 class Schedule(Strict):
     """Learning rate over the *whole run's* steps, not over one round's."""
 
@@ -45,6 +54,12 @@ class Schedule(Strict):
     """Steps of linear rise to the peak."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the peak that cosine ends at."""
+
+
+ScheduleOrKind = Annotated[
+    Schedule, BeforeValidator(by_kind, json_schema_input_type=Literal["cosine", "constant"] | Schedule)
+]
+"""A field's type for a schedule: ``constant`` or ``{kind: cosine, warmup_steps: 100}``."""
 
 
 class Local(Strict):
@@ -58,7 +73,7 @@ class Local(Strict):
     """Examples in one optimizer step at one site, over all of its ranks and accumulation steps."""
     accumulation_steps: int = Field(default=1, ge=1)
     """Parts that a rank's share of the batch is cut into, to fit in memory."""
-    optimizer: Annotated[AdamW | SGD, Field(discriminator="name")] = AdamW()
+    optimizer: Optimizer = AdamW()
     """Inner optimizer."""
     algorithm: Algorithm = Plain()
     """What the steps aim at besides the loss on the site's own data."""
@@ -67,7 +82,7 @@ class Local(Strict):
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints on the site's disk, from which a killed rank or daemon goes on; without them
     it takes the round's steps again. A checkpoint takes the model's size, and the optimizer's state's."""
-    schedule: Schedule = Schedule()
+    schedule: ScheduleOrKind = Schedule()
     """Learning rate over the run."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest gradient norm; null for no clipping."""

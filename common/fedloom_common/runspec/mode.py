@@ -1,11 +1,11 @@
 """A run spec's mode: whether sites work in rounds, or each at its own pace."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from fedloom_common.runspec.cohort import Staleness
-from fedloom_common.strict import Strict
+from fedloom_common.strict import Strict, by_kind
 
 
 class Sync(Strict):
@@ -29,3 +29,12 @@ class Async(Strict):
     """What an update from an older version counts."""
     server_lr: float = Field(default=1.0, gt=0)
     """Factor on the step that a version makes."""
+
+
+AnyMode = Sync | Async
+
+Mode = Annotated[
+    Annotated[AnyMode, Field(discriminator="kind")],
+    BeforeValidator(by_kind, json_schema_input_type=Literal["sync", "async"] | AnyMode),
+]
+"""A field's type for a mode: ``sync`` or ``{kind: async, buffer: 4}``."""

@@ -1,7 +1,7 @@
 """The run spec, whole: its parts side by side, and how they may not contradict each other."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,7 @@ from fedloom_common.runspec.algorithms import Scaffold
 from fedloom_common.runspec.cohort import Cohort
 from fedloom_common.runspec.evaluation import CENTRAL_PREFIX, GROWING, TRAIN_PREFIX, Evaluation, Goal, Stop
 from fedloom_common.runspec.local import Local
-from fedloom_common.runspec.mode import Async, Sync
+from fedloom_common.runspec.mode import Mode, Sync
 from fedloom_common.runspec.model import ModelSpec
 from fedloom_common.runspec.tasks import CausalLM, Task
 from fedloom_common.runspec.transport import Transport
@@ -46,7 +46,7 @@ class RunSpec(Strict):
     """Name of the data set; every site says in its own config which files that is."""
     rounds: int = Field(ge=1, le=1_000_000)
     """Rounds at most."""
-    mode: Annotated[Sync | Async, Field(discriminator="kind")] = Sync()
+    mode: Mode = Sync()
     """Whether sites work in rounds, or each at its own pace."""
     cohort: Cohort = Cohort()
     """Which sites take part in a round."""

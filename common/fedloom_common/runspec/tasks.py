@@ -3,9 +3,9 @@
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from fedloom_common.strict import Name, Strict
+from fedloom_common.strict import Name, Strict, by_kind
 
 TaskKind = Literal["causal_lm", "masked_lm", "classification", "seq2seq", "instruction"]
 """Every kind of task that fedloom brings, as sites' policies name them."""
@@ -175,6 +175,10 @@ class Plugin(_WithContext):
         return self.auto_class
 
 
+AnyTask = CausalLM | MaskedLM | Classification | Seq2Seq | Instruction | Plugin
+
 Task = Annotated[
-    CausalLM | MaskedLM | Classification | Seq2Seq | Instruction | Plugin, Field(discriminator="kind")
+    Annotated[AnyTask, Field(discriminator="kind")],
+    BeforeValidator(by_kind, json_schema_input_type=TaskKind | Literal["plugin"] | AnyTask),
 ]
+"""A field's type for a task: ``masked_lm`` or ``{kind: masked_lm, context_tokens: 256}``."""
