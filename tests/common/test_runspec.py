@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,30 @@ def test_numbers_in_exponent_form_are_numbers_in_yaml_and_json():
     json_text = json.dumps(yaml_spec.model_dump(mode="json"))
     assert "1e-05" in json_text
     assert parse_run_spec(json_text) == read_run_spec(json_text) == yaml_spec
+
+
+@pytest.mark.parametrize(
+    ("more", "advice"),
+    [
+        ("model:\n  path: m\n  adapter:\n", "model.adapter: nothing is given: write {} for its defaults, or"),
+        ("aggregation: {clip: }", "aggregation.clip: nothing is given: write {} for its defaults, or"),
+        ("stop: {patience: }", "stop.patience: nothing is given: write a mapping with keys such as evalu"),
+    ],
+)
+def test_a_part_that_is_named_and_left_empty_is_refused(more, advice):
+    with pytest.raises(BadSpec, match=re.escape(advice)):
+        parse_run_spec(GOOD + more)
+
+
+@pytest.mark.parametrize("given", ["null", "~"])
+def test_a_written_null_turns_a_part_off(given):
+    spec = parse_run_spec(GOOD + f"model: {{path: m, adapter: {given}}}")
+    assert spec.model.adapter is None
+    assert read_run_spec(spec.model_dump_json()) == parse_run_spec(spec.model_dump_json()) == spec
+
+
+def test_an_adapter_may_be_all_defaults():
+    assert parse_run_spec(GOOD + "model: {path: m, adapter: {}}").model.adapter.rank == 16
 
 
 def test_the_schema_describes_every_field():

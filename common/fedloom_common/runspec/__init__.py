@@ -29,7 +29,12 @@ from fedloom_common.runspec.local import SGD, AdamW, Local, Schedule
 from fedloom_common.runspec.mistakes import describe
 from fedloom_common.runspec.mode import Async, Sync
 from fedloom_common.runspec.model import ModelSpec
-from fedloom_common.runspec.reading import parse_run_spec, read_run_spec, run_spec_schema
+from fedloom_common.runspec.reading import (
+    parse_run_spec,
+    read_run_spec,
+    require_nothing_left_empty,
+    run_spec_schema,
+)
 from fedloom_common.runspec.rules import (
     AnyRule,
     GeometricMedianRule,
@@ -111,5 +116,6 @@ __all__ = [
     "describe",
     "parse_run_spec",
     "read_run_spec",
+    "require_nothing_left_empty",
     "run_spec_schema",
 ]

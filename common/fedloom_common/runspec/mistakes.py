@@ -2,7 +2,7 @@
 
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
@@ -29,6 +29,30 @@ def describe(error: ValidationError, cls: type[BaseModel] | None = None) -> str:
         f"{path}{': ' if path.strip() else ''}{', or '.join(texts)}{came}"
         for (path, came), texts in wanted.items()
     )
+
+
+def left_empty(text: str, cls: type[BaseModel]) -> dict[str, str]:
+    """By its path, what to do about each part that YAML text names and gives nothing for, not even null.
+
+    YAML reads null there, which turns the part off: who writes its name wants it.
+    """
+    node = yaml.compose(text, yaml.SafeLoader)
+    return dict(_left_empty(node, cls, "")) if isinstance(node, yaml.MappingNode) else {}
+
+
+def _left_empty(node: yaml.MappingNode, cls: type[BaseModel], lead: str) -> Iterator[tuple[str, str]]:
+    for key, value in node.value:
+        info = cls.model_fields.get(key.value) if isinstance(key, yaml.ScalarNode) else None
+        kind = plain_type(info.annotation) if info else None
+        if info is None or not is_model(kind):
+            continue
+        path = f"{lead}{key.value}"
+        if isinstance(value, yaml.MappingNode):
+            yield from _left_empty(value, kind, f"{path}.")
+        elif info.default is None and isinstance(value, yaml.ScalarNode) and not (value.value or value.style):
+            needs_more = any(info.is_required() for info in kind.model_fields.values())
+            part = f"a mapping with {_keys(kind)}" if needs_more else "{} for its defaults"
+            yield path, f"nothing is given: write {part}, or leave {key.value} out"
 
 
 def _place(cls: type[BaseModel] | None, loc: Iterable[int | str]) -> tuple[list[str], Any]:

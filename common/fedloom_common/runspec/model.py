@@ -21,7 +21,8 @@ class ModelSpec(Strict):
     """``bytes`` (UTF-8 bytes, 256 tokens and one end-of-text token), a directory at the coordinator, or
     ``auto``: the model directory's own, and ``bytes`` for a model from ``config``."""
     adapter: Lora | None = None
-    """Train an adapter, and leave the model frozen under it; if not given, the whole model is trained."""
+    """Train an adapter, and leave the model frozen under it; if not given, the whole model is trained.
+    ``{}`` for one with all defaults."""
 
     @field_validator("config")
     @classmethod

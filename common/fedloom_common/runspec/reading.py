@@ -2,11 +2,12 @@
 
 import json
 import re
+from collections.abc import Iterable
 
 from pydantic import ValidationError
 
 from fedloom_common.errors import BadSpec
-from fedloom_common.runspec.mistakes import describe
+from fedloom_common.runspec.mistakes import describe, left_empty
 from fedloom_common.runspec.run import RunSpec
 from fedloom_common.yamltext import Loader, read_yaml
 
@@ -29,6 +30,7 @@ def parse_run_spec(text: str) -> RunSpec:
     data = read_yaml(text, "the run spec", loader=_Yaml)
     if not isinstance(data, dict):
         raise BadSpec(f"a run spec is a mapping with keys such as name and model, not {type(data).__name__}")
+    require_nothing_left_empty(text)
     try:
         spec = RunSpec.model_validate(data)
     except ValidationError as error:
@@ -36,6 +38,23 @@ def parse_run_spec(text: str) -> RunSpec:
     if mistakes := list(spec.mistaken_goals()):
         raise BadSpec("the run spec has mistakes:\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
     return spec
+
+
+def require_nothing_left_empty(text: str, *, besides: Iterable[str] = ()) -> None:
+    """Check that YAML text gives something for each part that it names; ``besides`` are paths set later.
+
+    Raises:
+        BadSpec: a line for each part: its path, what to do.
+    """
+    given = tuple(f"{path}." for path in besides)
+    empty = {
+        path: advice
+        for path, advice in left_empty(text, RunSpec).items()
+        if not any(one.startswith(f"{path}.") for one in given)
+    }
+    if empty:
+        lines = [f"  {path}: {advice}" for path, advice in empty.items()]
+        raise BadSpec("the run spec has mistakes:\n" + "\n".join(lines))
 
 
 def read_run_spec(json_text: str) -> RunSpec:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from fedloom_common.errors import BadSpec
+from fedloom_common.runspec import require_nothing_left_empty
 from fedloom_common.yamltext import read_yaml
 
 
@@ -36,7 +37,7 @@ def apply_overrides(text: str, overrides: Iterable[str]) -> str:
 
     Raises:
         BadSpec: a setting without "=", with a path through something that has no parts, or a text that is
-            no YAML or says a thing twice.
+            no YAML, says a thing twice or leaves a part empty.
     """
     overrides = tuple(overrides)
     if not overrides:
@@ -44,6 +45,8 @@ def apply_overrides(text: str, overrides: Iterable[str]) -> str:
     data = read_yaml(text, "the run spec")
     if not isinstance(data, dict):
         raise BadSpec(f"a run spec is a mapping with keys such as name and model, not {type(data).__name__}")
+    # Written again below, with null for what the text leaves empty.
+    require_nothing_left_empty(text, besides=(override.partition("=")[0] for override in overrides))
     for override in overrides:
         path, equals, value = override.partition("=")
         if not equals or not all(path.split(".")):

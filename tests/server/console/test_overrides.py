@@ -37,6 +37,14 @@ def test_a_setting_replaces_or_adds_one_value(setting, path, value):
     assert changed == expected
 
 
+def test_a_part_that_is_left_empty_is_refused_unless_a_setting_gives_it():
+    spec = SPEC + "model:\n  path: m\n  adapter:\n"
+    with pytest.raises(BadSpec, match=r"model\.adapter: nothing is given"):
+        apply_overrides(spec, ["local.steps=5"])
+    assert yaml.safe_load(apply_overrides(spec, ["model.adapter.rank=4"]))["model"]["adapter"] == {"rank": 4}
+    assert yaml.safe_load(apply_overrides(spec, ["model.adapter={}"]))["model"]["adapter"] == {}
+
+
 def test_the_last_setting_of_a_value_wins():
     changed = apply_overrides(SPEC, ["local.steps=5", "local.steps=6"])
     assert yaml.safe_load(changed)["local"]["steps"] == 6
