@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import storage_errors
 from fedloom_common.runspec import RunSpec
-from fedloom_server.bytelevel import byte_tokenizer
+from fedloom_server.givenfolder import model_folder, require_model_files, tokenizer_of
 from fedloom_server.modelfolder import (
     load_model,
     mistakes_as_bad_spec,
@@ -33,10 +33,8 @@ from fedloom_server.taskmodels import (
     may_draw,
     model_class,
     model_name,
-    prepare_tokenizer,
     require_runs,
     require_same_labels,
-    special_tokens,
 )
 
 # Keys that config classes accept besides those they list.
@@ -56,7 +54,9 @@ def write_model(spec: RunSpec, into: Path) -> list[str]:
     """
     into.mkdir(parents=True, exist_ok=True)
     assert not any(into.iterdir()), f"{into} is not empty"
-    tokenizer = _tokenizer(spec)
+    if spec.model.path is not None:
+        require_model_files(model_folder(spec.model.path, "model.path"))
+    tokenizer = tokenizer_of(spec)
     model, drawn = _new_model(spec, tokenizer) if spec.model.path is None else _pretrained(spec, tokenizer)
     _require_fit(spec, model, tokenizer)
     if spec.model.path is None:
@@ -77,30 +77,6 @@ def write_model(spec: RunSpec, into: Path) -> list[str]:
             )
     sync_files(into)
     return drawn
-
-
-def _tokenizer(spec: RunSpec) -> Tokenizer:
-    source = spec.model.tokenizer
-    if source == "auto":
-        source = spec.model.path or "bytes"
-    if source == "bytes":
-        tokenizer: Tokenizer = byte_tokenizer(**special_tokens(spec.task))
-        prepare_tokenizer(spec.task, tokenizer, "model.tokenizer")
-        return tokenizer
-    key = "model.path" if spec.model.tokenizer == "auto" else "model.tokenizer"
-    folder = _folder(source, key)
-    with mistakes_as_bad_spec(f"{key}: {folder} has no tokenizer that transformers loads", (Exception,)):
-        # of a file for a newer version the tokenizers library raises an Exception and no kind of it
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    for key_of_loading in ("is_local", "local_files_only"):  # transformers would save them with the tokenizer
-        tokenizer.init_kwargs.pop(key_of_loading, None)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise BadSpec(
-            f"{key}: {folder} has no tokenizer files; save a tokenizer there, or set model.tokenizer to "
-            "bytes or to a directory with one"
-        )
-    prepare_tokenizer(spec.task, tokenizer, f"{key}: {folder}")
-    return tokenizer
 
 
 def _new_model(spec: RunSpec, tokenizer: Tokenizer) -> tuple[PreTrainedModel, list[str]]:
@@ -158,11 +134,7 @@ def _hint(came: str, known: Any) -> str:
 def _pretrained(spec: RunSpec, tokenizer: Tokenizer) -> tuple[PreTrainedModel, list[str]]:
     """The model of a local directory, and the tensors of its head that are drawn because it has none."""
     assert spec.model.path is not None
-    folder, name = _folder(spec.model.path, "model.path"), model_name(spec.task)
-    if not (folder / "config.json").is_file():
-        raise BadSpec(
-            f"model.path: {folder} has no config.json; wanted a directory that save_pretrained wrote"
-        )
+    folder, name = model_folder(spec.model.path, "model.path"), model_name(spec.task)
     with mistakes_as_bad_spec(f"model.path: {folder} has no {name} in safetensors files"):
         require_same_labels(spec.task, json.loads((folder / "config.json").read_bytes()), folder)
         torch.manual_seed(spec.seed)  # for a head that the model lacks
@@ -176,25 +148,6 @@ def _pretrained(spec: RunSpec, tokenizer: Tokenizer) -> tuple[PreTrainedModel, l
         )
     complete_config(spec.task, model.config, tokenizer)
     return model, missing
-
-
-def _folder(path: str, key: str) -> Path:
-    """A directory at the coordinator that brings no code of its own."""
-    folder = Path(path).expanduser().absolute()
-    if not folder.is_dir():
-        raise BadSpec(
-            f"{key} is {path!r}, but the coordinator has no directory {folder}; give the path of a directory "
-            "on the coordinator's host, as save_pretrained writes it"
-        )
-    for name in ("config.json", "tokenizer_config.json"):
-        with mistakes_as_bad_spec(f"{key}: {folder / name} cannot be read"):
-            file = folder / name
-            settings = json.loads(file.read_bytes()) if file.is_file() else {}
-        if "auto_map" in settings:
-            raise BadSpec(
-                f"{key}: {folder / name} has auto_map: models that bring their own code are refused"
-            )
-    return folder
 
 
 def _require_fit(spec: RunSpec, model: PreTrainedModel, tokenizer: Tokenizer) -> None:

@@ -67,11 +67,16 @@ def require_loadable(into: Path, spec: RunSpec, tokenizer: Tokenizer) -> None:
         if name not in state or state[name].dtype != tensor.dtype or not torch.equal(state[name], tensor):
             raise BadSpec(f"transformers loads tensor {name} of a saved {type(model).__name__} differently")
     loaded = AutoTokenizer.from_pretrained(into, local_files_only=True, trust_remote_code=False)
-    if loaded.get_vocab() != tokenizer.get_vocab() or loaded.encode(_PROBE) != tokenizer.encode(_PROBE):
+    if not same_tokenizer(loaded, tokenizer):
         raise BadSpec(
             f"transformers does not load the tokenizer back beside a {model.config.model_type} model; give "
             "model.tokenizer the directory of a tokenizer made for it"
         )
+
+
+def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers give a text the same ids, as far as a look at them tells."""
+    return bool(one.get_vocab() == other.get_vocab() and one.encode(_PROBE) == other.encode(_PROBE))
 
 
 def sync_files(folder: Path) -> None:

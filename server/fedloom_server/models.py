@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedloom_common.errors import BadSpec, FederationError, StorageFull
@@ -24,14 +25,23 @@ _TOLD_LINES = 15
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-async def prepare_model(spec: RunSpec, into: Path) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Remarks:
+    """What an operator should know of an initial model that is good enough to begin with."""
+
+    drawn: tuple[str, ...] = ()
+    """Tensors that a pretrained model lacked and that were drawn from the seed."""
+    is_of_another_tokenizer: bool = False
+    """Whether the model was trained with the ids of a tokenizer that is not the run's."""
+
+
+async def prepare_model(spec: RunSpec, into: Path) -> Remarks:
     """Fill an empty or missing folder with the model that ``spec.model`` describes.
 
     The files are model.safetensors with each storage once, config.json, the
     tokenizer's, and generation_config.json if the model generates: what
     ``from_pretrained`` of the task's class and ``AutoTokenizer`` load. The same
     spec gives the same bytes. After a failure the folder's content is of no use.
-    Gives the tensors that a pretrained model lacked and that were drawn from the seed.
 
     Raises:
         BadSpec: the spec names a model that does not exist or cannot be built or trained on.
@@ -50,8 +60,8 @@ async def prepare_model(spec: RunSpec, into: Path) -> list[str]:
             await child.wait()
     if child.returncode != 0:
         raise _failure(child.returncode, answer.decode(errors="replace"), log.decode(errors="replace"))
-    drawn: list[str] = json.loads(answer)["drawn"]
-    return drawn
+    said = json.loads(answer)
+    return Remarks(drawn=tuple(said["drawn"]), is_of_another_tokenizer=said["is_of_another_tokenizer"])
 
 
 def _failure(status: int | None, answer: str, log: str) -> FederationError:
@@ -71,13 +81,16 @@ def main() -> int:
     """The child: its exit status, after a known failure's name and message on standard output."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # libraries print; standard output is for the answer
+            from fedloom_server.givenfolder import is_of_another_tokenizer
             from fedloom_server.initialmodel import write_model
 
-            drawn = write_model(RunSpec.model_validate_json(sys.stdin.read()), Path(sys.argv[1]))
+            spec = RunSpec.model_validate_json(sys.stdin.read())
+            drawn = tuple(write_model(spec, Path(sys.argv[1])))
+            remarks = Remarks(drawn=drawn, is_of_another_tokenizer=is_of_another_tokenizer(spec))
     except (BadSpec, StorageFull) as error:
         json.dump({"error": type(error).__name__, "message": str(error)}, sys.stdout)
         return 1
-    json.dump({"drawn": drawn}, sys.stdout)
+    json.dump(asdict(remarks), sys.stdout)
     return 0
 
 

@@ -17,7 +17,7 @@ from fedloom_server.adapters.merging import put_ranked, read_layout
 from fedloom_server.adapters.parts import PartFile, parts_of, take_frozen
 from fedloom_server.codecs import require_codable
 from fedloom_server.exports import kept_model, rounds_up_to
-from fedloom_server.models import MODEL_FILE, prepare_model
+from fedloom_server.models import MODEL_FILE, Remarks, prepare_model
 from fedloom_server.records import Round, Run, RunState
 from fedloom_server.selection import find_policy
 from fedloom_server.store import Store, new_run_id
@@ -42,11 +42,7 @@ class Submissions:
         find_policy(spec.cohort.policy)  # before a model is made in vain
         folder = self._store.spool.new_workshop()
         try:
-            if drawn := await prepare_model(spec, folder):
-                logger.warning(
-                    "the pretrained model has no head for the task: it begins anew, drawn from the seed",
-                    extra={"name_of_run": spec.name, "tensors": ", ".join(drawn)},
-                )
+            _tell(await prepare_model(spec, folder), spec)
             return await self.enqueue(spec, folder, priority=priority, cloned_from=cloned_from)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -167,6 +163,22 @@ class Submissions:
             stored = self._store.files.put(path)
             files.append({"name": path.name, "digest": stored.digest, "size_bytes": stored.size_bytes})
         return files
+
+
+def _tell(remarks: Remarks, spec: RunSpec) -> None:
+    """Log what an operator may not have meant."""
+    facts = {"name_of_run": spec.name}
+    if remarks.drawn:
+        logger.warning(
+            "the pretrained model has no head for the task: it begins anew, drawn from the seed",
+            extra=facts | {"tensors": ", ".join(remarks.drawn)},
+        )
+    if remarks.is_of_another_tokenizer:
+        logger.warning(
+            "the pretrained model has another tokenizer of its own, whose ids mean something else: leave "
+            "model.tokenizer out to take that",
+            extra=facts | {"path": spec.model.path, "tokenizer": spec.model.tokenizer},
+        )
 
 
 def _kind_of_model(task: Task) -> tuple[str, tuple[str, ...]]:

@@ -24,8 +24,9 @@ from transformers import (
 from fedloom_common.errors import BadSpec, FederationError, StorageFull
 from fedloom_common.runspec import RunSpec
 from fedloom_server.bytelevel import byte_tokenizer
+from fedloom_server.givenfolder import is_of_another_tokenizer
 from fedloom_server.initialmodel import write_model
-from fedloom_server.models import MODEL_FILE, prepare_model
+from fedloom_server.models import MODEL_FILE, Remarks, prepare_model
 
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
 LLAMA = {
@@ -59,7 +60,7 @@ def gpt2(tmp_path_factory):
 
 
 async def test_a_child_process_writes_the_same_files_for_the_same_seed(tmp_path, gpt2):
-    assert await prepare_model(spec_of({"config": GPT2}), tmp_path / "by-child") == []
+    assert await prepare_model(spec_of({"config": GPT2}), tmp_path / "by-child") == Remarks()
     assert contents(tmp_path / "by-child") == contents(gpt2)
     assert set(contents(gpt2)) == ASSETS | {MODEL_FILE}
 
@@ -257,9 +258,30 @@ def test_pickled_weights_are_not_read(pretrained):
     assert "no causal language model in safetensors files" in refusal_of(pretrained)
 
 
-def test_corrupt_weights_are_refused(pretrained):
+def test_an_empty_folder_is_told_to_have_no_config(pretrained):
+    for file in pretrained.iterdir():
+        file.unlink()
+    assert "has no config.json; wanted a directory that save_pretrained wrote" in refusal_of(pretrained)
+
+
+def test_corrupt_weights_are_to_be_fetched_again(pretrained):
     (pretrained / MODEL_FILE).write_bytes(b"corrupt " * 100)
-    assert "no causal language model in safetensors files" in refusal_of(pretrained)
+    assert "no safetensors file; fetch model.safetensors again" in refusal_of(pretrained)
+
+
+def test_weights_that_broke_off_are_to_be_fetched_again(pretrained):
+    whole = (pretrained / MODEL_FILE).read_bytes()
+    (pretrained / MODEL_FILE).write_bytes(whole[: len(whole) // 2])
+    assert "is broken off, or no safetensors file; fetch model.safetensors again" in refusal_of(pretrained)
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_told_as_one(pretrained, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 269060552\n"
+    (pretrained / name).write_text(pointer)
+    refusal = refusal_of(pretrained)
+    assert f"{name} is a git-lfs pointer and not the file itself" in refusal
+    assert f"or fetch {name} again" in refusal
 
 
 def test_a_model_that_lacks_tensors_is_not_filled_up_at_random(pretrained):
@@ -286,7 +308,31 @@ def test_a_directory_without_tokenizer_is_refused(pretrained):
     (pretrained / "tokenizer.json").unlink()
     (pretrained / "tokenizer_config.json").unlink()
     refusal = refusal_of(pretrained)
-    assert "has no tokenizer files; save a tokenizer there, or set model.tokenizer to bytes" in refusal
+    assert "has no tokenizer files, such as tokenizer.json; save or fetch them there, or set" in refusal
+
+
+@pytest.mark.parametrize("left", [None, "{}", '{"tokenizer_class": "PreTrainedTokenizerFast"}'])
+def test_a_llama_without_its_tokenizer_file_is_told_so(tmp_path, left):
+    source = written(tmp_path / "source", {"config": LLAMA})
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    if left:
+        (source / "tokenizer_config.json").write_text(left)
+    with pytest.raises(BadSpec, match=r"has no tokenizer files, such as tokenizer\.json; save or fetch"):
+        written(tmp_path / "m", {"path": str(source)})
+
+
+async def test_another_tokenizer_than_the_models_own_is_remarked(tmp_path, gpt2):
+    other = byte_tokenizer()
+    ids = json.loads(other.backend_tokenizer.to_str())
+    vocabulary = ids["model"]["vocab"]
+    ids["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    source = shutil.copytree(gpt2, tmp_path / "source")
+    (source / "tokenizer.json").write_text(json.dumps(ids))
+    spec = spec_of({"path": str(source), "tokenizer": "bytes"})
+    assert (await prepare_model(spec, tmp_path / "m")).is_of_another_tokenizer
+    for same in ({"path": str(source)}, {"path": str(gpt2), "tokenizer": "bytes"}):
+        assert not is_of_another_tokenizer(spec_of(same))
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(pretrained):
