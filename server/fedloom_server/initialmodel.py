@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import storage_errors
 from fedloom_common.runspec import RunSpec
+from fedloom_server.causality import require_causal
 from fedloom_server.givenfolder import model_folder, require_model_files, tokenizer_of
 from fedloom_server.modelfolder import (
     load_model,
@@ -61,6 +62,7 @@ def write_model(spec: RunSpec, into: Path) -> list[str]:
     _require_fit(spec, model, tokenizer)
     if spec.model.path is None:
         require_runs(spec.task, model, tokenizer)
+    require_causal(spec.task, model, tokenizer)
     with mistakes_as_bad_spec("the model cannot be saved"), storage_errors(into / MODEL_FILE):
         save_model(model, tokenizer, into)
     del model

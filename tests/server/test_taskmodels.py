@@ -193,3 +193,30 @@ def test_a_new_model_that_does_not_take_what_its_tokenizer_gives_is_refused(tmp_
 def test_a_new_model_takes_a_text_with_the_special_token_that_its_config_names(tmp_path):
     write_model(spec_of({"config": ROBERTA | {"pad_token_id": 1}}, MASKED), tmp_path / "m")
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "m").config.pad_token_id == 1
+
+
+CAUSAL = {"kind": "causal_lm", "context_tokens": 32}
+
+
+@pytest.mark.parametrize("more", [{}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("kind", ["causal_lm", "instruction"])
+def test_a_model_that_sees_the_token_it_is_to_predict_is_refused(tmp_path, kind, more):
+    with pytest.raises(BadSpec, match=rf"a bert .* both directions.* {kind} .*is_decoder: true.*masked_lm"):
+        write_model(spec_of({"config": BERT | more}, CAUSAL | {"kind": kind}), tmp_path / "m")
+    write_model(spec_of({"config": BERT | more | {"is_decoder": True}}, CAUSAL), tmp_path / "decoder")
+
+
+def test_a_pretrained_encoder_is_refused_for_next_tokens(tmp_path, encoder):
+    with pytest.raises(BadSpec, match="a bert of this config reads texts in both directions"):
+        write_model(spec_of({"path": str(encoder), "tokenizer": "bytes"}, CAUSAL), tmp_path / "m")
+
+
+MIXTRAL = {
+    "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_of_experts_that_reads_forward_is_taken(tmp_path, dtype):
+    write_model(spec_of({"config": MIXTRAL | {"dtype": dtype}}, CAUSAL), tmp_path / "m")
