@@ -147,6 +147,14 @@ class Submissions:
         logger.info(
             "run submitted", extra={"run": run.id, "name_of_run": run.name, "model_bytes": run.model_bytes}
         )
+        adapter = run.spec.model.adapter
+        known = {site.name for site in self._store.sites()}
+        if adapter is not None and (strangers := sorted(adapter.ranks.keys() - known)):
+            logger.warning(
+                "model.adapter.ranks names sites that have never been here: they may be misspelt, and all "
+                "others train with model.adapter.rank",
+                extra={"run": run.id, "sites": ", ".join(strangers)},
+            )
 
     def _rank(self, spec: RunSpec, digest: str, assets: list[dict[str, Any]]) -> dict[int, PartFile]:
         """A new adapter for the sites of lower ranks."""
