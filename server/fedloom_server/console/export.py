@@ -42,6 +42,8 @@ class Export:
     run_id: str
     round: int
     """The round that the model came of."""
+    rounds_done: int
+    """Rounds that the run has finished; without any the model is the initial one."""
     directory: Path
     size_bytes: int
     """Of its files; an adapter's are other ones than those that came for it."""
@@ -87,7 +89,10 @@ async def export(
             (directory / name).unlink(missing_ok=True)
         _write_marker(directory, full_id, names)
     made_bytes = sum((directory / name).stat().st_size for name in names)
-    return Export(run_id=full_id, round=answer.round, directory=directory, size_bytes=made_bytes)
+    return Export(
+        run_id=full_id, round=answer.round, rounds_done=answer.run.rounds_done, directory=directory,
+        size_bytes=made_bytes,
+    )  # fmt: skip
 
 
 async def _ask(

@@ -27,7 +27,7 @@ from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
 from fedloom_server.console import runcontrol  # noqa: F401 (its commands join the group)
 from fedloom_server.console.board import ENDED
 from fedloom_server.console.connection import AsJson, Coordinator, Operator, operator_command
-from fedloom_server.console.export import AsAdapter
+from fedloom_server.console.export import AsAdapter, Export
 from fedloom_server.console.export import export as export_model
 from fedloom_server.console.formats import as_data, bytes_text, console_for_output, json_text, plain
 from fedloom_server.console.measured import require_measured, sites_data, sites_table
@@ -238,10 +238,16 @@ async def export(
     )
     console_for_output().print(
         f"Exported run {plain(done.run_id)} to {done.directory} ({bytes_text(done.size_bytes)}), "
-        f"the model of round {done.round}.\n"
+        f"{_which_model(done)}.\n"
         f"Load it: {loader}{str(done.directory)!r})",
         soft_wrap=True,
     )
+
+
+def _which_model(done: Export) -> str:
+    if done.round:
+        return f"the model of round {done.round}"
+    return "the initial model" if done.rounds_done else "no round has finished: this is the initial model"
 
 
 def _transfer_bar() -> Progress:

@@ -66,6 +66,16 @@ def test_a_round_can_be_chosen(console, model):
     assert model.asked_for(ExportRequest) == [ExportRequest(run_id="a1", round=0)]
 
 
+@pytest.mark.parametrize(
+    ("rounds_done", "told"),
+    [(0, "no round has finished: this is the initial model"), (2, ", the initial model")],
+)
+def test_the_initial_model_is_told_as_such(console, model, rounds_done, told):
+    model.run.rounds_done = rounds_done
+    out = " ".join(console("run", "export", "a1", "--to", "model").stdout.split())
+    assert f"{told}. Load it:" in out
+
+
 def test_a_broken_read_goes_on_at_the_byte_where_it_ended(console, model, tmp_path):
     model.break_reads_at = [4000, 7000]
     console("run", "export", "a1", "--to", "model")
