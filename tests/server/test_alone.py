@@ -69,6 +69,15 @@ async def test_a_report_by_another_metric_knows_its_direction(bench, spec, metri
     assert goal_of(message, metric).higher_is_better is is_higher_better
 
 
+async def test_a_report_of_a_run_that_is_judged_by_its_training_is_by_the_loss(bench, spec):
+    bench.site("a")
+    stop = {"patience": {"metric": "train_loss", "evaluations": 9}}
+    run = await bench.ended(await bench.enqueue(spec(rounds=1, evaluation=ALONE, stop=stop)))
+    assert run.spec.goal.metric == "train_loss"
+    assert goal_of(told(bench.running, run)[0]).metric == "loss"
+    assert reports(bench.running, run)["a"].gain is not None
+
+
 async def test_updates_that_no_model_holds_are_no_rounds_of_a_site(bench, spec):
     bench.site("a")
     run = await bench.ended(await bench.enqueue(spec(rounds=2)))

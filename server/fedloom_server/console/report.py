@@ -10,6 +10,7 @@ from rich.text import Text
 from fedloom.v1.runs_pb2 import Round, Run, SiteRound
 from fedloom.v1.session_pb2 import Work
 from fedloom_common.runspec import Goal, read_run_spec
+from fedloom_common.runspec.evaluation import TRAIN_PREFIX
 from fedloom_server.console.formats import FittingTable, count_text, metric_text, plain
 from fedloom_server.console.measured import Told, by_site
 
@@ -63,9 +64,12 @@ def site_reports(run: Run, rounds: Sequence[Round], goal: Goal) -> list[SiteRepo
 def goal_of(run: Run, metric: str = "") -> Goal:
     """By what the report judges: a metric if one is given, else what the run's best model is told by.
 
-    Of a metric that central sites measure it takes what each site measures itself.
+    Of a metric that central sites measure it takes what each site measures itself, and of what training
+    tells the loss: that is of no model's held-out part, and sites keep their own best model by the loss too.
     """
     goal = read_run_spec(run.spec_json).own_goal
+    if goal.metric.startswith(TRAIN_PREFIX):
+        goal = Goal()
     return Goal(metric=metric) if metric and metric != goal.metric else goal
 
 

@@ -202,7 +202,9 @@ class _Totals:
         self.bytes_up += work.bytes_up
         if "loss" in work.metrics:
             self.losses[work.work] = work.metrics["loss"]
-        if "loss" in work.before.metrics:  # of the model that it trained from
+        if (
+            work.work == Work.WORK_TRAIN and "loss" in work.before.metrics
+        ):  # alone, it is of the initial model
             self.losses[Work.WORK_EVALUATE] = work.before.metrics["loss"]
         if work.work != Work.WORK_TRAIN:
             return

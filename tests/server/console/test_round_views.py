@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedloom.v1 import runs_pb2 as pb
-from fedloom.v1.session_pb2 import WORK_EVALUATE, WORK_TRAIN, Measurement
+from fedloom.v1.session_pb2 import WORK_ALONE, WORK_EVALUATE, WORK_TRAIN, Measurement
 from fedloom_server.console.round_views import rounds_table, totals_table, troubles_table
 from fedloom_server.console.run_views import run_facts
 
@@ -57,6 +57,19 @@ def test_a_sites_latest_loss_is_also_that_of_the_model_that_it_trained_from() ->
     last = pb.SiteRound(site="kiel", work=WORK_EVALUATE, state="done", attempt=1, metrics={"loss": 2.5})
     lines = shown(totals_table([pb.Round(number=2, attempt=1, sites=[last, work])]))  # in whatever order
     assert "2.5000" in next(line for line in lines if "kiel" in line)
+
+
+def test_training_alone_begins_with_the_initial_model_whose_loss_is_not_the_latest() -> None:
+    initial = Measurement(examples=9, metrics={"loss": 5.5})
+    facts = {"site": "kiel", "state": "done", "attempt": 1}
+    works = [
+        pb.SiteRound(work=WORK_TRAIN, before=initial, **facts),
+        pb.SiteRound(work=WORK_EVALUATE, metrics={"loss": 3.0}, **facts),
+        pb.SiteRound(work=WORK_ALONE, before=initial, **facts),
+    ]
+    line = next(it for it in shown(totals_table([pb.Round(number=1, sites=works)])) if "kiel" in it)
+    assert "3.0000" in line
+    assert "5.5000" not in line
 
 
 def test_the_best_round_and_the_final_model_are_named() -> None:
