@@ -359,6 +359,19 @@ def test_the_schema_allows_a_bare_name_wherever_the_parser_takes_one():
         assert any(name in found for found in names), (part, field)
 
 
+@pytest.mark.parametrize("cohort", ["over_select: 0.25", "policy: all, over_select: 0.25"])
+def test_extra_sites_are_refused_where_all_are_asked_anyway(cohort):
+    with pytest.raises(BadSpec, match=r"over_select is 0.25, but .* is asked already; .*a fraction below 1"):
+        parse_run_spec(f"{GOOD}cohort: {{{cohort}}}")
+    assert parse_run_spec(GOOD + "cohort: {over_select: 0.25, fraction: 0.8}").cohort.over_select == 0.25
+
+
+def test_a_run_that_asks_for_extra_sites_in_vain_is_still_read():
+    stored = json.loads(parse_run_spec(GOOD).model_dump_json())
+    stored["cohort"]["over_select"] = 0.25
+    assert read_run_spec(json.dumps(stored)).cohort.over_select == 0.25
+
+
 ROBUST = {
     "median": ("median", 3),
     "trimmed": ("{name: trimmed_mean, byzantine: 2}", 5),

@@ -1,5 +1,6 @@
 """A run spec's cohort: which sites take part in a round, how long it waits for them, what late ones count."""
 
+from collections.abc import Iterator
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -32,8 +33,8 @@ class Cohort(Strict):
     quorum: int | None = Field(default=None, ge=1)
     """Updates needed for a round to count; ``min_sites`` if not given."""
     over_select: float = Field(default=0.0, ge=0, le=10)
-    """Share of further sites that a round asks: it goes on as soon as as many updates have come as it would
-    have asked for without them. 0.25 asks 10 sites for 8 updates."""
+    """Extra sites to ask, as a share; the round goes on once it has as many updates as it would have asked
+    for without them. 0.25 asks 10 sites for 8 updates; needs a ``fraction`` below 1."""
     late: Literal["refuse", "carry"] = "refuse"
     """What becomes of sites that are still at work when a round goes on: their work is called off, or
     they finish it and a later round takes their updates, as changes of the model that they began with."""
@@ -50,6 +51,21 @@ class Cohort(Strict):
     def needed(self) -> int:
         """Updates needed for a round to count."""
         return self.quorum or self.min_sites
+
+    def without_effect(self) -> Iterator[str]:
+        """Settings that change nothing beside the others, and what to do.
+
+        Not looked at where a run is read that has begun.
+        """
+        if self.over_select and self.fraction == 1:
+            is_all = self.policy == "all"
+            came, change = (
+                ("policy is all", "take another policy and") if is_all else ("fraction is 1", "set")
+            )
+            yield (
+                f"cohort.over_select is {self.over_select:g}, but {came}: every site that fits is asked "
+                f"already; {change} a fraction below 1, such as 0.8, or drop over_select"
+            )
 
     @model_validator(mode="after")
     def _all_is_all(self) -> Self:

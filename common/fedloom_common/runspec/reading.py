@@ -35,7 +35,7 @@ def parse_run_spec(text: str) -> RunSpec:
         spec = RunSpec.model_validate(data)
     except ValidationError as error:
         raise BadSpec("the run spec has mistakes:\n" + describe(error, RunSpec)) from error
-    if mistakes := list(spec.mistaken_goals()):
+    if mistakes := [*spec.mistaken_goals(), *spec.cohort.without_effect()]:
         raise BadSpec("the run spec has mistakes:\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
     return spec
 
