@@ -165,13 +165,26 @@ class _Flow:
         """End the run in good order: a version that is being made becomes the last, and is measured."""
         if self._making is not None:
             await self._making
-        if self._spec.evaluation.when == "before_training":
-            self._federation.assignments.cancel(list(self._work.values()), f"the run ends: {reason}")
-            await measure_last(self._run, self._federation)
+        trainings = [a for a in self._work.values() if a.work is Work.TRAIN]
+        self._federation.assignments.cancel(trainings, f"the run ends: {reason}")
+        await self._end_measurement_of_last()
+        await measure_last(self._run, self._federation)
         await self._central.settled()
         self._central.begin(self._run.rounds_done, is_last=True)
         await self._central.settled()
         self._versions.end(reason)
+
+    async def _end_measurement_of_last(self) -> None:
+        """Wait for those who measure the last version already; an older one's is left as it is."""
+        batch = self._measuring
+        if batch is None or batch[0].round != self._run.rounds_done:
+            return
+        begun = self._work.values()
+        for assignment in [a for a in batch if a.state is AssignmentState.OPEN and a not in begun]:
+            self._begin(assignment)  # its site has just been training
+        await asyncio.gather(*(task for task, assignment in self._work.items() if assignment in batch))
+        self._versions.end_measurement(batch)
+        self._measuring = None
 
     async def leave(self) -> None:
         """Let go of everything; what is open in the store stays so, to be taken up again."""

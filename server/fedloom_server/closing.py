@@ -13,19 +13,21 @@ from fedloom_server.measuring import tell_round
 from fedloom_server.pending import Terms
 from fedloom_server.records import Assignment, AssignmentState, Run, Work, assignment_id
 from fedloom_server.retention import drop_old_models
+from fedloom_server.stopping import RoundResult, is_measured
 
 
 async def measure_last(run: Run, federation: Federation) -> bool:
-    """Have the run's last model measured for itself, as no training will; whether that told anything new.
+    """Have the run's last model measured for itself, if nobody has; whether that told anything new.
+
+    No training will, and a round that a stop condition makes the last one may not have been due.
 
     Raises:
         TooFewSites: nobody is connected who could.
     """
-    evaluation = run.spec.evaluation
-    if evaluation.when != "before_training" or not evaluation.every_rounds:
-        return False
     record = federation.store.round(run.id, run.rounds_done)
-    if record is None:  # no model was made, and the initial one is not to be measured
+    if not run.spec.evaluation.every_rounds or record is None:  # of round 0 if it is not to be measured
+        return False
+    if is_measured(RoundResult(number=record.number, metrics=record.metrics)):
         return False
     batch = await evaluations(run, record, federation)
     await federation.assignments.carry_out(run, batch, terms_of_evaluation(run, record, federation))

@@ -334,18 +334,41 @@ async def test_a_run_that_ends_while_a_version_is_measured_keeps_what_is_whole(b
     await bench.until(lambda: bench.running.sites.connected())
     a, slow = gated(bench, "a"), gated(bench, "slow")
     a.measure = lambda tensors: 4.0
-    stop = {"target": {"metric": "train_loss", "value": 2.5}}  # met by version 2, which nobody is to measure
+    stop = {"target": {"metric": "train_loss", "value": 2.5}}  # met by version 2
     evaluation = {"initial": False, "every_rounds": 1, "central": ["lab"]}
     spec = async_spec(buffer=1, rounds=9, evaluation=evaluation, stop=stop, cohort={"min_sites": 2})
     run = await bench.enqueue(spec)
     for number in (1, 2):
         await let_end(bench, run, a, training=number)
     run = await bench.ended(run)
-    first = bench.running.store.rounds(run.id)[0]
+    first, last = bench.running.store.rounds(run.id)[:2]
     assert (run.rounds_done, first.state) == (2, "finished")
     assert first.metrics["central_loss"] == 2.5
     assert "loss" not in first.metrics  # one of two sites has told its own
-    assert not [asked for asked in slow.asked if asked.work == pb.WORK_EVALUATE]
+    assert [asked.round for asked in slow.asked if asked.work == pb.WORK_EVALUATE] == [2]
+    assert "loss" in last.metrics  # of both sites: the last one is always measured
+
+
+async def test_a_run_that_ends_while_its_last_version_is_measured_waits_for_that(bench, async_spec):
+    lab, a = bench.evaluator("lab", loss=2.5), gated(bench, "a")
+    lab.evaluate_gate, a.evaluate_gate = asyncio.Event(), asyncio.Event()
+    await bench.until(lambda: len(bench.running.sites.connected()) == 2)
+    stop = {"target": {"metric": "central_loss", "value": 2.6}}
+    evaluation = {"initial": False, "every_rounds": 1, "central": ["lab"]}
+    run = await bench.enqueue(async_spec(buffer=1, rounds=9, evaluation=evaluation, stop=stop))
+    a.evaluate_gate.set()
+    await let_end(bench, run, a)
+    await bench.until(lambda: bench.running.store.rounds(run.id)[0].state == "finished")
+    a.evaluate_gate.clear()
+    await let_end(bench, run, a, training=2)
+    asked = lambda: [it.round for it in a.asked if it.work == pb.WORK_EVALUATE]  # noqa: E731
+    await bench.until(lambda: asked() == [1, 2])
+    lab.evaluate_gate.set()  # version 1 has met the target, which is known only now
+    await bench.until(lambda: "central_loss" in bench.running.store.rounds(run.id)[0].metrics)
+    a.evaluate_gate.set()
+    run = await bench.ended(run)
+    assert (run.rounds_done, asked()) == (2, [1, 2])
+    assert "loss" in bench.running.store.rounds(run.id)[1].metrics
 
 
 async def test_a_target_ends_the_run_although_younger_versions_are_in_the_making(bench, async_spec):

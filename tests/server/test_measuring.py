@@ -89,6 +89,23 @@ async def test_patience_goes_on_if_the_last_model_turns_out_better(bench, spec):
     assert [a.measures for a in works(bench, run, "train")] == [True, True, False, True]
 
 
+async def test_a_run_that_ends_between_two_evaluations_has_its_last_model_measured(bench, spec):
+    site = bench.site("a")
+    stop = {"target": {"metric": "train_loss", "value": 100.0}}
+    evaluation = {"when": "after_round", "every_rounds": 5, "initial": False}
+    run = await bench.ended(await bench.enqueue(spec(rounds=100, stop=stop, evaluation=evaluation)))
+    assert (run.state, run.rounds_done) == ("finished", 1)
+    assert losses(bench, run)[1] is not None
+    assert [(a.round, a.site) for a in works(bench, run, "evaluate")] == [(1, site.name)]
+
+
+async def test_a_model_that_was_measured_after_its_round_is_not_measured_again(bench, spec):
+    bench.site("a")
+    evaluation = {"when": "after_round", "every_rounds": 1, "initial": False}
+    run = await bench.ended(await bench.enqueue(spec(rounds=2, evaluation=evaluation)))
+    assert [a.round for a in works(bench, run, "evaluate")] == [1, 2]
+
+
 async def test_a_late_update_tells_of_the_older_model_that_its_site_measured(bench, spec, clock):
     fast, slow = bench.site("fast"), bench.site("slow")
     slow.measure = lambda tensors: 100.0
@@ -173,4 +190,17 @@ async def test_an_asynchronous_run_that_ends_early_has_its_last_version_measured
     run = await bench.ended(await bench.enqueue(wanted))
     assert run.reason.startswith("loss is ")
     assert run.rounds_done < 10
+    assert losses(bench, run)[run.rounds_done] is not None
+
+
+@pytest.mark.parametrize("every_rounds", [1, 5])
+async def test_an_asynchronous_run_that_measures_after_its_versions_measures_its_last(
+    bench, spec, every_rounds
+):
+    bench.site("a")
+    stop = {"target": {"metric": "train_loss", "value": 100.0}}
+    evaluation = {"when": "after_round", "every_rounds": every_rounds, "initial": False}
+    mode = {"kind": "async", "buffer": 1}
+    run = await bench.ended(await bench.enqueue(spec(rounds=50, mode=mode, evaluation=evaluation, stop=stop)))
+    assert run.reason.startswith("train_loss is ")
     assert losses(bench, run)[run.rounds_done] is not None
