@@ -15,6 +15,11 @@ data: plays
 rounds: 3
 local: {steps: 10}
 """
+MODEL = "model: {config: {model_type: gpt2, n_layer: 2}}"
+
+
+def with_model(model):
+    return GOOD.replace(MODEL, f"model: {model}")
 
 
 def test_defaults_fill_a_short_spec():
@@ -162,11 +167,11 @@ MISTAKES = {
         r"transport.up.0.fractio: no such key; did you mean fraction\?",
     ),
     "like-no-key": (
-        GOOD + "model: {path: m, adapter: {r: 16}}",
+        with_model("{path: m, adapter: {r: 16}}"),
         r"model.adapter.r: no such key; known are kind, rank, alpha, .* .came: 16",
     ),
     "a-word-for-a-list": (
-        GOOD + "model: {path: m, adapter: {target_modules: q_proj}}",
+        with_model("{path: m, adapter: {target_modules: q_proj}}"),
         r"adapter.target_modules: .*'auto' or 'all-linear', or wanted a list, such as \[q_proj\] .came: 'q_",
     ),
     "a-wrong-value-in-a-kind": (GOOD + "mode: {kind: async, buffer: 0}", "mode.buffer: .*came: 0"),
@@ -304,27 +309,33 @@ def test_numbers_in_exponent_form_are_numbers_in_yaml_and_json():
 
 
 @pytest.mark.parametrize(
-    ("more", "advice"),
+    ("text", "advice"),
     [
-        ("model:\n  path: m\n  adapter:\n", "model.adapter: nothing is given: write {} for its defaults, or"),
-        ("aggregation: {clip: }", "aggregation.clip: nothing is given: write {} for its defaults, or"),
-        ("stop: {patience: }", "stop.patience: nothing is given: write a mapping with keys such as evalu"),
+        (
+            with_model("\n  path: m\n  adapter:\n"),
+            "model.adapter: nothing is given: write {} for its defaults, or",
+        ),
+        (GOOD + "aggregation: {clip: }", "aggregation.clip: nothing is given: write {} for its defaults, or"),
+        (
+            GOOD + "stop: {patience: }",
+            "stop.patience: nothing is given: write a mapping with keys such as evalu",
+        ),
     ],
 )
-def test_a_part_that_is_named_and_left_empty_is_refused(more, advice):
+def test_a_part_that_is_named_and_left_empty_is_refused(text, advice):
     with pytest.raises(BadSpec, match=re.escape(advice)):
-        parse_run_spec(GOOD + more)
+        parse_run_spec(text)
 
 
 @pytest.mark.parametrize("given", ["null", "~"])
 def test_a_written_null_turns_a_part_off(given):
-    spec = parse_run_spec(GOOD + f"model: {{path: m, adapter: {given}}}")
+    spec = parse_run_spec(with_model(f"{{path: m, adapter: {given}}}"))
     assert spec.model.adapter is None
     assert read_run_spec(spec.model_dump_json()) == parse_run_spec(spec.model_dump_json()) == spec
 
 
 def test_an_adapter_may_be_all_defaults():
-    assert parse_run_spec(GOOD + "model: {path: m, adapter: {}}").model.adapter.rank == 16
+    assert parse_run_spec(with_model("{path: m, adapter: {}}")).model.adapter.rank == 16
 
 
 def test_the_schema_describes_every_field():
