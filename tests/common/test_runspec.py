@@ -37,8 +37,9 @@ def test_an_algorithm_is_told_by_its_name_alone():
 def test_what_needs_no_parameters_is_told_by_its_name_alone():
     spec = parse_run_spec(
         GOOD.replace("steps: 10", "steps: 10, optimizer: sgd, schedule: constant")
-        + "task: masked_lm\nmode: sync\n"
+        + "task: masked_lm\nmode: sync\naggregation: {server_optimizer: {name: diloco, schedule: cosine}}\n"
     )
+    assert spec.aggregation.server_optimizer.schedule.kind == "cosine"
     assert (spec.task.kind, spec.task.masked_share) == ("masked_lm", 0.15)
     assert (spec.local.optimizer.name, spec.local.optimizer.lr) == ("sgd", 0.1)
     assert (spec.local.schedule.kind, spec.mode.kind) == ("constant", "sync")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fedloom_common.strict import Strict, by_name
+from fedloom_common.strict import Strict, by_kind, by_name
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[_Beta, _Beta]
@@ -24,13 +24,20 @@ class RoundSchedule(Strict):
     """Share of the peak that cosine ends at."""
 
 
+RoundScheduleOrKind = Annotated[
+    RoundSchedule,
+    BeforeValidator(by_kind, json_schema_input_type=Literal["constant", "cosine"] | RoundSchedule),
+]
+"""A field's type for a schedule: ``cosine`` or ``{kind: cosine, warmup_rounds: 5}``."""
+
+
 class FedAvg(Strict):
     """θ ← θ − η (θ − θ̄), which with η = 1 is θ̄ itself, bit for bit."""
 
     name: Literal["fedavg"] = "fedavg"
     lr: float = Field(default=1.0, gt=0)
     """η, peak learning rate."""
-    schedule: RoundSchedule = RoundSchedule()
+    schedule: RoundScheduleOrKind = RoundSchedule()
     """Learning rate over the rounds."""
 
 
@@ -42,7 +49,7 @@ class FedAvgM(Strict):
     """η, peak learning rate; steps are 1/(1 − momentum) times as long in the end."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum."""
-    schedule: RoundSchedule = RoundSchedule()
+    schedule: RoundScheduleOrKind = RoundSchedule()
     """Learning rate over the rounds."""
 
 
@@ -54,7 +61,7 @@ class DiLoCo(Strict):
     """η, peak learning rate; 0.4 to 0.6 suit up to four sites better."""
     momentum: float = Field(default=0.9, gt=0, lt=1)
     """Momentum."""
-    schedule: RoundSchedule = RoundSchedule()
+    schedule: RoundScheduleOrKind = RoundSchedule()
     """Learning rate over the rounds."""
 
 
@@ -65,7 +72,7 @@ class _Adaptive(Strict):
     """τ, term added to the denominator: the smaller, the more a step's length is the same for all values."""
     initial_v: float | None = Field(default=None, ge=0)
     """Second moment before the first round; τ² if not given, the least that the paper allows."""
-    schedule: RoundSchedule = RoundSchedule()
+    schedule: RoundScheduleOrKind = RoundSchedule()
     """Learning rate over the rounds."""
 
 
