@@ -9,7 +9,7 @@ from fedloom_common.errors import BadSpec, NotFound, WrongState
 from fedloom_common.requirements import LABEL, MOST_LABELS, Label
 from fedloom_common.strict import NAME, Name
 from fedloom_server.assignments import Assignments
-from fedloom_server.records import SiteState
+from fedloom_server.federationrecords import SiteState
 from fedloom_server.roster import Roster, Site
 from fedloom_server.sites import Sites
 

@@ -21,8 +21,8 @@ from sqlalchemy.orm import ORMExecuteState, Session
 
 from fedloom_common.errors import StorageUnavailable, WrongState
 from fedloom_server.database import Database, open_database
+from fedloom_server.federationrecords import Owner
 from fedloom_server.objects import Objects
-from fedloom_server.records import Owner
 from fedloom_server.store import Store
 
 LOCK_KEY = int.from_bytes(b"fedloom", "big")

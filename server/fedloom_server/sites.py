@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from fedloom_common.errors import NotPermitted
 from fedloom_server.eligibility import Description, Wanted, fits, shortfall
-from fedloom_server.records import SiteState
+from fedloom_server.federationrecords import SiteState
 from fedloom_server.roster import Link, Roster, Site
 
 LOOK_S = 0.2  # a run that waits looks at the sites so often at most, however many attach at once

@@ -23,6 +23,7 @@ from sqlalchemy import (
 from fedloom_common.errors import NotFound, WrongState
 from fedloom_server.audit import AuditLog
 from fedloom_server.database import Database, open_database
+from fedloom_server.federationrecords import MetricPoint, SiteRecord
 from fedloom_server.files import Files
 from fedloom_server.objects import Objects
 from fedloom_server.records import (
@@ -30,12 +31,10 @@ from fedloom_server.records import (
     AssignmentState,
     Base,
     Failure,
-    MetricPoint,
     Round,
     RoundState,
     Run,
     RunState,
-    SiteRecord,
     Work,
 )
 from fedloom_server.schema import upgrade

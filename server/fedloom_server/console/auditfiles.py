@@ -40,7 +40,7 @@ def database_entries(database: str) -> Iterator[Entry]:
     from sqlalchemy.exc import SQLAlchemyError
 
     from fedloom_server.database import parse_url
-    from fedloom_server.records import AuditRow
+    from fedloom_server.federationrecords import AuditRow
 
     if "://" not in database and not Path(database).is_file():
         raise BadSpec(f"there is no database {database}; wanted is the file coordinator.db, or a URL")

@@ -5,37 +5,26 @@ import json
 import sys
 import time
 from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from fedloom.v1.runs_pb2 import ListFailuresRequest, Round, Run, RunFailure, SubmitRequest
-from fedloom_common.errors import BadSpec, NotFound
+from fedloom_common.errors import NotFound
 from fedloom_common.runspec import parse_run_spec, run_spec_schema
 from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
-from fedloom_server.console import runcontrol  # noqa: F401 (its commands join the group)
+from fedloom_server.console import runcontrol, runexport  # noqa: F401 (their commands join the group)
 from fedloom_server.console.board import ENDED
 from fedloom_server.console.connection import AsJson, Coordinator, Operator, operator_command
-from fedloom_server.console.export import AsAdapter, Export
-from fedloom_server.console.export import export as export_model
-from fedloom_server.console.formats import as_data, bytes_text, console_for_output, json_text, plain
+from fedloom_server.console.formats import as_data, console_for_output, json_text, plain
 from fedloom_server.console.measured import require_measured, sites_data, sites_table
 from fedloom_server.console.metrics import metrics
 from fedloom_server.console.overrides import apply_overrides, read_spec_text
 from fedloom_server.console.report import goal_of, report_data, report_view, site_reports
 from fedloom_server.console.run_views import failures_table, run_view, runs_table
-from fedloom_server.console.runapp import MOST_ROUNDS, Overrides, Priority, Quiet, RunId, app
+from fedloom_server.console.runapp import Overrides, Priority, Quiet, RunId, app
 from fedloom_server.console.watch import EXIT_STATUS, HELD_UP
 from fedloom_server.console.watch import watch as watch_run
 
@@ -189,99 +178,6 @@ async def watch(
     until = (*ENDED, *HELD_UP) if exit_when_waiting else ENDED
     async with operator.connect() as coordinator:
         await _watch_to_end(coordinator, run, console_for_output(), give_up_s, as_json=as_json, until=until)
-
-
-@operator_command(app, "export")
-async def export(
-    operator: Operator,
-    run: RunId,
-    to: Annotated[
-        Path, typer.Option(help="Directory for the model: new, empty, or an earlier export of this run.")
-    ],
-    round_number: Annotated[
-        str,
-        typer.Option(
-            "--round",
-            metavar="N|best",
-            help="Take the model after this round; the run's final one if not given.",
-        ),
-    ] = "",
-    adapter: Annotated[
-        bool, typer.Option("--adapter", help="Of a run with model.adapter: the adapter, as peft loads it.")
-    ] = False,
-    base: Annotated[
-        str, typer.Option(help="With --adapter: directory or name under which peft is to find the base.")
-    ] = "",
-) -> None:
-    """Fetch a run's model as a directory that transformers loads, with a model card.
-
-    The final model is the latest, or, of a finished run with stop.patience.restore_best, the best.
-
-    Adapters are merged into the frozen weights, unless --adapter asks for them alone.
-
-    An export that broke off goes on where it was when called again.
-    """
-    number = _wanted_round(round_number)
-    async with operator.connect() as coordinator:
-        with _transfer_bar() as progress:
-            bar = progress.add_task("exporting", total=None)
-            done = await export_model(
-                coordinator,
-                run,
-                to,
-                round_number=number,
-                adapter=AsAdapter(base_name=base) if adapter else None,
-                on_bytes=lambda held, total: progress.update(bar, completed=held, total=total),
-            )
-    loader = (
-        "PeftModel.from_pretrained(base, " if adapter else f"{_class_of(done.directory)}.from_pretrained("
-    )
-    console_for_output().print(
-        f"Exported run {plain(done.run_id)} to {done.directory} ({bytes_text(done.size_bytes)}), "
-        f"{_which_model(done)}.\n"
-        f"Load it: {loader}{str(done.directory)!r})",
-        soft_wrap=True,
-    )
-
-
-def _which_model(done: Export) -> str:
-    if done.round:
-        return f"the model of round {done.round}"
-    return "the initial model" if done.rounds_done else "no round has finished: this is the initial model"
-
-
-def _transfer_bar() -> Progress:
-    """A bar of bytes on a terminal, which goes when it is done."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console_for_output(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-
-
-def _wanted_round(text: str) -> int | Literal["best"] | None:
-    """The round that ``--round`` names; None for the final one.
-
-    Raises:
-        BadSpec: it is neither a number nor "best".
-    """
-    if text in ("", "best"):
-        return "best" if text else None
-    if not text.isdecimal() or int(text) > MOST_ROUNDS:
-        raise BadSpec(f"--round {text}: wanted a round's number, or best")
-    return int(text)
-
-
-def _class_of(directory: Path) -> str:
-    """The class of transformers that loads a model directory."""
-    config = directory / "config.json"
-    architectures = json.loads(config.read_text()).get("architectures") if config.is_file() else None
-    return architectures[0] if architectures else "AutoModel"
 
 
 operator_command(app, "metrics")(metrics)
