@@ -6,6 +6,7 @@ from sqlalchemy import Connection, Table, func, insert, select
 
 from fedloom_common.errors import BadSpec, WrongState
 from fedloom_server.database import SQLITE_FILE, Database, open_database
+from fedloom_server.federationrecords import Owner
 from fedloom_server.records import Base, Run
 from fedloom_server.schema import upgrade
 
@@ -30,7 +31,7 @@ def copy_from_sqlite(state_dir: Path, target: Database) -> int:
         with source.connected() as reading, target.connected() as writing, writing.begin():
             if writing.scalar(select(func.count()).select_from(Run)):
                 raise WrongState("the database has runs already; give an empty one")
-            tables = [table for table in Base.metadata.sorted_tables if table.name != "owner"]
+            tables = [table for table in Base.metadata.sorted_tables if table is not Owner.__table__]
             return sum(_copy(table, reading, writing) for table in tables)
     finally:
         source.close()

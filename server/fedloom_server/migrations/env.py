@@ -2,6 +2,7 @@
 
 from alembic import context
 
+from fedloom_server import federationrecords  # noqa: F401 (its tables join the others)
 from fedloom_server.records import Base
 
 context.configure(
