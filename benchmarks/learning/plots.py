@@ -1,6 +1,6 @@
 """Plots of the results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from learning.tables import arms_of
 from learning.trials import Experiment
 
 MB = 1e6
+LOG_FROM = 4
+"""Times the best loss that is to be shown, from which a logarithm shows more."""
 COLOURS = ("#111111", "#8a8f98", "#1f5fa8", "#d1495b", "#2e8b57", "#e6a117", "#7b4fa6", "#00868b", "#a0522d")
 
 
@@ -40,11 +42,17 @@ def save_curves(experiment: Experiment, results: Sequence[Result], path: Path) -
         panels[0].set(xlabel="million tokens, all sites together", ylabel="validation loss, nats a token")
         panels[0].set_title(topic, loc="left", fontsize=11)
         panels[1].set(xlabel="MB on the wire, all sites, both ways", xscale="log")
-        panels[0].legend(frameon=False, fontsize=8)
+        # below the panel, where no curve is
+        panels[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.13))
         for panel in panels:
             panel.spines[["top", "right"]].set_visible(False)
-    low = min(point.metrics["loss"] for found in by_arm.values() for r in found for point in r.curve)
-    rows[0][0].set_ylim(low * 0.97, low * 1.6)
+    low, high = _range(by_arm.values())
+    rows[0][0].set_ylim(low, high)
+    if high > LOG_FROM * low:
+        rows[0][0].set_yscale("log")
+        for panel in rows[:, 0]:
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
     figure.suptitle(experiment.title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -61,6 +69,13 @@ def _draw(
         panel.fill_between(
             x, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.15, linewidth=0
         )
+
+
+def _range(arms: Iterable[Sequence[Result]]) -> tuple[float, float]:
+    """Losses to be shown: from the best one up to the worst end of an arm, and not the falls before."""
+    ends = [[point.metrics["loss"] for r in found for point in r.curve[-1:]] for found in arms]
+    low, worst = min(map(min, ends)), max(map(max, ends))
+    return low * 0.97, max(low * 1.6, worst * 1.15)
 
 
 def _has_curve(found: Sequence[Result]) -> bool:
