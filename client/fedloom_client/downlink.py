@@ -10,9 +10,9 @@ from fedloom_client.messages import Blob
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.spec import AnyStage
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import BadTensor
+from fedloom_common.tensorfiles import TensorFile
 
 
 def rebuild(

@@ -21,7 +21,7 @@ async def join_group(config: SiteConfig) -> None:
         stop = asyncio.create_task(asked.wait())
         while not stop.done():
             trim_logs(logs)
-            launch = launch_of(config.workers, logs, control=None, max_restarts=config.workers.max_restarts)
+            launch = launch_of(config.workers, logs, socket=None, max_restarts=config.workers.max_restarts)
             launcher = await start_launcher(launch, config.state_dir)
             ended = asyncio.create_task(launcher.wait())
             await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)

@@ -153,10 +153,10 @@ class Launched:
             await self._clean()
 
     async def _start(self, workers: Workers, directory: Path, max_restarts: int) -> None:
-        control = self._folder / "control"
-        launch = launch_of(workers, self._logs, control=control, max_restarts=max_restarts)
+        socket = self._folder / "socket"
+        launch = launch_of(workers, self._logs, socket=socket, max_restarts=max_restarts)
         (self._logs / FAILURE).unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._arrive, control, limit=LINE_LIMIT_BYTES)
+        self._server = await asyncio.start_unix_server(self._arrive, socket, limit=LINE_LIMIT_BYTES)
         self._process = await start_launcher(launch, directory)
         self._exit = asyncio.create_task(self._process.wait())
 
@@ -180,8 +180,8 @@ class Launched:
             writer.close()
 
 
-def launch_of(workers: Workers, logs: Path, *, control: Path | None, max_restarts: int) -> Launch:
-    """What to tell a launcher; without ``control`` it joins the daemon's on another host.
+def launch_of(workers: Workers, logs: Path, *, socket: Path | None, max_restarts: int) -> Launch:
+    """What to tell a launcher; without ``socket`` it joins the daemon's on another host.
 
     Raises:
         TrainingFailed: the workers' settings do not go together.
@@ -191,9 +191,9 @@ def launch_of(workers: Workers, logs: Path, *, control: Path | None, max_restart
             f"workers.nnodes is {workers.nnodes}, but workers.rdzv_endpoint is not set: give host:port of "
             "the daemon's host, the same on every host of the site"
         )
-    if workers.nnodes == 1 and control is None:
+    if workers.nnodes == 1 and socket is None:
         raise TrainingFailed("workers.nnodes is 1: the group has no further hosts to join it from")
-    endpoint = workers.rdzv_endpoint if workers.nnodes > 1 else f"{control}.rendezvous"
+    endpoint = workers.rdzv_endpoint if workers.nnodes > 1 else f"{socket}.rendezvous"
     assert endpoint is not None
     return Launch(
         parent_pid=os.getpid(),
@@ -205,7 +205,7 @@ def launch_of(workers: Workers, logs: Path, *, control: Path | None, max_restart
         nnodes=workers.nnodes,
         rdzv_endpoint=endpoint,
         rdzv_id=workers.rdzv_id,
-        control=None if control is None else str(control),
+        socket=None if socket is None else str(socket),
         logs=str(logs),
         failure=str(logs / FAILURE),
     )
@@ -260,7 +260,7 @@ def _clear_half_written(directory: Path) -> None:
 def _short_folder() -> Path:
     """A folder for the socket that only this user can enter, with a path short enough for a socket."""
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
-    if len(os.fsencode(folder / "control")) <= SOCKET_PATH_BYTES:
+    if len(os.fsencode(folder / "socket")) <= SOCKET_PATH_BYTES:
         return folder
     folder.rmdir()
     return Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))

@@ -9,8 +9,8 @@ from fedloom_client.messages import Assignment
 from fedloom_client.residuals import Residuals
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.encoder import encode_model
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.runspec import RunSpec
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import ITEM_BYTES, Manifest
 
 RESIDUAL_ITEM_BYTES = ITEM_BYTES["F32"]

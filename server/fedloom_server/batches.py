@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from fedloom_common.errors import TooFewSites
-from fedloom_server.adapters.parts import PartFile, model_for, parts_of
+from fedloom_server.adapters.parts import models_for, parts_of
 from fedloom_server.codecs import most_update_bytes
 from fedloom_server.cohorts import draw_cohort, sites_needed, wanted
 from fedloom_server.downlink import delta_to
@@ -57,9 +57,7 @@ def assigned(
 ) -> list[Assignment]:
     """This attempt's assignments, in the order of ``sites``: those stored, and new ones for the rest."""
     digest = record.base_digest if work is Work.TRAIN else record.model_digest
-    size = federation.store.files.path(digest).stat().st_size
-    parts = parts_of(federation.store, run, digest)
-    models = {site: model_for(site, run, PartFile("model", digest, size), parts) for site in sites}
+    models = models_for(federation.store, run, digest, sites)
     measures = work is Work.TRAIN and is_measured_by_trainings(run, record.number - 1, federation.store)
     stored = {assignment.id: assignment for assignment in federation.store.assignments(run.id, record.number)}
     batch = []

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
 from fedloom_server.batches import assigned, terms_of_evaluation
-from fedloom_server.evaluation import combine, metrics_of
+from fedloom_server.evaluation import combined
 from fedloom_server.federation import Federation
 from fedloom_server.measuring import is_due, tell_round
 from fedloom_server.records import Assignment, AssignmentState, Round, Run, Work
@@ -57,13 +57,13 @@ class Central:
         batch = self._batch(record)
         terms = replace(terms_of_evaluation(run, record, self._federation), elapsed_s=0.0)
         await self._federation.assignments.carry_out(run, batch, terms)
-        done = [metrics_of(assignment) for assignment in batch if assignment.state is AssignmentState.DONE]
+        done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
         record = store.round(run.id, number)
         assert record is not None, "rounds stay"
         if not done:
             logger.warning("no central site measured the model", extra={"run": run.id, "round": number})
             return False
-        record.metrics |= {CENTRAL_PREFIX + name: value for name, value in combine(done).items()}
+        record.metrics |= {CENTRAL_PREFIX + name: value for name, value in combined(done).items()}
         store.save(record)
         tell_round(run, record, self._federation)
         self._on_end()

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedloom_server.adapters.parts import PartFile, model_for, parts_of
+from fedloom_server.adapters.parts import models_for, parts_of
 from fedloom_server.batches import assigned, evaluations, terms_of_evaluation
 from fedloom_server.best import best_of, restores_best
-from fedloom_server.evaluation import combine, metrics_of
+from fedloom_server.evaluation import combined
 from fedloom_server.federation import Federation
 from fedloom_server.measuring import tell_round
 from fedloom_server.pending import Terms
@@ -31,8 +31,8 @@ async def measure_last(run: Run, federation: Federation) -> bool:
         return False
     batch = await evaluations(run, record, federation)
     await federation.assignments.carry_out(run, batch, terms_of_evaluation(run, record, federation))
-    done = [metrics_of(assignment) for assignment in batch if assignment.state is AssignmentState.DONE]
-    metrics = combine(done) if done else {}
+    done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
+    metrics = combined(done) if done else {}
     record = federation.store.round(run.id, record.number) or record  # a central site may have told more
     is_news = not metrics.keys() <= record.metrics.keys()
     if is_news:
@@ -86,15 +86,13 @@ async def _trainings_alone(run: Run, federation: Federation) -> list[Assignment]
     """One for each site whose updates counted, for as many rounds as they did."""
     store, digest = federation.store, _initial_digest(run, federation)
     await store.files.bring(digest)
-    whole = PartFile("model", digest, store.files.path(digest).stat().st_size)
     attempts = {record.number: record.attempt for record in store.rounds(run.id) if record.model_digest}
     counted = Counter(
         a.site for a in store.assignments(run.id)
         if a.work is Work.TRAIN and a.state is AssignmentState.DONE and not a.is_late
         and attempts.get(a.round) == a.attempt
     )  # fmt: skip
-    parts = parts_of(store, run, digest)
-    models = {site: model_for(site, run, whole, parts) for site in counted}
+    models = models_for(store, run, digest, counted)
     batch = [
         Assignment(
             id=assignment_id(run.id, run.rounds_done, 1, Work.ALONE, site), run_id=run.id,

@@ -26,10 +26,10 @@ from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.feedback import Feedback, Residual
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.codecs.values import PIECE_VALUES, Values
 from fedloom_common.errors import BadTensor, WrongState
 from fedloom_common.floats import decode
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import ITEM_BYTES, TensorInfo
 from fedloom_server.adapters.parts import Parts
 from fedloom_server.files import StoredFile

@@ -41,6 +41,15 @@ def before_of(assignment: Assignment) -> SiteMetrics | None:
     return SiteMetrics(**assignment.base_measured) if assignment.base_measured else None
 
 
+def combined(done: Iterable[Assignment]) -> dict[str, float]:
+    """What came of finished assignments, over all sites' data.
+
+    Raises:
+        TooFewUpdates: there are none.
+    """
+    return combine(metrics_of(assignment) for assignment in done)
+
+
 def combine(results: Iterable[SiteMetrics]) -> dict[str, float]:
     """Metrics over all sites' data, as if it lay in one place, in the order of their names.
 

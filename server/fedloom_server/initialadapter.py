@@ -32,10 +32,10 @@ from fedloom_common.adapters.layout import (
     head_name,
     read_values,
 )
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadSpec
 from fedloom_common.files import write_text
 from fedloom_common.runspec import Lora, RunSpec
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import Manifest, read_tensors
 from fedloom_server.adapters.fresh import draw_a
 from fedloom_server.models import MODEL_FILE

@@ -16,7 +16,7 @@ from fedloom_common.runspec.evaluation import TRAIN_PREFIX
 from fedloom_server.batches import evaluations, still_late, terms_of_evaluation, terms_of_training, trainings
 from fedloom_server.central import Central
 from fedloom_server.closing import measure_last
-from fedloom_server.evaluation import combine, metrics_of
+from fedloom_server.evaluation import combined
 from fedloom_server.failures import FAILURES_KEPT, failure_of_attempt
 from fedloom_server.federation import Federation
 from fedloom_server.folding import Folding
@@ -130,7 +130,7 @@ def _begin_attempt(
 async def _aggregate(run: Run, record: Round, done: Sequence[Assignment], folding: Folding) -> None:
     """The next global model, durable under its digest, named by round and run."""
     published = await folding.aggregate(done)
-    record.metrics = {TRAIN_PREFIX + name: value for name, value in _combined(done).items()}
+    record.metrics = {TRAIN_PREFIX + name: value for name, value in combined(done).items()}
     model, delta = published.model, published.delta
     record.model_digest, record.model_bytes, record.reason = model.digest, model.size_bytes, ""
     record.optimizer_digest = published.optimizer_digest
@@ -146,7 +146,7 @@ async def _evaluate(run: Run, record: Round, federation: Federation) -> None:
     await federation.assignments.carry_out(run, batch, terms_of_evaluation(run, record, federation))
     done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
     if done:
-        record.metrics = record.metrics | _combined(done)
+        record.metrics = record.metrics | combined(done)
     else:
         logger.warning("no site evaluated the model", extra={"run": run.id, "round": record.number})
 
@@ -176,10 +176,6 @@ def _advance(run: Run, record: Round, state: RoundState, federation: Federation,
 def _stop_reason(run: Run, federation: Federation) -> str | None:
     history = federation.store.history(run.id)
     return stop_reason(run.spec, history, time.time() - run.started_at_s - run.paused_s)
-
-
-def _combined(done: Sequence[Assignment]) -> dict[str, float]:
-    return combine(metrics_of(assignment) for assignment in done)
 
 
 def _shortfall(record: Round, batch: Sequence[Assignment], needed: int) -> str:

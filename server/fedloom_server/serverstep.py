@@ -14,11 +14,11 @@ import numpy as np
 
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.spec import AS_IS
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.controls import is_control
 from fedloom_common.errors import BadTensor
 from fedloom_common.files import atomic_file, flushing
 from fedloom_common.floats import decode
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import ITEM_BYTES, Manifest
 from fedloom_server.aggregation.output import NextModel, Raw, TensorPlaces, Values
 from fedloom_server.aggregation.pieces import PIECE_VALUES, Piece, each_piece

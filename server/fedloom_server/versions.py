@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from fedloom_common.runspec import Async
 from fedloom_common.runspec.evaluation import TRAIN_PREFIX
 from fedloom_server.config import KeepModels
-from fedloom_server.evaluation import combine, metrics_of
+from fedloom_server.evaluation import combined
 from fedloom_server.failures import FAILURES_KEPT
 from fedloom_server.folding import Folding
 from fedloom_server.measuring import initial_round, is_measured_by_trainings, is_measured_now, told_by
@@ -246,7 +246,7 @@ class Versions:
         """End a version's record, with what these have measured and what a central site has told already."""
         done = [assignment for assignment in batch if assignment.state is AssignmentState.DONE]
         known = self._store.round(record.run_id, record.number) or record
-        record.metrics = known.metrics | (_combined(done) if done else {})
+        record.metrics = known.metrics | (combined(done) if done else {})
         if not done:
             logger.warning("no site evaluated the model", extra={"run": self._run.id, "round": record.number})
         record.state, record.ended_at_s = RoundState.FINISHED, time.time()
@@ -288,9 +288,5 @@ def _is_live(assignment: Assignment) -> bool:
 
 
 def _training_metrics(taken: Sequence[Assignment]) -> dict[str, float]:
-    metrics = {TRAIN_PREFIX + name: value for name, value in _combined(taken).items()}
+    metrics = {TRAIN_PREFIX + name: value for name, value in combined(taken).items()}
     return metrics | {TRAIN_PREFIX + "staleness": sum(a.staleness for a in taken) / len(taken)}
-
-
-def _combined(done: Sequence[Assignment]) -> dict[str, float]:
-    return combine(metrics_of(assignment) for assignment in done)

@@ -19,7 +19,7 @@ from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder, decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Codecs
-from fedloom_common.codecs.storage import TensorFile
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import Manifest
 
 VALUES = 3000

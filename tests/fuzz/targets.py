@@ -24,10 +24,10 @@ from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Codecs
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.digests import Digest
 from fedloom_common.errors import BadChunk, BadTensor, ProtocolError
 from fedloom_common.partial import PartialFile
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import HEADER_LIMIT_BYTES, Manifest
 
 BASE_DIGEST = "blake3:" + "ab" * 32

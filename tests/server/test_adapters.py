@@ -15,9 +15,9 @@ from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Int8
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import parse_run_spec
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_server.adapters.parts import parts_of
 from fedloom_server.adapters.residual import write_residual
 from fedloom_server.adapters.updates import Given

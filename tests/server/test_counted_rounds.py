@@ -9,7 +9,7 @@ from sitefaults import Fault
 from fedloom.v1 import session_pb2 as pb
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.encoder import encode_model
-from fedloom_common.codecs.storage import TensorFile
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_server.app import coordinator
 
 TRAIN_ONLY = {"initial": False, "every_rounds": 0}

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import BadSpec
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_server.app import coordinator
 from fedloom_server.config import KeepModels
 from fedloom_server.downlink import delta_to, publish

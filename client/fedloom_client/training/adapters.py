@@ -23,10 +23,10 @@ from fedloom_common.adapters.layout import (
     Layout,
     read_values,
 )
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.controls import without_controls
 from fedloom_common.errors import BadTensor, TrainingFailed
 from fedloom_common.runspec import Lora
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import Manifest, read_tensors
 
 ADAPTER = "default"

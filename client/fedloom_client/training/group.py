@@ -91,7 +91,7 @@ def join(listener: socket.socket | None) -> Group:
         wait_for_workers=False,
         master_listen_fd=None if listener is None else listener.detach(),
     )
-    if launcher.CONTROL in os.environ and os.environ["LOCAL_RANK"] == "0":
+    if launcher.SOCKET in os.environ and os.environ["LOCAL_RANK"] == "0":
         store.set("first", str(launched_as))
     # torchrun numbers hosts by their addresses: count from the rank that the daemon talks to instead
     rank = (launched_as - int(store.get("first"))) % world

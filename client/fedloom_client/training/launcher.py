@@ -21,7 +21,7 @@ from fedloom_client.training.processes import die_with_parent
 from fedloom_common.errors import TrainingFailed
 from fedloom_common.files import write_text
 
-CONTROL = "FEDLOOM_CONTROL"
+SOCKET = "FEDLOOM_SOCKET"
 DEVICE = "FEDLOOM_DEVICE"
 LAUNCHER_PID = "FEDLOOM_LAUNCHER_PID"
 COLLECTIVE_TIMEOUT_S = "FEDLOOM_COLLECTIVE_TIMEOUT_S"
@@ -46,7 +46,7 @@ class Launch:
     rdzv_endpoint: str
     """A file on a single host; host:port at which the launchers of several hosts meet."""
     rdzv_id: str
-    control: str | None
+    socket: str | None
     """The daemon's socket; none on further hosts of a site."""
     logs: str
     """Folder for the ranks' standard output and error."""
@@ -128,7 +128,7 @@ def _run(launch: Launch) -> None:
     local = launch.nnodes == 1
     address = "127.0.0.1" if local else own_address(launch.rdzv_endpoint)
     _set_environment(launch, device, ranks, address)
-    is_host = int(launch.control is not None)  # the daemon's host keeps the meeting point
+    is_host = int(launch.socket is not None)  # the daemon's host keeps the meeting point
     rendezvous = "store_type=file,keep_alive_interval=60" if local else f"is_host={is_host}"
     Path(launch.logs).mkdir(parents=True, exist_ok=True)
     torchrun.run(  # type: ignore[no-untyped-call]
@@ -176,10 +176,10 @@ def _set_environment(launch: Launch, device: str, ranks: int, address: str) -> N
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", interface),
         "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", interface),
     }
-    if launch.control is not None:
-        os.environ[CONTROL] = launch.control
+    if launch.socket is not None:
+        os.environ[SOCKET] = launch.socket
     else:
-        os.environ.pop(CONTROL, None)
+        os.environ.pop(SOCKET, None)
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

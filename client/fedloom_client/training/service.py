@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fedloom_client.training.control import Control
+from fedloom_client.training.daemonlink import DaemonLink
 from fedloom_client.training.data import PackedData, pack
 from fedloom_client.training.group import Group
 from fedloom_client.training.orders import Cancelled, Job, WorkerProgress, WorkerResult
@@ -18,28 +18,28 @@ from fedloom_common.memory import give_memory_back
 from fedloom_common.runspec import RunSpec
 
 
-def serve(group: Group, control_path: str | None) -> None:
+def serve(group: Group, socket_path: str | None) -> None:
     """Do orders until the daemon wants no more.
 
     Failures that every rank sees alike are reported, and the group stays; any other ends the process,
     and the launcher starts the group again.
     """
-    control = Control(control_path) if group.rank == 0 and control_path is not None else None
-    rank = WarmRank(group, control.progress, control.stop_wanted) if control else WarmRank(group)
-    if control is not None:
-        control.ready(group.world)
-    while text := group.share(_next_job(control)):
+    daemon = DaemonLink(socket_path) if group.rank == 0 and socket_path is not None else None
+    rank = WarmRank(group, daemon.progress, daemon.stop_wanted) if daemon else WarmRank(group)
+    if daemon is not None:
+        daemon.ready(group.world)
+    while text := group.share(_next_job(daemon)):
         try:
             result = rank.perform(Job.from_json(text))
         except Cancelled:
-            if control is not None:
-                control.cancelled()
+            if daemon is not None:
+                daemon.cancelled()
         except FederationError as error:
-            if control is not None:
-                control.failed(str(error))
+            if daemon is not None:
+                daemon.failed(str(error))
         else:
-            if control is not None:
-                control.result(result)
+            if daemon is not None:
+                daemon.result(result)
         give_memory_back()  # a warm rank may wait for its next order for long
     group.leave()
 
@@ -98,8 +98,8 @@ class WarmRank:
         return report
 
 
-def _next_job(control: Control | None) -> str:
-    if control is None:
+def _next_job(daemon: DaemonLink | None) -> str:
+    if daemon is None:
         return ""
-    job = control.next_job()
+    job = daemon.next_job()
     return "" if job is None else job.to_json()

@@ -34,7 +34,7 @@ def _work(listener: socket.socket | None) -> None:
     from fedloom_common.memory import keep_memory_between_steps
 
     keep_memory_between_steps()
-    serve(join(listener), os.environ.get(launcher.CONTROL))
+    serve(join(listener), os.environ.get(launcher.SOCKET))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom_common.adapters.layout import Values, read_values
-from fedloom_common.codecs.storage import TensorFile
+from fedloom_common.adapters.layout import Target, Values, read_values
 from fedloom_common.errors import BadTensor
 from fedloom_common.files import atomic_file
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import encode_header
 
 LEFT, RIGHT = "/left", "/right"
@@ -136,3 +136,9 @@ def _fitting(array: Values, shape: tuple[int, ...], name: str) -> Values:
     if array.shape != shape:
         raise BadTensor(f"a fold of {name} has shape {list(array.shape)}, wanted {list(shape)}")
     return array
+
+
+def fold_shapes(target: Target, rank: int, inputs: int, outputs: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the two factors of a weight's fold of some rank."""
+    rows, columns = (inputs, outputs) if target.is_transposed else (outputs, inputs)
+    return [(target.weight + LEFT, (rows, rank)), (target.weight + RIGHT, (rank, columns))]

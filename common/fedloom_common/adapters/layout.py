@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadTensor
 from fedloom_common.files import write_text
 from fedloom_common.floats import decode
+from fedloom_common.tensorfiles import TensorFile
 
 LAYOUT_FILE = "adapter_layout.json"
 CONFIG_FILE = "adapter_config.json"

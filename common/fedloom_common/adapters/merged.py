@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from fedloom_common.adapters.folds import Folds, add_product, write_arrays
 from fedloom_common.adapters.layout import Layout, Target, Values, head_name, read_values
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.files import atomic_file
 from fedloom_common.floats import encode
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import ITEM_BYTES, TensorInfo, encode_header
 
 KEPT_SHARE = 1e-6  # of the largest singular value: what is below is fp32's rounding

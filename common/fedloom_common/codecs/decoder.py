@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.checks import in_own_type, naming, require_finite
 from fedloom_common.codecs.readers import TensorReader, tensor_reader
-from fedloom_common.codecs.storage import TensorFile, TensorSource
 from fedloom_common.codecs.values import PIECE_VALUES, Raw
 from fedloom_common.errors import BadTensor
 from fedloom_common.files import atomic_file
 from fedloom_common.floats import decode
+from fedloom_common.tensorfiles import TensorFile, TensorSource
 from fedloom_common.tensors import ITEM_BYTES, TensorInfo, encode_header
 
 # Changes below these cannot carry a finite value past the largest one of its type: they are less

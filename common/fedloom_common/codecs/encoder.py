@@ -13,11 +13,16 @@ from fedloom_common.codecs.chain import Chain, Layout
 from fedloom_common.codecs.checks import naming, refuse, require_finite
 from fedloom_common.codecs.feedback import Feedback, Residual
 from fedloom_common.codecs.readers import tensor_reader
-from fedloom_common.codecs.storage import Buffers, OutputFile, TensorSource, parts_writer
+from fedloom_common.codecs.storage import (
+    Buffers,
+    OutputFile,
+    parts_writer,
+)
 from fedloom_common.codecs.topk import Picker, find_threshold, gaps_of
 from fedloom_common.codecs.values import PIECE_VALUES, Raw, Values
 from fedloom_common.files import atomic_file
 from fedloom_common.floats import decode, first_not_finite
+from fedloom_common.tensorfiles import TensorSource
 from fedloom_common.tensors import ITEM_BYTES, TensorInfo
 
 HELD_VALUES = 1 << 24

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from fedloom_common.codecs.chain import Entry
-from fedloom_common.codecs.storage import OutputFile, TensorFile
+from fedloom_common.codecs.storage import (
+    OutputFile,
+)
 from fedloom_common.codecs.values import PIECE_VALUES, Values
 from fedloom_common.errors import BadTensor
 from fedloom_common.files import atomic_file
 from fedloom_common.leavings import Leavings
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import Manifest, TensorInfo
 
 _ITEM_BYTES = 4

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fedloom_common.adapters.folds import write_arrays
 from fedloom_common.adapters.layout import Layout, read_values
-from fedloom_common.codecs.storage import TensorFile
+from fedloom_common.tensorfiles import TensorFile
 
 Means = Mapping[str, NDArray[np.float64]]
 

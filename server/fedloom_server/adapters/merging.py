@@ -8,8 +8,8 @@ from typing import Any
 
 from fedloom_common.adapters.folds import Folds, folded_weights, write_arrays
 from fedloom_common.adapters.layout import LAYOUT_FILE, Layout
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.runspec import Lora
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import Manifest
 from fedloom_server.adapters.fresh import write_fresh, write_ranked
 from fedloom_server.adapters.parts import FACTORS, WEIGHTS, PartFile, Parts, parts_of, put

@@ -1,6 +1,6 @@
 """The files that belong to a model whose adapter alone travels."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,12 +80,13 @@ def part_digests(record: Run | Round) -> set[str]:
     return {file.digest for file in Parts.from_json(record.adapter).files}
 
 
-def model_for(site: str, run: Run, model: PartFile, parts: Parts) -> PartFile:
-    """The model's file that a site gets: one of its own rank, where ranks differ."""
-    adapter = run.spec.model.adapter
-    if adapter is None or not parts.ranked:
-        return model
-    return parts.ranked.get(adapter.rank_of(site), model)
+def models_for(store: "Store", run: Run, model_digest: str, sites: Iterable[str]) -> dict[str, PartFile]:
+    """The model's file that each site gets: one of its own rank, where ranks differ."""
+    whole = PartFile("model", model_digest, store.files.path(model_digest).stat().st_size)
+    adapter, ranked = run.spec.model.adapter, parts_of(store, run, model_digest).ranked
+    if adapter is None:
+        return dict.fromkeys(sites, whole)
+    return {site: ranked.get(adapter.rank_of(site), whole) for site in sites}
 
 
 def take_frozen(files: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Parts]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom_common.adapters.folds import LEFT, RIGHT, write_arrays
+from fedloom_common.adapters.folds import fold_shapes, write_arrays
 from fedloom_common.adapters.layout import Layout, Target
 from fedloom_server.adapters.updates import Given, WholeUpdate, shares
 
@@ -37,9 +37,7 @@ def write_residual(given: Given, layout: Layout, out: Path) -> bool:
 
 def _shapes(target: Target, update: WholeUpdate, times: int) -> list[tuple[str, tuple[int, ...]]]:
     (rank, inputs), outputs = update.shape(target.a), update.shape(target.b)[0]
-    rank *= times
-    rows, columns = (inputs, outputs) if target.is_transposed else (outputs, inputs)
-    return [(target.weight + LEFT, (rows, rank)), (target.weight + RIGHT, (rank, columns))]
+    return fold_shapes(target, rank * times, inputs, outputs)
 
 
 def _arrays(layout: Layout, updates: Sequence[WholeUpdate]) -> Iterator[NDArray[np.floating]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom_common.adapters.folds import LEFT, RIGHT, write_arrays
+from fedloom_common.adapters.folds import fold_shapes, write_arrays
 from fedloom_common.adapters.layout import Layout, Target
 from fedloom_server.adapters.fresh import Means
 from fedloom_server.adapters.updates import Given, WholeUpdate, shares
@@ -32,9 +32,7 @@ def write_stack(given: Given, layout: Layout, out: Path) -> Means:
 
 def _shapes(target: Target, updates: Sequence[WholeUpdate]) -> list[tuple[str, tuple[int, ...]]]:
     rank = sum(update.shape(target.a)[0] for update in updates)
-    inputs, outputs = updates[0].shape(target.a)[1], updates[0].shape(target.b)[0]
-    rows, columns = (inputs, outputs) if target.is_transposed else (outputs, inputs)
-    return [(target.weight + LEFT, (rows, rank)), (target.weight + RIGHT, (rank, columns))]
+    return fold_shapes(target, rank, updates[0].shape(target.a)[1], updates[0].shape(target.b)[0])
 
 
 def _arrays(layout: Layout, updates: Sequence[WholeUpdate]) -> Iterator[NDArray[np.floating]]:

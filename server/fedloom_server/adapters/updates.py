@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from fedloom_common.adapters.layout import read_values
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.spec import AnyStage
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadTensor
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_server.aggregation import BaseModel, Update
 from fedloom_server.aggregation.pieces import PIECE_VALUES
 from fedloom_server.aggregation.sources import Source, source_of

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.spec import AnyStage
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadTensor, TooFewUpdates
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_server.aggregation.output import Values
 from fedloom_server.aggregation.pieces import MOST_THREADS, PIECE_VALUES, Piece
 from fedloom_server.aggregation.sources import source_of

@@ -15,9 +15,9 @@ from typing import IO
 
 import numpy as np
 
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.controls import is_control
 from fedloom_common.floats import decode, encode
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import ITEM_BYTES, TensorInfo
 from fedloom_server.aggregation.pieces import PIECE_VALUES
 

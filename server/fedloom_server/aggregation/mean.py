@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.spec import AS_IS, AnyStage
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import TooFewUpdates
 from fedloom_common.files import atomic_file
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import Manifest
 from fedloom_server.aggregation.output import NextModel, TensorPlaces, write_model
 from fedloom_server.aggregation.pieces import PIECE_VALUES, Piece, each_piece

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom_common.codecs.chain import Chain
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadTensor
 from fedloom_common.files import atomic_file, flushing
 from fedloom_common.floats import decode, encode, first_not_finite
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import ITEM_BYTES, Manifest, encode_header
 from fedloom_server.aggregation.pieces import MOST_THREADS, PIECE_VALUES, Piece, each_piece
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.spec import AS_IS, AnyStage
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.runspec import GeometricMedianRule, KrumRule, MultiKrumRule
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_server.aggregation.aligned import Joined
 from fedloom_server.aggregation.geometricmedian import geometric_median_shares
 from fedloom_server.aggregation.gram import gram_matrix

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.controls import is_control
 from fedloom_common.errors import BadTensor
 from fedloom_common.floats import decode
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import ITEM_BYTES, TensorInfo
 
 if TYPE_CHECKING:

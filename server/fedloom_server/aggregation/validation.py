@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder
 from fedloom_common.codecs.spec import AS_IS, AnyStage
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.errors import BadTensor
 from fedloom_common.floats import first_not_finite, value_at
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import ITEM_BYTES, Manifest, TensorInfo, read_into
 
 PIECE_BYTES = 512 << 10  # stays in a core's L2 cache between the read and the check

@@ -42,7 +42,7 @@ def controls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     sockets: list[str] = []
 
     async def start(launch: Launch, directory: Path) -> Any:
-        sockets.append(str(launch.control))
+        sockets.append(str(launch.socket))
         return NoLauncher()
 
     monkeypatch.setattr(launches, "start_launcher", start)
@@ -56,10 +56,10 @@ async def test_a_dead_rank_is_known_to_be_lost_however_its_connection_ended(
 ) -> None:
     met: asyncio.Queue[RankZero] = asyncio.Queue()
     server = await asyncio.start_unix_server(
-        lambda reader, writer: met.put_nowait(RankZero(reader, writer)), tmp_path / "control"
+        lambda reader, writer: met.put_nowait(RankZero(reader, writer)), tmp_path / "socket"
     )
     with socket.socket(socket.AF_UNIX) as peer:
-        peer.connect(str(tmp_path / "control"))
+        peer.connect(str(tmp_path / "socket"))
         rank = await met.get()
         assert not rank.is_lost
         if unread:  # a socket that is closed with something to read resets the connection
@@ -74,7 +74,7 @@ async def test_a_dead_rank_is_known_to_be_lost_however_its_connection_ended(
 def test_the_socket_of_a_killed_daemon_is_cleared_away_and_nothing_else(tmp_path: Path) -> None:
     for name in ("fedloom-abc", "home"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "control").touch()
+        (tmp_path / name / "socket").touch()
         (tmp_path / FOLDER_NOTE).write_text(str(tmp_path / name))
         clear_after_kill(tmp_path)
         clear_after_kill(tmp_path)  # there is nothing left to clear

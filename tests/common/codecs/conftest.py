@@ -10,8 +10,8 @@ from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder, decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Codecs
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.codecs.values import PIECE_VALUES
+from fedloom_common.tensorfiles import TensorFile
 
 DIGEST = "blake3:" + "ab" * 32
 CODECS = TypeAdapter(Codecs)

@@ -10,9 +10,9 @@ from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Codecs
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import BadTensor
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_server.aggregation import Update
 from fedloom_server.aggregation.mean import WeightedMean
 from fedloom_server.aggregation.validation import validate_update

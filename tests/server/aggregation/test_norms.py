@@ -12,9 +12,9 @@ from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import AS_IS, Codecs
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.digests import digest_of_file
 from fedloom_common.runspec import Aggregation
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_server.aggregation import BaseModel, Update, aggregator_for
 from fedloom_server.aggregation.norms import change_norm, clip_factor, longest_change
 from fedloom_server.aggregation.pieces import PIECE_VALUES

@@ -12,10 +12,10 @@ from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Codecs
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import BadTensor
 from fedloom_common.runspec import Aggregation, GeometricMedianRule
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_server.aggregation import BaseModel, Update, aggregator_for
 from fedloom_server.aggregation.geometricmedian import geometric_median_shares
 from fedloom_server.aggregation.ordering import comparisons, sort_columns

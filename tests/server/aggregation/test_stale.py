@@ -14,9 +14,9 @@ from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import decode_model
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.spec import Codecs
-from fedloom_common.codecs.storage import TensorFile
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import BadTensor
+from fedloom_common.tensorfiles import TensorFile
 from fedloom_server.aggregation import BaseModel, Update, staleness_factor
 from fedloom_server.aggregation.mean import PIECE_VALUES, WeightedMean
 

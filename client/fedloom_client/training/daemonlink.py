@@ -9,7 +9,7 @@ from dataclasses import asdict
 from fedloom_client.training.orders import Job, WorkerProgress, WorkerResult, decode, encode
 
 
-class Control:
+class DaemonLink:
     """Takes jobs from the daemon and reports to it."""
 
     def __init__(self, path: str) -> None:
@@ -17,7 +17,7 @@ class Control:
         self._socket.connect(path)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._stop = threading.Event()
-        threading.Thread(target=self._listen, name="control", daemon=True).start()
+        threading.Thread(target=self._listen, name="daemonlink", daemon=True).start()
 
     def next_job(self) -> Job | None:
         """Wait for a job; None when the daemon wants no more."""
