@@ -5,13 +5,15 @@
     python -m learning --corpus ~/novels --split file
 
 A corpus is a folder of .txt files. Results are kept, one file a trial; a trial is done again only if its run
-spec or its data has changed. The exit status is 1 if a gate fails.
+spec or its data has changed, and not if fedloom has: for figures of changed code give a new folder. The exit
+status is 1 if a gate fails or has no figure, or an experiment could not be done.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -72,23 +74,44 @@ def main(
         Results(folder).take_over(read_lines(take_over.read_text()))
     with _scratch(scratch) as below:
         place = Place(corpus=corpus, split=split, downloads=(results / "downloads").absolute(), scratch=below)
-        wanted = [plan for plan in plans(profile, place) if only is None or plan.experiment.name in only]
+        wanted = _wanted(plans(profile, place), only, profile)
+        undone: dict[str, str] = {}
         for plan in () if report else wanted:
             print(f"\n{plan.experiment.title}", flush=True)
             there = replace(place, scratch=below / plan.experiment.name)
-            do_trials(plan, profile, there, folder, processes=processes or min(cores, MOST), cores=cores)
+            try:
+                do_trials(plan, profile, there, folder, processes=processes or min(cores, MOST), cores=cores)
+            except (
+                SystemExit,
+                OSError,
+                subprocess.SubprocessError,
+            ) as error:  # the others are done all the same
+                undone[plan.experiment.name] = str(error)
+                print(f"not done: {error}", file=sys.stderr, flush=True)
     if not report:
         facts = machine_facts(PACKAGES) | {"corpus": corpus.name, "split": split}
         (folder / "machine.json").write_text(json.dumps(facts, indent=2) + "\n")
-    raise SystemExit(0 if _report(wanted, folder, page, profile) else 1)
+    passes = _report(wanted, folder, page, profile)
+    for name, reason in undone.items():
+        print(f"{name} was not done: {reason}", file=sys.stderr)
+    raise SystemExit(0 if passes and not undone else 1)
+
+
+def _wanted(known: Sequence[Plan], only: Sequence[str] | None, profile: str) -> list[Plan]:
+    names = [plan.experiment.name for plan in known]
+    if strangers := sorted(set(only or ()).difference(names)):
+        raise SystemExit(f"--only {', '.join(strangers)}: profile {profile} has {', '.join(names)}")
+    return [plan for plan in known if only is None or plan.experiment.name in only]
 
 
 def _report(wanted: Sequence[Plan], folder: Path, page: Path | None, profile: str) -> bool:
     """Print and save tables, gates and curves; says whether all gates hold."""
-    results, gates = list(Results(folder)), list[Gate]()
-    (folder / "results.jsonl").write_text("".join(map(line_of, results)))
-    for experiment in (plan.experiment for plan in wanted):
-        mine = [result for result in results if result.experiment == experiment.name]
+    results, gates = Results(folder), list[Gate]()
+    told = [(plan.experiment, results.of(plan.experiment.name)) for plan in wanted]
+    (folder / "results.jsonl").write_text("".join(line_of(result) for _, mine in told for result in mine))
+    for experiment, mine in told:
+        if experiment.name == "gates":
+            gates += gates_of(mine, _exact(folder))
         if not mine:
             continue
         table = comparison(experiment, mine)
@@ -98,8 +121,6 @@ def _report(wanted: Sequence[Plan], folder: Path, page: Path | None, profile: st
         has_curves = save_curves(experiment, mine, folder / f"{experiment.name}.png")
         if page is not None:
             replace_section(page, experiment.name, _with_plot(experiment, folder, page, has_curves) + table)
-        if experiment.name == "gates":
-            gates += gates_of(mine, _exact(folder), {"diloco-h10": 10, "diloco-h50": 50})
     if gates:
         print(gates_table(gates))
         (folder / "gates.json").write_text(json.dumps([asdict(gate) for gate in gates], indent=2) + "\n")

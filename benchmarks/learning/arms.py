@@ -59,8 +59,6 @@ class Arm:
     """Whether one machine trains on as many tokens as all sites together, or on a site's share."""
     dropout: float = 0.0
     """Share of trainings whose site is gone."""
-    steps: int | None = None
-    """Instead of the setting's, for arms that are only counted."""
     seeds: int | None = None
     """Seeds at most; the profile's if not given."""
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -90,7 +88,7 @@ class Rates:
 
 def run_spec(setting: Setting, arm: Arm, rates: Rates, seed: int, sites: Sequence[str] = ()) -> RunSpec:
     """The run of an arm; one machine has a round for each point of its curve, which ``sites`` measure."""
-    steps = arm.steps or setting.steps
+    steps = setting.steps
     is_larger = arm.has_all_tokens and not arm.is_federated
     local_steps = arm.local_steps if arm.is_federated else max(1, steps // setting.evaluations)
     rounds, rest = divmod(steps, local_steps)

@@ -10,6 +10,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,8 @@ STEPPED = "ddp.safetensors"
 
 async def difference_from_ddp(federation: Federation, setting: Setting, folder: Path) -> tuple[float, float]:
     """Largest difference of a weight between both, and the largest that the step changed."""
-    arm = Arm(name="exact", told="", local_steps=1, inner="sgd", steps=1)
-    spec = run_spec(setting, arm, Rates(local=RATE), seed=1)
+    arm = Arm(name="exact", told="", local_steps=1, inner="sgd")
+    spec = run_spec(replace(setting, steps=1), arm, Rates(local=RATE), seed=1)
     content = spec.model_dump(mode="json")
     content["local"] |= {"clip_norm": None, "schedule": {"kind": "constant"}}
     spec = type(spec).model_validate(content)

@@ -22,23 +22,17 @@ class Gate:
     """How much of the figure may be chance."""
 
 
-def gates_of(
-    results: Sequence[Result], exact: tuple[float, float] | None, local_steps: Mapping[str, int]
-) -> list[Gate]:
-    """The gates that the results tell of."""
+def gates_of(results: Sequence[Result], exact: tuple[float, float] | None) -> list[Gate]:
+    """All gates; one for which there is no figure does not hold."""
     arms = {name: _chosen(results, name) for name in {result.arm for result in results}}
-    made = [] if exact is None else [_exact(*exact)]
-    for needed, make in (
-        (("diloco-h10", "central"), lambda: _ratio("Nesterov, H = 10", arms, "diloco-h10", POOLED_H10)),
-        (("diloco-h50", "central"), lambda: _ratio("Nesterov, H = 50", arms, "diloco-h50", POOLED_H50)),
-        (("diloco-h10-int8", "diloco-h10"), lambda: _int8(arms)),
-        (("diloco-h10", "alone"), lambda: _beats_alone(arms)),
-    ):
-        if _seeds(arms, needed[0]) & _seeds(arms, needed[1]):
-            made.append(make())
-    if "fedavg-h1" in arms:
-        made += [_bytes(arms, name, steps) for name, steps in local_steps.items() if name in arms]
-    return made
+    return [
+        _exact(exact),
+        _ratio(_Compared("diloco-h10", "central", arms), "Nesterov, H = 10", POOLED_H10),
+        _ratio(_Compared("diloco-h50", "central", arms), "Nesterov, H = 50", POOLED_H50),
+        _int8(_Compared("diloco-h10-int8", "diloco-h10", arms)),
+        _beats_alone(_Compared("diloco-h10", "alone", arms)),
+        *(_bytes(arms.get(f"diloco-h{steps}", ()), steps) for steps in (10, 50)),
+    ]
 
 
 def chosen_rates(
@@ -64,74 +58,89 @@ def _chosen(results: Sequence[Result], arm: str) -> list[Result]:
 
 
 Arms = Mapping[str, Sequence[Result]]
+NOTHING = "not measured"
 
 
-def _exact(difference: float, step: float) -> Gate:
+class _Compared:
+    """An arm's losses over another's, seed by seed; none if one of both was not done."""
+
+    def __init__(self, arm: str, other: str, arms: Arms) -> None:
+        others = {result.seed: result for result in arms.get(other, ())}
+        pairs = [(result, others[result.seed]) for result in arms.get(arm, ()) if result.seed in others]
+        self.ratios = [_ratio_of(one.figure("loss"), against.figure("loss")) for one, against in pairs]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds; infinite without any."""
+        return mean(self.ratios) if self.ratios else math.inf
+
+
+def _exact(found: tuple[float, float] | None) -> Gate:
+    claim, limit = "FedAvg with H = 1 and plain SGD is one DDP step", f"≤ {EXACT:.0e}"
+    if found is None:
+        return Gate(claim=claim, figure=NOTHING, limit=limit, holds=False)
+    difference, step = found
     return Gate(
-        claim="FedAvg with H = 1 and plain SGD is one DDP step",
+        claim=claim,
         figure=f"weights differ by {difference:.1e} at most, after a step of {step:.1e}",
-        limit=f"≤ {EXACT:.0e}",
-        holds=difference <= EXACT,
+        limit=limit,
+        holds=difference <= EXACT and step > EXACT,
     )
 
 
-def _ratio(told: str, arms: Arms, arm: str, limit: float) -> Gate:
-    ratios = _by_seed(arms, arm, "central")
+def _ratio(compared: _Compared, told: str, limit: float) -> Gate:
     return Gate(
         claim=f"{told}: validation loss over pooled training's, at equal tokens",
-        figure=f"{mean(ratios):.4f}",
+        figure=f"{compared.mean:.4f}" if compared.ratios else NOTHING,
         limit=f"≤ {limit:.2f}",
-        holds=mean(ratios) <= limit,
-        noise=_spread(ratios),
+        holds=compared.mean <= limit,
+        noise=_spread(compared.ratios),
     )
 
 
-def _int8(arms: Arms) -> Gate:
-    ratios = _by_seed(arms, "diloco-h10-int8", "diloco-h10")
-    change = mean(ratios) - 1
+def _int8(compared: _Compared) -> Gate:
+    change = compared.mean - 1
     return Gate(
         claim="int8 both ways: validation loss against fp32",
-        figure=f"{change:+.2%}",
+        figure=f"{change:+.2%}" if compared.ratios else NOTHING,
         limit=f"within {QUANTISED:.1%}",
         holds=abs(change) <= QUANTISED,
-        noise=_spread([ratio - 1 for ratio in ratios], percent=True),
+        noise=_spread([ratio - 1 for ratio in compared.ratios], percent=True),
     )
 
 
-def _beats_alone(arms: Arms) -> Gate:
-    ratios = _by_seed(arms, "diloco-h10", "alone")
+def _beats_alone(compared: _Compared) -> Gate:
     return Gate(
         claim="sites together beat one that does the same work alone (loss over its loss)",
-        figure=f"{mean(ratios):.4f}",
+        figure=f"{compared.mean:.4f}" if compared.ratios else NOTHING,
         limit="< 1, with every seed",
-        holds=max(ratios) < 1,
-        noise=_spread(ratios),
+        holds=max(compared.ratios, default=math.inf) < 1,
+        noise=_spread(compared.ratios),
     )
 
 
-def _bytes(arms: Arms, arm: str, local_steps: int) -> Gate:
-    """Bytes of an optimizer step, measured on the wire, of H = 1 over those of H."""
-    each, some = (_bytes_a_step(arms[name][0]) for name in ("fedavg-h1", arm))
+def _bytes(found: Sequence[Result], local_steps: int) -> Gate:
+    """Of an optimizer step: those of a parameter server in fp32 over those that were measured on the wire."""
+    falls = [parameter_server_bytes(one) * one.steps / one.wire_bytes for one in found if one.wire_bytes]
     return Gate(
-        claim=f"bytes fall H-fold ({arm}, H = {local_steps})",
-        figure=f"{each / some:.1f}-fold",
+        claim=f"bytes fall H-fold against a per-step parameter server (H = {local_steps})",
+        figure=f"{min(falls):.2f}-fold" if falls else NOTHING,
         limit=f"≥ {FALL * local_steps:.1f}",
-        holds=each / some >= FALL * local_steps,
+        holds=min(falls, default=0) >= FALL * local_steps,
     )
 
 
-def _bytes_a_step(result: Result) -> float:
-    return result.wire_bytes / result.steps
+def parameter_server_bytes(result: Result) -> int:
+    """What an optimizer step takes there: of each site a gradient up and the mean down, in fp32."""
+    return 2 * len(result.sites) * result.model_bytes
 
 
-def _seeds(arms: Arms, arm: str) -> set[int]:
-    return {result.seed for result in arms.get(arm, ())}
+def ring_bytes(result: Result) -> int:
+    """What it takes by the ring all-reduce of DDP, over all sites.
 
-
-def _by_seed(arms: Arms, arm: str, other: str) -> list[float]:
-    others = {result.seed: result for result in arms[other]}
-    pairs = [(result, others[result.seed]) for result in arms[arm] if result.seed in others]
-    return [_ratio_of(one.figure("loss"), other.figure("loss")) for one, other in pairs]
+    Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms", section 3.
+    """
+    return 2 * (len(result.sites) - 1) * result.model_bytes
 
 
 def _ratio_of(loss: float, other: float) -> float:
@@ -142,7 +151,7 @@ def _ratio_of(loss: float, other: float) -> float:
 def _spread(values: Sequence[float], *, percent: bool = False) -> str:
     style = "+.2%" if percent else ".4f"
     if len(values) < 2:
-        return "one seed: no telling"
+        return "one seed: no telling" if values else ""
     if not all(map(math.isfinite, values)):
         return "some trial has no model"
     return (

@@ -21,9 +21,6 @@ INT8 = replace(
     DILOCO_H10, name="diloco-h10-int8", told="DiLoCo, H = 10, int8 both ways", rates_of="diloco-h10",
     transport={"up": "int8", "down": "int8"},
 )  # fmt: skip
-EACH_STEP = Arm(
-    name="fedavg-h1", told="an exchange after each step", local_steps=1, rates_of="central", steps=20, seeds=1
-)  # only its bytes are of interest
 
 
 def byte_gpt(sites: int, steps: int) -> Setting:
@@ -53,7 +50,7 @@ def gates_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
         name="gates",
         title="4 sites: federated beside pooled training",
         setting=byte_gpt(4, steps),
-        arms=(CENTRAL, ALONE_ARM, DILOCO_H10, DILOCO_H50, INT8, EACH_STEP),
+        arms=(CENTRAL, ALONE_ARM, DILOCO_H10, DILOCO_H50, INT8),
         seeds=seeds,
     )
 

@@ -33,13 +33,16 @@ def save_curves(experiment: Experiment, results: Sequence[Result], path: Path) -
     for panels, (topic, names) in zip(rows, topics.items(), strict=True):
         for name, colour in zip(names, COLOURS * 3, strict=False):
             arm, found = experiment.arm(name), by_arm.get(name)
-            if found is None or arm.steps is not None:  # only its bytes are of interest
+            if found is None:
                 continue
             style = {"color": colour, "linewidth": 1.6, "linestyle": "-" if arm.is_federated else "--"}
             _draw(panels[0], [[p.tokens / MB for p in r.curve] for r in found], found, arm.told, style)
             if arm.is_federated:
                 _draw(panels[1], [[p.wire_bytes / MB for p in r.curve] for r in found], found, "", style)
-        panels[0].set(xlabel="million tokens, all sites together", ylabel="validation loss, nats a token")
+        panels[0].set(
+            xlabel=f"million {experiment.unit}s, all sites together",
+            ylabel=f"validation loss, nats a {experiment.unit}",
+        )
         panels[0].set_title(topic, loc="left", fontsize=11)
         panels[1].set(xlabel="MB on the wire, all sites, both ways", xscale="log")
         # below the panel, where no curve is

@@ -4,7 +4,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Self
@@ -100,9 +100,7 @@ class Results:
         """Write a result, whole or not at all."""
         path = self._path(result)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(line_of(result))
-        partial.replace(path)
+        write_whole(path, line_of(result))
 
     def take_over(self, others: Iterable[Result]) -> None:
         """Add results of trials that were not done here."""
@@ -110,10 +108,25 @@ class Results:
             if not self._path(result).exists():
                 self.add(result)
 
-    def __iter__(self) -> Iterator[Result]:
-        """All of them, in the order of their names."""
-        for path in sorted(self._folder.glob("*/*/*.json")):
-            yield _read(path.read_text())
+    def begin(self, experiment: str) -> None:
+        """Have an experiment's results told of only when its present trials are done."""
+        self._trials(experiment).unlink(missing_ok=True)
+
+    def settle(self, experiment: str, trials: Iterable[Result]) -> None:
+        """Say which trials the experiment has now: no report tells of another's, such as of other data."""
+        names = {str(self._path(trial).relative_to(self._folder)): trial.key for trial in trials}
+        write_whole(self._trials(experiment), json.dumps(names, indent=1, sort_keys=True) + "\n")
+
+    def of(self, experiment: str) -> list[Result]:
+        """Those of the trials that an experiment was settled with, in the order of their names."""
+        trials = self._trials(experiment)
+        names: dict[str, str] = json.loads(trials.read_text()) if trials.exists() else {}
+        found = (_read((self._folder / name).read_text()) for name in sorted(names))
+        return [result for result, key in zip(found, map(names.get, sorted(names)), strict=True)
+                if result.key == key]  # fmt: skip
+
+    def _trials(self, experiment: str) -> Path:
+        return self._folder / f"{experiment}.trials.json"
 
     def _path(self, result: Result) -> Path:
         folder = self._folder / result.experiment / result.arm
@@ -143,6 +156,13 @@ class Claim:
     def __exit__(self, *_: object) -> None:
         self._path.unlink(missing_ok=True)  # before it is free: who waits for it looks for the result first
         self._file.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, or leave what is there: several processes do so."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def line_of(result: Result) -> str:

@@ -37,6 +37,7 @@ def experiment(model: Path, steps: int, seeds: tuple[int, ...]) -> Experiment:
     return Experiment(
         name="sentiment",
         title="MiniLM on four sources of sentences",
+        unit="sentence",
         setting=Setting(
             model={"path": str(model)},
             task={"kind": "classification", "labels": list(LABELS), "context_tokens": 64},

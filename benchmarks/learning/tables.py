@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
-from learning.gates import Gate, chosen_rates
+from learning.gates import Gate, chosen_rates, parameter_server_bytes, ring_bytes
 from learning.results import Result
 from learning.trials import Experiment
 
@@ -28,16 +28,16 @@ def comparison(experiment: Experiment, results: Sequence[Result]) -> str:
             [
                 arm.told,
                 _mean_text([result.figure(metric) for result in found]),
-                f"{found[0].tokens / MB:.3g}",
+                f"{mean(result.tokens for result in found) / MB:.3g}",
                 f"{mean(result.wire_bytes for result in found) / MB:,.0f}" if arm.is_federated else "–",
                 _target_text(arm.is_federated, found, target),
                 found[0].rates.told,
                 str(len(found)),
             ]
         )
-    if (each_step := _each_step(experiment, by_arm, target)) is not None:
-        rows.append(each_step)
-    head = ["arm", metric, "million tokens", "MB on the wire", "MB to the target", "learning rate", "seeds"]
+    rows += _each_step(by_arm.get("central", ()), target)
+    head = ["arm", metric, f"million {experiment.unit}s", "MB on the wire", "MB to the target"]
+    head += ["learning rate", "seeds"]
     told = "" if target is None else (
         f"\nTarget: {TARGET_RATIO} x the {metric} at the end of the pooled training's curve, {target:.4f}; "
         "curves are measured on a part of all sites' held-out examples, final models on more.\n"
@@ -115,9 +115,8 @@ def bytes_to(result: Result, target: float) -> float | None:
     return _cross([(point.wire_bytes, point.metrics["loss"]) for point in result.curve], target)
 
 
-def ddp_bytes_to(result: Result, target: float, sites: int) -> float | None:
-    """What per-step DDP would have sent by then: in each step a gradient up and the mean down, in fp32."""
-    a_step = 2 * sites * result.model_bytes
+def each_step_bytes_to(result: Result, target: float, a_step: int) -> float | None:
+    """What an exchange of so many bytes in each step would have sent by then."""
     return _cross([(point.steps * a_step, point.metrics["loss"]) for point in result.curve], target)
 
 
@@ -128,17 +127,18 @@ def _cross(points: Sequence[tuple[float, float]], target: float) -> float | None
     return None
 
 
-def _each_step(
-    experiment: Experiment, by_arm: Mapping[str, Sequence[Result]], target: float | None
-) -> list[str] | None:
-    """Per-step DDP: pooled training's curve, with the bytes that its gradients would take."""
-    central, sites = by_arm.get("central"), experiment.setting.sites
+def _each_step(central: Sequence[Result], target: float | None) -> list[list[str]]:
+    """Exchanges in each step: pooled training's curve, with the bytes that its gradients would take."""
     if not central or target is None:
-        return None
-    reached = [ddp_bytes_to(result, target, sites) for result in central]
-    total = 2 * sites * central[0].model_bytes * central[0].steps
-    text = "–" if None in reached else f"{mean(x for x in reached if x is not None) / MB:,.0f}"
-    return ["per-step DDP over the sites, computed", "as pooled", "", f"{total / MB:,.0f}", text, "", ""]
+        return []
+    rows, ways = [], {"a parameter server": parameter_server_bytes, "DDP's ring all-reduce": ring_bytes}
+    for told, bytes_of in ways.items():
+        reached = [each_step_bytes_to(result, target, bytes_of(result)) for result in central]
+        text = "–" if None in reached else f"{mean(x for x in reached if x is not None) / MB:,.0f}"
+        total = bytes_of(central[0]) * central[0].steps
+        row = [f"each step by {told}, fp32, computed", "as pooled", "", f"{total / MB:,.0f}", text, "", ""]
+        rows.append(row)
+    return rows
 
 
 def _target_text(is_federated: bool, found: Sequence[Result], target: float | None) -> str:

@@ -31,6 +31,8 @@ class Experiment:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     """Learning rates are tuned on the first."""
+    unit: str = "token"
+    """What a loss is the mean over."""
     topics: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Arms to be seen side by side, by what they are to show; all in one plot if none are given."""
 
@@ -53,7 +55,7 @@ async def run_experiment(
             experiment=experiment, arm=arm, seed=seed, rates=rates, sites=sites, data_digest=data_digest
         )
 
-    chosen: dict[str, Rates] = {}
+    chosen, tried = dict[str, Rates](), list[Result]()
     for is_later in (False, True):  # then the arms that take a rate over
         grids = {
             arm.name: [trial(arm, experiment.seeds[0], rates) for rates in grid_of(arm, chosen)]
@@ -62,8 +64,11 @@ async def run_experiment(
         }
         await _do_all([one for grid in grids.values() for one in grid], federation, results)
         chosen |= {name: _best(grid, results).rates for name, grid in grids.items()}
+        tried += [one.blank for grid in grids.values() for one in grid]
     each = [(arm, seed) for arm in experiment.arms for seed in experiment.seeds[: arm.seeds]]
-    await _do_all([trial(arm, seed, chosen[arm.name]) for arm, seed in each], federation, results)
+    last = [trial(arm, seed, chosen[arm.name]) for arm, seed in each]
+    await _do_all(last, federation, results)
+    results.settle(experiment.name, [*tried, *(one.blank for one in last)])
 
 
 def grid_of(arm: Arm, chosen: Mapping[str, Rates]) -> list[Rates]:

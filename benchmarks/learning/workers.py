@@ -51,6 +51,8 @@ def do_trials(plan: Plan, profile: str, place: Place, results: Path, *, processe
     Raises:
         SystemExit: a process ended before its time, with what it has said.
     """
+    Results(results).begin(plan.experiment.name)
+    exact_file(results, plan.experiment.name).unlink(missing_ok=True)
     place.downloads.mkdir(parents=True, exist_ok=True)
     plan.fetch(place.downloads)
     count = 1 if plan.is_large else processes
@@ -110,7 +112,7 @@ async def _try(plan: Plan, share: Share, bench: Workbench) -> None:
     sites = plan.sites(place)
     async with federation(sites, bench, place.scratch / "federation") as running:
         exact = exact_file(share.results, experiment.name)
-        if share.is_first and experiment.name == "gates" and not exact.exists():
+        if share.is_first and experiment.name == "gates":
             difference, step = await difference_from_ddp(running, experiment.setting, place.scratch / "ddp")
             exact.write_text(json.dumps({"difference": difference, "step": step}) + "\n")
         await run_experiment(experiment, running, sites, Results(share.results))

@@ -7,16 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from learning.__main__ import main
 from learning.arms import ALONE, OWN, POOL, Arm, Rates, Setting, run_spec
 from learning.corpora import digest_of_corpus, pieces, roles, split_corpus
 from learning.federation import federation
-from learning.gates import gates_of
+from learning.gates import gates_of, parameter_server_bytes, ring_bytes
 from learning.profiles import PROFILES, Place, plans
 from learning.records import write_record_sites
 from learning.results import Point, Result, Results, best, line_of, read_lines
 from learning.sentiment import label_of
 from learning.sequences import passages
-from learning.tables import bytes_to, comparison, ddp_bytes_to, replace_section
+from learning.tables import bytes_to, comparison, each_step_bytes_to, replace_section
 from learning.trials import Experiment, grid_of, key_of, run_experiment
 from learning.workbench import Workbench, drops_out
 
@@ -58,7 +59,7 @@ async def test_trials_are_done_once_and_counted_by_the_coordinators_records(corp
         async with federation(sites, bench, tmp_path / "federation") as running:
             await run_experiment(experiment, running, sites, results)
     bench.close()
-    done = list(results)
+    done = results.of("small")
     assert len(capsys.readouterr().out.splitlines()) == len(done) == 4  # 2 rates and 1 seed more; 1 pooled
     few = next(result for result in done if result.arm == "few")
     pooled = next(result for result in done if result.arm == "central")
@@ -85,7 +86,7 @@ async def test_a_rate_that_diverges_is_a_result_and_no_end(corpus, tmp_path):
     async with federation(sites, bench, tmp_path / "federation") as running:
         await run_experiment(experiment, running, sites, results)
     bench.close()
-    by_rate = {result.lr: result for result in results}
+    by_rate = {result.lr: result for result in results.of("wild")}
     assert by_rate[1e30].figure("loss") == math.inf
     assert "not finite" in by_rate[1e30].failed or "loss is" in by_rate[1e30].failed
     assert best(by_rate.values(), "loss").lr == 1e-2
@@ -200,7 +201,8 @@ def test_results_of_another_machine_are_taken_over_and_those_done_here_stay(tmp_
     results = Results(tmp_path)
     results.add(result("a", 1, 2.0))
     results.take_over([result("a", 1, 3.0), result("b", 1, 4.0)])
-    assert sorted(one.metrics["loss"] for one in results) == [2.0, 4.0]
+    results.settle("gates", [result("a", 1, 0.0), result("b", 1, 0.0)])
+    assert sorted(one.metrics["loss"] for one in results.of("gates")) == [2.0, 4.0]
 
 
 def test_a_trial_of_two_experiments_is_done_once(tmp_path):
@@ -234,27 +236,29 @@ def test_a_claimed_trial_is_another_processs_until_it_is_done_or_given_up(tmp_pa
         claim.__exit__()  # not before the result is there
         with waiting.result(60):
             assert results.find(blank) is not None
-    assert list(results) == [blank]
+    assert results.find(blank) == blank
+
+
+MOVED = {"model_bytes": 25, "sites": {"a": {}, "b": {}}}
 
 
 def test_gates_hold_the_mean_of_the_seeds_against_their_limits():
     results = [
         *(result("central", seed, 2.0) for seed in (1, 2)),
         *(result("alone", seed, loss) for seed, loss in ((1, 2.2), (2, 2.05))),
-        *(result("diloco-h10", seed, loss, bytes_up=100) for seed, loss in ((1, 2.08), (2, 2.10))),
-        *(result("diloco-h50", seed, loss, bytes_up=25) for seed, loss in ((1, 2.2), (2, 2.24))),
+        *(result("diloco-h10", seed, loss, **MOVED, bytes_up=100) for seed, loss in ((1, 2.08), (2, 2.10))),
+        *(result("diloco-h50", seed, loss, **MOVED, bytes_up=25) for seed, loss in ((1, 2.2), (2, 2.24))),
         *(result("diloco-h10-int8", seed, loss) for seed, loss in ((1, 2.08), (2, 2.121))),
-        result("fedavg-h1", 1, 3.0, bytes_up=600, bytes_down=400),
     ]
-    gates = gates_of(results, (2e-6, 0.5), {"diloco-h10": 10, "diloco-h50": 50})
+    gates = gates_of(results, (2e-6, 0.5))
     assert [(gate.figure.split(",")[0], gate.holds) for gate in gates] == [
         ("weights differ by 2.0e-06 at most", False),
         ("1.0450", True),  # (1.04 + 1.05) / 2
         ("1.1100", False),  # (1.10 + 1.12) / 2
         ("+0.50%", True),  # (1 + 1.01) / 2 − 1
         ("0.9849", False),  # 2.10 / 2.05 is over 1 with the second seed
-        ("10.0-fold", True),
-        ("40.0-fold", False),
+        ("10.00-fold", True),  # 2 ways, 2 sites, 25 bytes, 10 steps over 100 bytes
+        ("40.00-fold", False),
     ]
     assert gates[1].noise == "2 seeds: 1.0400 to 1.0500, standard deviation 0.0071"
 
@@ -268,7 +272,9 @@ def test_bytes_to_the_target_are_read_off_the_curve():
     assert bytes_to(one, 4.0) == 50
     assert bytes_to(one, 2.5) == 150
     assert bytes_to(one, 1.9) is None
-    assert ddp_bytes_to(one, 4.0, sites=3) == 5 * 2 * 3 * 7  # after 5 of 10 steps
+    at_three = replace(one, sites={"a": {}, "b": {}, "c": {}})
+    assert each_step_bytes_to(one, 4.0, parameter_server_bytes(at_three)) == 5 * 2 * 3 * 7  # 5 of 10 steps
+    assert each_step_bytes_to(one, 4.0, ring_bytes(at_three)) == 5 * 2 * 2 * 7
 
 
 def test_the_table_takes_the_rates_that_were_chosen():
@@ -356,7 +362,7 @@ async def test_adapters_of_every_merge_are_trained_and_measured(corpus, tmp_path
     async with federation(sites, bench, tmp_path / "federation") as running:
         await run_experiment(experiment, running, sites, results)
     bench.close()
-    (done,) = results
+    (done,) = results.of("small")
     assert done.failed == ""
     assert done.metrics["loss"] < done.curve[0].metrics["loss"]
 
@@ -368,8 +374,31 @@ def test_nothing_passes_beside_a_trial_without_a_model():
         result("diloco-h10", 1, 2.0),
         result("diloco-h50", 1, 2.0, failed="the loss is nan"),
     ]
-    gates = gates_of(results, None, {})
-    assert [gate.holds for gate in gates] == [False, False, True]  # both ratios to pooled training; alone
+    gates = gates_of(results, None)
+    assert [gate.holds for gate in gates] == [False, False, False, False, True, False, False]  # beats alone
+
+
+def test_what_was_not_measured_passes_no_gate():
+    gates = gates_of([], None)
+    assert len(gates) == 7
+    assert {(gate.figure, gate.holds) for gate in gates} == {("not measured", False)}
+
+
+def test_results_of_other_trials_are_not_told_of(tmp_path):
+    """Such as those of other data or settings, and those that were taken over and belong to neither."""
+    results = Results(tmp_path)
+    mine, other = result("a", 1, 2.0, key="now"), result("a", 2, 1.0, key="then")
+    results.take_over([mine, other])
+    assert results.of("gates") == []
+    results.settle("gates", [replace(mine, metrics={}), replace(other, key="now")])
+    assert results.of("gates") == [mine]
+    results.begin("gates")
+    assert results.of("gates") == []
+
+
+def test_an_experiment_that_a_profile_has_not_is_refused(capsys):
+    with pytest.raises(SystemExit, match="--only gatse: profile short has gates"):
+        main(profile="short", only=["gatse"], report=True)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -382,5 +411,5 @@ def test_every_arm_of_a_profile_is_a_run_that_may_be_submitted(profile, tmp_path
             assert not arm.rates_of or not experiment.arm(arm.rates_of).rates_of
             known[arm.name] = grid_of(arm, known)[0]
             spec = run_spec(experiment.setting, arm, known[arm.name], seed=1)
-            assert (spec.local.steps or 0) * spec.rounds == (arm.steps or experiment.setting.steps)
+            assert (spec.local.steps or 0) * spec.rounds == experiment.setting.steps
         assert len(known) == len(experiment.arms)

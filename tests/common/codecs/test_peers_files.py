@@ -12,8 +12,8 @@ import zstandard
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from fedloom_common.codecs import storage
 from fedloom_common.errors import BadTensor
+from fedloom_common.tensors import Manifest
 
 PIECE = 1 << 16
 BASE = {"w": torch.ones(2, PIECE), "n": torch.tensor([3])}
@@ -211,4 +211,4 @@ def test_a_header_that_grew_is_padded_with_spaces(exchange):
     text = content[8 : 8 + struct.unpack("<Q", content[:8])[0]]
     assert text.rstrip(b" ").endswith(b"}")
     assert len(text) > len(text.rstrip(b" "))
-    assert storage.Manifest.read(session.encoded).size_bytes == len(content)
+    assert Manifest.read(session.encoded).size_bytes == len(content)
