@@ -123,7 +123,8 @@ class Cache:
                 await self._fetch_folder(blobs, folder)
                 self._intact.add(folder.name)
         folder.touch()
-        for old in sorted(self._assets.iterdir(), key=_age)[self._assets_kept :]:
+        others = [path for path in self._assets.iterdir() if path != folder]  # whatever the clock says
+        for old in sorted(others, key=_age)[max(self._assets_kept - 1, 0) :]:
             shutil.rmtree(old)
         return folder
 

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import grpc
@@ -56,6 +56,7 @@ class Daemon:
         self._credential: LiveCredential | None = None
         self._state = StateDir(config.state_dir)
         self._status = Status(self._state.status)
+        self._drain_asked = asyncio.Event()
         self._devices: tuple[Device, ...] = ()
         self._holdings = Holdings(config.data)
         self._mailbox = Mailbox()
@@ -102,7 +103,7 @@ class Daemon:
             WrongState: another daemon uses the state folder.
         """
         keep_freed_memory()
-        with self._state.locked():
+        with self._state.locked(), self._hearing_of_drain():
             if self._config.tls is not None:
                 self._credential = LiveCredential(self._config.tls)
             await self._connect().close()  # mistakes in the config end the start, not the first session
@@ -153,17 +154,22 @@ class Daemon:
 
     async def _until_left(self) -> None:
         """Wait for the signal of `fedloom client drain`, then until nothing is under way or undelivered."""
-        asked, loop = asyncio.Event(), asyncio.get_running_loop()
-        loop.add_signal_handler(LEAVE_SIGNAL, asked.set)
+        await self._drain_asked.wait()
+        self._assignments.leave()
+        while self._assignments.open_ids():  # noqa: ASYNC110 (what empties it lies in several places)
+            await asyncio.sleep(LEFT_S)
+        await asyncio.sleep(LEFT_S)  # the last answer is on its way
+        logger.info("drained")
+
+    @contextmanager
+    def _hearing_of_drain(self) -> Iterator[None]:
+        """Take the signal from the start to the end: without a handler it would kill the process."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(LEAVE_SIGNAL, self._drain_asked.set)
         try:
-            await asked.wait()
-            self._assignments.leave()
-            while self._assignments.open_ids():  # noqa: ASYNC110 (what empties it lies in several places)
-                await asyncio.sleep(LEFT_S)
-            await asyncio.sleep(LEFT_S)  # the last answer is on its way
+            yield
         finally:
             loop.remove_signal_handler(LEAVE_SIGNAL)
-        logger.info("drained")
 
     async def _serve(self) -> None:
         session = Session(

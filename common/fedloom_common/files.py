@@ -52,12 +52,19 @@ def clear_partials(folder: Path) -> None:
 
 @contextmanager
 def flushing(descriptor: int) -> Iterator[None]:
-    """Bring what is written inside to disk meanwhile, so that the sync at the end is short."""
-    ended = threading.Event()
+    """Bring what is written inside to disk meanwhile, so that the sync at the end is short.
+
+    Raises:
+        OSError: something could not be written. The system tells that once: the sync at the end would not.
+    """
+    ended, failed = threading.Event(), list[OSError]()
 
     def flush() -> None:
-        while not ended.wait(FLUSH_S):
-            os.fdatasync(descriptor)
+        try:
+            while not ended.wait(FLUSH_S):
+                os.fdatasync(descriptor)
+        except OSError as error:
+            failed.append(error)
 
     flusher = threading.Thread(target=flush, name="flush", daemon=True)
     flusher.start()
@@ -66,6 +73,8 @@ def flushing(descriptor: int) -> Iterator[None]:
     finally:
         ended.set()
         flusher.join()
+    if failed:
+        raise failed[0]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -48,6 +48,8 @@ class LiveCredential:
         self._tls = tls
         self._files = ChangingFiles(tls.ca, tls.certificate, tls.key)
         self._pems = read_credential(tls.ca, tls.certificate, tls.key)
+        self._wrong = ""
+        """What was last wrong with changed files; they may come right without another change."""
         self.failures = 0
         """Times that changed files were wrong."""
 
@@ -67,11 +69,15 @@ class LiveCredential:
         Raises:
             BadSpec: they are wrong, which is said once; what was in use stays in use.
         """
-        if not self._files.have_changed():
+        if not (self._files.have_changed() or self._wrong):
             return False
+        before, self._wrong = self._wrong, ""
         try:
             self._pems = read_credential(self._tls.ca, self._tls.certificate, self._tls.key)
-        except BadSpec:
+        except BadSpec as error:
+            self._wrong = str(error)
+            if self._wrong == before:
+                return False
             self.failures += 1
             raise
         return True

@@ -142,6 +142,8 @@ def _place(info: TensorInfo) -> tuple[int, int]:
 def _info_of(name: str, entry: Any, data_start: int) -> TensorInfo:
     if len(name) > LONGEST_NAME:
         raise BadTensor(f"a tensor has a name of {len(name)} characters, the limit is {LONGEST_NAME}")
+    if not name.isprintable():
+        raise BadTensor(f"a tensor's name has characters that cannot be shown: {name!a}")
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:

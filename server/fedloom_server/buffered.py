@@ -36,14 +36,15 @@ async def run_buffered(run: Run, federation: Federation) -> str:
     flow = _Flow(run, federation)
     try:
         await flow.take_up()
-        while (reason := flow.stop_reason()) is None:
-            flow.give_work()
-            await flow.until_something_happens()
-            flow.make_versions()
-        await flow.conclude(reason)
+        while True:
+            while (reason := flow.stop_reason()) is None:
+                flow.give_work()
+                await flow.until_something_happens()
+                flow.make_versions()
+            if await flow.conclude(reason):
+                return reason
     finally:
         await flow.leave()
-    return reason
 
 
 class _Flow:
@@ -161,8 +162,11 @@ class _Flow:
             versions.end_measurement(batch)
             self._measuring, self._has_news = None, True
 
-    async def conclude(self, reason: str) -> None:
-        """End the run in good order: a version that is being made becomes the last, and is measured."""
+    async def conclude(self, reason: str) -> bool:
+        """End the run in good order: a version that is being made becomes the last, and is measured.
+
+        Whether it has ended: it goes on if the last version turns out to be so good that it should.
+        """
         if self._making is not None:
             await self._making
         trainings = [a for a in self._work.values() if a.work is Work.TRAIN]
@@ -172,7 +176,10 @@ class _Flow:
         await self._central.settled()
         self._central.begin(self._run.rounds_done, is_last=True)
         await self._central.settled()
+        if self._versions.stop_reason() is None:
+            return False
         self._versions.end(reason)
+        return True
 
     async def _end_measurement_of_last(self) -> None:
         """Wait for those who measure the last version already; an older one's is left as it is."""

@@ -2,16 +2,23 @@
 
 import time
 
-from fedloom_server.records import AssignmentState, Base, Round, RoundState, Run, Work
+from fedloom_common.runspec import Sync
+from fedloom_server.records import AssignmentState, Base, Round, RoundState, Run, RunState, Work
 from fedloom_server.store import Store
 
 
 def close_rounds(store: Store, run: Run) -> list[Round]:
-    """Close a run's unfinished rounds, for the caller to save: training is lost, later steps can go on."""
+    """Close a run's unfinished rounds, for the caller to save: training is lost, later steps can go on.
+
+    Not so where the run has failed while updates were aggregated: they would fail again.
+    """
+    lost = {RoundState.TRAINING}
+    if run.state is RunState.FAILED and isinstance(run.spec.mode, Sync):
+        lost.add(RoundState.AGGREGATING)
     unfinished = store.unfinished_rounds(run.id)
     for record in unfinished:
         record.ended_at_s = run.ended_at_s
-        if record.state is RoundState.TRAINING:
+        if record.state in lost:
             record.state, record.reason = RoundState.FAILED, f"the run was {run.state}"
     return unfinished
 

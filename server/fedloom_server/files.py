@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,10 +183,12 @@ class Files:
         if self._cache_bytes is None:
             return
         wanted = {plain_name(digest) for digest in (*in_use, *self._kept)}
-        held = sorted(
-            (status.st_mtime, status.st_size, path)
-            for path, status in ((path, path.stat()) for path in self._folder.iterdir())
-        )
+        held = []
+        for path in self._folder.iterdir():
+            with suppress(FileNotFoundError):  # a fetch has just ended, and renamed it
+                status = path.stat()
+                held.append((status.st_mtime, status.st_size, path))
+        held.sort()
         too_many_bytes = sum(size for _, size, _ in held) - self._cache_bytes
         for written_at_s, size, path in held:
             is_young = time.time() - written_at_s < YOUNG_S

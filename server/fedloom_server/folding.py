@@ -117,7 +117,8 @@ class Folding:
     def _settle_controls(self, done: Sequence[Assignment], base: Path, out: Path) -> None:
         weights = {update.site: update.examples for update in self._updates.of(done)}
         earlier = self._store.round(self._run.id, self._record.number - 1)
-        known = earlier.control_weights if earlier else {}
+        # A release that kept none left nothing to go by: its sites are taken to weigh as these do.
+        known = (earlier.control_weights or (weights if earlier.population else {})) if earlier else {}
         before = Census(sites=earlier.population if earlier else 0, weights=known)
         self._record.control_weights = known | weights
         after = Census(sites=self._record.population, weights=self._record.control_weights)

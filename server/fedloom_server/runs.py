@@ -164,8 +164,10 @@ class Runs:
     def _performed(self, run_id: str, task: asyncio.Task[None]) -> None:
         """A run is no longer under way; if its end could not be written, it is taken up again."""
         del self._under_way[run_id]
-        self._asked_for.pop(run_id, None)
+        asked = self._asked_for.pop(run_id, None)
         self._changed.set()
+        if task.cancelled() and asked is not None:  # before it had begun
+            self._leave(self._store.run(run_id), *asked)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.critical("a run broke off; it goes on in a while", extra={"run": run_id}, exc_info=error)
             self._not_before_s[run_id] = now_s() + BROKEN_S

@@ -44,7 +44,8 @@ class Step:
     @property
     def number(self) -> int:
         """Which step of the state it is, from 1."""
-        return 1 if self.state is None else 1 + int(Manifest.read(self.state).metadata[STEPS_KEY])
+        before = {} if self.state is None else Manifest.read(self.state).metadata
+        return 1 + int(before.get(STEPS_KEY, 0))
 
 
 def take_step(step: Step, model: Path, state: Path) -> None:

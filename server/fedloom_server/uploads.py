@@ -85,7 +85,7 @@ class Uploads:
         """Bytes of an update have come."""
         self._meters.received(assignment.site, up_bytes)
         assignment.bytes_up += up_bytes
-        if entry := self._open.get(assignment.id):
+        if up_bytes and (entry := self._open.get(assignment.id)):
             entry.alive_at_s = now_s()
 
     def held_bytes(self, assignment: Assignment) -> int:

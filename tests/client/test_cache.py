@@ -1,6 +1,7 @@
 """Models and assets at the site."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,3 +168,13 @@ def test_an_id_from_the_network_never_becomes_a_path(name: str, wanted: str) -> 
 def test_different_ids_have_different_names() -> None:
     names = ["a/b", "a:b", "a_b", "a//b", "..", "..."]
     assert len({safe_name(name) for name in names}) == len(names)
+
+
+async def test_assets_that_have_just_come_stay_whatever_the_clock_says(cache: Cache) -> None:
+    """A clock that was ahead has left folders that look newer."""
+    ahead_s = time.time() + 86_400
+    for number in range(8):
+        folder = await cache.assets([blob("config.json", number)])
+        os.utime(folder, (ahead_s + number, ahead_s + number))
+    folder = await cache.assets([blob("config.json", 100)])
+    assert (folder / "config.json").exists()

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedloom_client.cli import app
+from fedloom_client.outbox import Outbox
 from fedloom_client.statedir import LEAVE_SIGNAL, StateDir
 from fedloom_common.errors import WrongState
 
@@ -71,3 +72,15 @@ def test_with_no_daemon_the_command_says_so(world, tmp_path):
     config.write_text("{coordinator: 'a:1', insecure: oslo, state_dir: none, data: {texts: {files: [x]}}}")
     with pytest.raises(WrongState, match="no client daemon uses state_dir"):
         CliRunner().invoke(app, ["drain", "--config", str(config)], catch_exceptions=False)
+
+
+async def test_a_drain_while_the_daemon_starts_is_heard(world, monkeypatch):
+    """Without a handler the signal would kill the process."""
+    load = Outbox.load
+
+    def slow(self: Outbox) -> None:
+        os.kill(os.getpid(), LEAVE_SIGNAL)
+        load(self)
+
+    monkeypatch.setattr(Outbox, "load", slow)
+    await asyncio.wait_for(world.daemon(), 60)

@@ -5,6 +5,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from fedloom_common import rotation
 from fedloom_common.authority import Authority
 from fedloom_common.channels import MESSAGE_BYTES, RECEIVED_BYTES, SERVER_OPTIONS, open_channel
 from fedloom_common.errors import BadSpec, NotPermitted
@@ -102,6 +103,13 @@ async def test_a_written_stream_carries_it_beside_the_calls_own_metadata(channel
 
 
 @pytest.fixture
+def secure_files(tmp_path: Path) -> TlsFiles:
+    """A site's certificate, its key and the CA."""
+    Authority.create(tmp_path, "fed.test").issue(Role.SITE, "a").save(tmp_path / "a.crt", tmp_path / "a.key")
+    return TlsFiles(ca=tmp_path / "ca.crt", certificate=tmp_path / "a.crt", key=tmp_path / "a.key")
+
+
+@pytest.fixture
 async def secure(tmp_path: Path) -> AsyncIterator[tuple[str, TlsFiles]]:
     """A server's address on this host, and an operator's certificate for it."""
     authority = Authority.create(tmp_path, "fed.test")
@@ -189,3 +197,27 @@ async def test_a_second_coordinator_cannot_take_the_port(address: str) -> None:
     second = grpc.aio.server(options=SERVER_OPTIONS)
     with pytest.raises(RuntimeError, match="Failed to bind"):
         second.add_insecure_port(address)
+
+
+def test_files_that_come_right_without_changing_are_used(
+    secure_files: TlsFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that the daemon may not read, until somebody changes its owner."""
+    live = LiveCredential(secure_files)
+    read, refusals = rotation.read_credential, ["denied", "denied", "worse"]
+
+    def reading(*paths: Path) -> tuple[bytes, bytes, bytes]:
+        if refusals:
+            raise BadSpec(refusals.pop(0))
+        return read(*paths)
+
+    monkeypatch.setattr(rotation, "read_credential", reading)
+    secure_files.key.touch()
+    answers = []
+    for _ in range(6):
+        try:
+            answers.append(str(live.look()))
+        except BadSpec as error:
+            answers.append(str(error))
+    assert answers == ["False", "denied", "False", "worse", "True", "False"]
+    assert live.failures == 2

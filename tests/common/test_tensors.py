@@ -64,6 +64,7 @@ BAD_FILES = {
         "more than 16 dimensions",
     ),
     "long-name": (header_of({"w" * 501: ENTRY}, bytes(8)), "a name of 501 characters"),
+    "unprintable-name": (header_of({"\ud800": ENTRY}), r"cannot be shown: '\\ud800'"),
     "a-hole": (header_of({"w": ENTRY | {"data_offsets": [8, 16]}}, bytes(16)), "begins at byte"),
     "an-overlap": (header_of({"v": ENTRY, "w": ENTRY}, bytes(16)), "begins at byte"),
     "cut-short": (header_of({"w": ENTRY}, bytes(7)), "its header describes"),

@@ -198,3 +198,18 @@ async def test_who_has_yet_to_measure_the_final_model_is_asked_to(
     found = reports(bench.running, run)
     assert [found[site].federated for site in ("a", "b")] == [federated, federated]
     assert [found[site].alone for site in ("a", "b")] == [3.0, 3.0]  # two rounds each
+
+
+async def test_an_asynchronous_run_goes_on_if_its_last_version_turns_out_better(bench, spec, initial):
+    """As one in rounds does; and it does not end before what it is judged by is known."""
+    site = bench.site("a")
+    start = float(initial["layer.bias"].mean())
+    site.measure = lambda tensors: {0: 5.0, 1: 6.0, 2: 1.0}.get(
+        round(float(tensors["layer.bias"].mean()) - start), 7.0
+    )
+    mode = {"kind": "async", "buffer": 1}
+    wanted = spec(rounds=50, mode=mode, stop={"patience": {"evaluations": 1}}, evaluation=ALONE)
+    run = await bench.ended(await bench.enqueue(wanted))
+    assert run.state == "finished"
+    losses = [record.metrics.get("loss") for record in bench.running.store.rounds(run.id)]
+    assert min(loss for loss in losses if loss) == float(run.reason.split("its best is ")[1].split()[0])

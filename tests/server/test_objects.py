@@ -216,3 +216,19 @@ async def test_models_go_to_s3_and_come_back(tmp_path, s3_url):
 async def test_s3_is_tried_out_and_left_empty(s3_url):
     Objects(s3_url).try_out()
     assert names_in(s3_url) == []
+
+
+def test_a_fetch_that_ends_while_the_cache_is_trimmed_disturbs_nobody(tmp_path, url, monkeypatch):
+    files = Files(tmp_path / "one", Objects(url), cache_bytes=250)
+    files.put(new_file(tmp_path, b"a"))
+    arriving = tmp_path / "one" / "x.fetched"
+    arriving.write_bytes(b"b")
+    stat = Path.stat
+
+    def gone(path, **options):
+        if path == arriving:
+            arriving.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    files.trim([])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fedloom.v1 import session_pb2 as pb
-from fedloom_common.errors import BadSpec, NotFound, WrongState
+from fedloom_common.errors import BadSpec, BadTensor, NotFound, WrongState
+from fedloom_server import folding
 from fedloom_server.app import coordinator
 from fedloom_server.failures import FAILURES_KEPT
 from fedloom_server.folding import Folding
@@ -565,3 +566,39 @@ async def test_a_late_update_outlives_a_failed_try(
         wanted = initial["layer.bias"] + (10 * 1 + 30 * 4) / 40 + step
         np.testing.assert_allclose(bench.model(run)["layer.bias"], wanted, rtol=1e-6)
         assert len(slow.trained) == (2 if step > 4 else 1)
+
+
+async def test_a_stop_that_comes_as_a_run_begins_is_heard(bench, spec):
+    bench.site("a")
+    runs = bench.running.runs
+    begin, stopped = runs._begin, []
+
+    def begin_and_stop(run):
+        begin(run)
+        if not stopped:
+            stopped.append(asyncio.create_task(runs.stop(run.id, "at once")))
+
+    runs._begin = begin_and_stop
+    run = await bench.enqueue(spec(rounds=3))
+    await bench.until(lambda: stopped)
+    await stopped[0]
+    assert bench.running.store.run(run.id).state == "stopped"
+
+
+async def test_a_run_that_failed_while_it_aggregated_trains_again_when_it_is_resumed(
+    bench, spec, monkeypatch
+):
+    bench.site("a")
+    make = folding.make_model
+
+    def overflow(*arguments):
+        monkeypatch.setattr(folding, "make_model", make)
+        raise BadTensor("the next model's tensor w is not finite in F32")
+
+    monkeypatch.setattr(folding, "make_model", overflow)
+    run = await bench.ended(await bench.enqueue(spec(rounds=1)))
+    assert (run.state, run.reason.split(" is ")[0]) == ("failed", "the next model's tensor w")
+    bench.running.runs.resume(run.id)
+    run = await bench.ended(run)
+    assert run.state == "finished"
+    assert bench.running.store.round(run.id, 1).attempt == 2

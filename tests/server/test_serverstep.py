@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from fedloom_common.errors import BadTensor
 from fedloom_common.runspec import Aggregation, RunSpec
+from fedloom_common.tensors import Manifest
 from fedloom_server.aggregation import pieces
 from fedloom_server.optimizers import learning_rate, optimizer_for
 from fedloom_server.serverstep import Step, take_step
@@ -266,3 +267,11 @@ def test_the_rate_follows_the_rounds():
 def test_an_adaptive_rate_fits_what_sites_train_with(local, rate):
     assert learning_rate(spec_of("fedyogi", local=local), 1) == rate
     assert learning_rate(spec_of({"name": "fedyogi", "lr": 0.5}, local=local), 1) == 0.5
+
+
+def test_a_state_of_a_release_that_counted_no_steps_is_gone_on_with(tmp_path):
+    rounds = Rounds(tmp_path, "diloco", {"w": torch.tensor([10.0])})
+    rounds.play({"w": torch.tensor([2.0])})
+    save_file(load_file(rounds.state), rounds.state, {"fedloom.optimizer": "diloco"})
+    rounds.play({"w": torch.tensor([2.0])})
+    assert Manifest.read(rounds.state).metadata["fedloom.steps"] == "1"

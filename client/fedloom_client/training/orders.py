@@ -7,7 +7,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from fedloom_common.errors import ProtocolError
+from fedloom_common.errors import ProtocolError, TrainingFailed
+
+LARGEST_COUNT = (1 << 63) - 1  # that the contract and the coordinator's database hold
 
 LINE_LIMIT_BYTES = 16 << 20  # a run spec may hold a large model config; no honest line comes near
 
@@ -128,9 +130,24 @@ class WorkerResult:
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> "WorkerResult":
-        """The result that came as JSON."""
+        """The result that came as JSON.
+
+        Raises:
+            TrainingFailed: a number is none that may be sent, as a plug-in's may be.
+        """
         before = body.get("before")
-        return cls(**body | {"before": None if before is None else cls(**before)})
+        result = cls(**body | {"before": None if before is None else cls.of(before)})
+        for name, found in (("weights", result.weights), ("counts", result.counts)):
+            for metric, value in found.items():
+                numbers = value if isinstance(value, list) else [value]
+                if not all(isinstance(number, int) and 0 <= number <= LARGEST_COUNT for number in numbers):
+                    raise TrainingFailed(
+                        f"the task's {name} of {metric} are {value!r}; wanted are whole numbers from 0 up"
+                    )
+        for metric, figure in result.metrics.items():
+            if not isinstance(figure, int | float):
+                raise TrainingFailed(f"the task's {metric} is {figure!r}; wanted is a number")
+        return result
 
 
 def encode(kind: str, body: Any = None) -> bytes:

@@ -11,7 +11,8 @@ from fedloom_client import launches
 from fedloom_client.config import Workers
 from fedloom_client.launches import FOLDER_NOTE, Launched, RankZero, clear_after_kill
 from fedloom_client.training.launcher import Launch
-from fedloom_client.training.orders import Job, Order, Source, encode
+from fedloom_client.training.orders import Job, Order, Source, WorkerResult, encode
+from fedloom_common.errors import TrainingFailed
 
 ORDER = Order(id="a", work="evaluate", run_id="r", round=0, model_path="", assets_dir="", spec={})
 JOB = Job(
@@ -119,3 +120,23 @@ async def test_a_rank_that_comes_with_a_cancel_is_there_for_the_next_order(
         async with asyncio.timeout(5):
             assert await launched.rank_zero() is not None
     await launched.stop()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"weights": {"f1": 3.0}},
+        {"counts": {"hits": [3.0]}},
+        {"counts": {"hits": [-1]}},
+        {"weights": {"f1": 1 << 63}},
+        {"metrics": {"f1": "high"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["result", "before"])
+def test_numbers_of_a_plug_in_that_cannot_be_sent_are_a_failed_training(told, where):
+    good = {"examples": 1, "tokens": 1, "metrics": {"loss": 1.0}, "weights": {}, "counts": {}}
+    body = good | told if where == "result" else good | {"before": good | told}
+    with pytest.raises(TrainingFailed, match="the task's"):
+        WorkerResult.of(body)
+    assert WorkerResult.of(good | {"before": good}).before == WorkerResult.of(good)
