@@ -112,19 +112,19 @@ def exchange_experiment(steps: int, seeds: tuple[int, ...]) -> Experiment:
         for h in (50, 100)
     ]  # fmt: skip
     dropout = [
-        replace(FEDAVG, name=f"fedavg-h10-gone{share}", told=f"FedAvg, H = 10, {share} % of the sites gone",
+        replace(FEDAVG, name=f"fedavg-h10-gone{share}", told=f"FedAvg, H = 10, {share} % of trainings lost",
                 rates_of="fedavg-h10", dropout=share / 100)
         for share in (30, 50)
     ]  # fmt: skip
     return Experiment(
         name="exchange",
-        title="4 sites: how often, how small, and with sites gone",
+        title="4 sites: how often, how small, and with trainings lost",
         setting=byte_gpt(4, steps),
         arms=(CENTRAL, *averaged, *nesterov, INT8, *codecs, *seldom_int8, *dropout),
         seeds=seeds,
         topics={
             "how often": [arm.name for arm in (CENTRAL, *averaged, *nesterov)],
             "how small": [arm.name for arm in (CENTRAL, DILOCO_H10, INT8, *codecs, *seldom_int8)],
-            "with sites gone": [arm.name for arm in (CENTRAL, FEDAVG, *dropout)],
+            "with trainings lost": [arm.name for arm in (CENTRAL, FEDAVG, *dropout)],
         },
     )
