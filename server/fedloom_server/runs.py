@@ -166,11 +166,17 @@ class Runs:
         del self._under_way[run_id]
         asked = self._asked_for.pop(run_id, None)
         self._changed.set()
-        if task.cancelled() and asked is not None:  # before it had begun
-            self._leave(self._store.run(run_id), *asked)
+        if asked is not None:
+            self._obey(run_id, *asked)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.critical("a run broke off; it goes on in a while", extra={"run": run_id}, exc_info=error)
             self._not_before_s[run_id] = now_s() + BROKEN_S
+
+    def _obey(self, run_id: str, state: RunState, reason: str) -> None:
+        """Do what was asked for before the run had begun, or as it began to wait: it has not heard of it."""
+        run = self._store.run(run_id)
+        if not (run.state.is_end or run.state is state):
+            self._leave(run, state, reason)
 
     async def _perform(self, run: Run) -> None:
         run.state, run.reason = RunState.RUNNING, ""

@@ -568,8 +568,12 @@ async def test_a_late_update_outlives_a_failed_try(
         assert len(slow.trained) == (2 if step > 4 else 1)
 
 
-async def test_a_stop_that_comes_as_a_run_begins_is_heard(bench, spec):
-    bench.site("a")
+@pytest.mark.parametrize("has_site", [False, True])
+async def test_a_stop_that_comes_as_a_run_begins_is_heard(bench, spec, has_site):
+    """Before its task has run, or when it has just found that no site is there."""
+    if has_site:
+        bench.site("a")
+        await bench.until(bench.running.sites.connected)
     runs = bench.running.runs
     begin, stopped = runs._begin, []
 
