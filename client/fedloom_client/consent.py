@@ -173,7 +173,10 @@ class Trainings:
         try:
             content: Any = json.loads(self._path.read_text()) if self._path.exists() else {}
             days = {str(day): [str(name) for name in names] for day, names in content.get("days", {}).items()}
-            joined = {str(run): str(config) for run, config in content.get("joined", {}).items()}
+            joined = content.get("joined", {})
+            if isinstance(joined, list):
+                joined = {}  # the runs' names alone, as earlier releases kept them
+            joined = {str(run): str(config) for run, config in joined.items()}
             return Done(self._path, f"{now:%Y-%m-%d}", days, joined)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise BadSpec(

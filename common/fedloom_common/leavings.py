@@ -62,8 +62,9 @@ class Leavings:
         """Keep what the last delivered update left, or let it go; then one of ``round_`` may be made.
 
         ``counted_round`` is the last round whose update counted, 0 if none did; None if that is not told:
-        then an update of ``round_`` itself did not count, as it is made again. Returns
-        whether it counts; true if nothing was delivered.
+        then an update of ``round_`` itself did not count, as it is made again.
+
+        Returns whether it counts; true if nothing was delivered.
 
         Raises:
             BadTensor: the file is damaged, and gone.

@@ -158,8 +158,7 @@ async def _choose(run: Run, record: Round, federation: Federation) -> None:
             run, record, free, store=federation.store, sites=federation.sites, count=count
         )
         record.cohort = list(drawn)
-    earlier = federation.store.round(run.id, record.number - 1)
-    record.population = max(len(free) + len(busy), earlier.population if earlier else 0)
+    record.population = len(free) + len(busy)
     record.target = target + len(busy) if cohort.over_select else 0
     record.asked_at_s = time.time()
 

@@ -121,6 +121,8 @@ class Folding:
         known = (earlier.control_weights or (weights if earlier.population else {})) if earlier else {}
         before = Census(sites=earlier.population if earlier else 0, weights=known)
         self._record.control_weights = known | weights
+        # Who is away for a round is still one of N: c goes on from what all have given it.
+        self._record.population = max(self._record.population, before.sites)
         after = Census(sites=self._record.population, weights=self._record.control_weights)
         share = sum(weights.values()) / after.total
         settle_controls(out, base, kept=before.total / after.total, share=share)

@@ -149,8 +149,8 @@ class Round(Base):
     target: Mapped[int] = mapped_column(default=0)
     """Updates with which the round goes on, whoever is still at work; 0 if it goes on when all have ended."""
     population: Mapped[int] = mapped_column(default=0)
-    """Sites of which a cohort could be drawn, N, in this round or an earlier one, whichever were more; those
-    still at work on an earlier round included."""
+    """Sites of which the cohort could be drawn, N, those still at work on an earlier round included. With
+    SCAFFOLD the most of this round and all earlier ones, as soon as its updates are aggregated."""
     control_weights: Mapped[dict[str, int]] = mapped_column(default_factory=dict)
     """With SCAFFOLD what the last update of each site weighed, this round's included."""
     reason: Mapped[str] = mapped_column(default="")

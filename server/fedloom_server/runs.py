@@ -166,11 +166,12 @@ class Runs:
         del self._under_way[run_id]
         asked = self._asked_for.pop(run_id, None)
         self._changed.set()
-        if asked is not None:
-            self._obey(run_id, *asked)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
             logger.critical("a run broke off; it goes on in a while", extra={"run": run_id}, exc_info=error)
             self._not_before_s[run_id] = now_s() + BROKEN_S
+        elif asked is not None:
+            self._obey(run_id, *asked)
 
     def _obey(self, run_id: str, state: RunState, reason: str) -> None:
         """Do what was asked for before the run had begun, or as it began to wait: it has not heard of it."""

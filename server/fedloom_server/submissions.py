@@ -148,8 +148,9 @@ class Submissions:
             "run submitted", extra={"run": run.id, "name_of_run": run.name, "model_bytes": run.model_bytes}
         )
         adapter = run.spec.model.adapter
-        known = {site.name for site in self._store.sites()}
-        if adapter is not None and (strangers := sorted(adapter.ranks.keys() - known)):
+        if adapter is None or not adapter.ranks:
+            return
+        if strangers := sorted(adapter.ranks.keys() - {site.name for site in self._store.sites()}):
             logger.warning(
                 "model.adapter.ranks names sites that have never been here: they may be misspelt, and all "
                 "others train with model.adapter.rank",

@@ -76,11 +76,13 @@ def test_with_no_daemon_the_command_says_so(world, tmp_path):
 
 async def test_a_drain_while_the_daemon_starts_is_heard(world, monkeypatch):
     """Without a handler the signal would kill the process."""
-    load = Outbox.load
+    load, loaded = Outbox.load, []
 
     def slow(self: Outbox) -> None:
         os.kill(os.getpid(), LEAVE_SIGNAL)
         load(self)
+        loaded.append(self)
 
     monkeypatch.setattr(Outbox, "load", slow)
     await asyncio.wait_for(world.daemon(), 60)
+    assert len(loaded) == 1

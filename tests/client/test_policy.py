@@ -257,6 +257,14 @@ def test_a_damaged_record_of_trainings_permits_nothing(tmp_path: Path) -> None:
     assert "is damaged" in str(consent(config).refusal(assignment(), spec()))
 
 
+def test_a_record_of_trainings_with_nothing_but_names_of_joined_runs_still_counts(tmp_path: Path) -> None:
+    config = site(tmp_path, policy={"max_rounds_per_day": 1})
+    assert consent(config).refusal(assignment("r1.1.1.train.a"), spec()) is None
+    record = config.state_dir / "trainings.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"joined": ["r1"]}))
+    assert "max_rounds_per_day" in str(consent(config).refusal(assignment("r1.2.1.train.a"), spec()))
+
+
 def test_a_run_that_was_joined_with_a_permitted_model_cannot_go_on_with_one_of_another_config(
     tmp_path: Path,
 ) -> None:

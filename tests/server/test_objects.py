@@ -232,3 +232,4 @@ def test_a_fetch_that_ends_while_the_cache_is_trimmed_disturbs_nobody(tmp_path, 
 
     monkeypatch.setattr(Path, "stat", gone)
     files.trim([])
+    assert not arriving.exists()

@@ -220,3 +220,4 @@ MIXTRAL = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_mixture_of_experts_that_reads_forward_is_taken(tmp_path, dtype):
     write_model(spec_of({"config": MIXTRAL | {"dtype": dtype}}, CAUSAL), tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "mixtral"

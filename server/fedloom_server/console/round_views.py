@@ -202,9 +202,8 @@ class _Totals:
         self.bytes_up += work.bytes_up
         if "loss" in work.metrics:
             self.losses[work.work] = work.metrics["loss"]
-        if (
-            work.work == Work.WORK_TRAIN and "loss" in work.before.metrics
-        ):  # alone, it is of the initial model
+        # What a training alone measures before it begins is the initial model.
+        if work.work == Work.WORK_TRAIN and "loss" in work.before.metrics:
             self.losses[Work.WORK_EVALUATE] = work.before.metrics["loss"]
         if work.work != Work.WORK_TRAIN:
             return
