@@ -32,9 +32,7 @@ from fedloom_common.codecs.decoder import Decoder
 from fedloom_common.codecs.encoder import encode_model
 from fedloom_common.codecs.feedback import Feedback
 from fedloom_common.codecs.spec import Codecs
-from fedloom_common.codecs.storage import (
-    Buffers,
-)
+from fedloom_common.codecs.storage import Buffers
 from fedloom_common.codecs.values import PIECE_VALUES, Values
 from fedloom_common.tensorfiles import TensorFile
 from fedloom_common.tensors import ITEM_BYTES, Manifest, TensorInfo, write_tensors

@@ -7,13 +7,7 @@ from typing import Any
 import grpc
 
 from fedloom_common.errors import BadSpec
-from fedloom_common.identity import (
-    Peer,
-    TlsFiles,
-    insecure_metadata,
-    is_loopback,
-    require_loopback,
-)
+from fedloom_common.identity import Peer, TlsFiles, insecure_metadata, is_loopback, require_loopback
 from fedloom_common.rotation import LiveCredential
 
 MESSAGE_BYTES = 8 << 20

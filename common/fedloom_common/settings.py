@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ValidationError,
-    ValidationInfo,
-    create_model,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError, ValidationInfo, create_model
 
 from fedloom_common.drafts import Draft, Typed, draft_of
 from fedloom_common.errors import BadSpec

@@ -21,10 +21,7 @@ from fedloom_common.errors import FederationError
 from fedloom_server.auditchain import Entry, Head, hash_of
 from fedloom_server.database import Database
 from fedloom_server.federationrecords import AuditRow
-from fedloom_server.records import (
-    Run,
-    RunState,
-)
+from fedloom_server.records import Run, RunState
 
 COORDINATOR = "coordinator"
 TEXT_CHARACTERS = 400

@@ -18,11 +18,7 @@ from fedloom_common.runspec import Scaffold
 from fedloom_common.threads import until_done
 from fedloom_server.adapters.merging import Merge
 from fedloom_server.adapters.updates import Given
-from fedloom_server.aggregation import (
-    FoldingAggregator,
-    Update,
-    aggregator_for,
-)
+from fedloom_server.aggregation import FoldingAggregator, Update, aggregator_for
 from fedloom_server.aggregation.controls import Census, settle_controls
 from fedloom_server.downlink import Published
 from fedloom_server.globalmodel import make_model

@@ -17,11 +17,7 @@ from fedloom_common.errors import AttemptFailed
 from fedloom_common.runspec.evaluation import TRAIN_PREFIX
 from fedloom_server.evaluation import before_of
 from fedloom_server.federationrecords import MetricPoint
-from fedloom_server.records import (
-    AssignmentState,
-    Run,
-    Work,
-)
+from fedloom_server.records import AssignmentState, Run, Work
 from fedloom_server.store import Store
 from fedloom_server.watching import Change, SiteProgress
 

@@ -13,10 +13,7 @@ from fedloom_server.adapters.parts import PartFile
 from fedloom_server.downlink import Delta
 from fedloom_server.eligibility import Description
 from fedloom_server.federationrecords import SiteRecord, SiteState
-from fedloom_server.records import (
-    Assignment,
-    Run,
-)
+from fedloom_server.records import Assignment, Run
 from fedloom_server.store import Store
 
 FLUSH_S = 1.0  # attaching and detaching is written so much later, many at a time

@@ -7,13 +7,7 @@ import shutil
 import time
 import traceback
 
-from fedloom_common.errors import (
-    AttemptFailed,
-    FederationError,
-    StorageUnavailable,
-    TooFewSites,
-    WrongState,
-)
+from fedloom_common.errors import AttemptFailed, FederationError, StorageUnavailable, TooFewSites, WrongState
 from fedloom_common.partial import discard
 from fedloom_common.runspec import Sync
 from fedloom_server.batches import require_sites

@@ -15,14 +15,8 @@ from crc32c import crc32c as crc32c_of
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom.v1 import transfer_pb2
-from fedloom.v1.session_pb2_grpc import (
-    FederationServiceServicer,
-    add_FederationServiceServicer_to_server,
-)
-from fedloom.v1.transfer_pb2_grpc import (
-    TransferServiceServicer,
-    add_TransferServiceServicer_to_server,
-)
+from fedloom.v1.session_pb2_grpc import FederationServiceServicer, add_FederationServiceServicer_to_server
+from fedloom.v1.transfer_pb2_grpc import TransferServiceServicer, add_TransferServiceServicer_to_server
 from fedloom_client.config import DataSource, SiteConfig
 from fedloom_client.daemon import Daemon
 from fedloom_client.training.orders import Order, WorkerProgress, WorkerResult

@@ -21,13 +21,7 @@ from fedloom_server.app import coordinator
 from fedloom_server.database import open_database
 from fedloom_server.eligibility import Description
 from fedloom_server.federationrecords import SiteRecord
-from fedloom_server.records import (
-    Assignment,
-    AssignmentState,
-    Run,
-    RunState,
-    Work,
-)
+from fedloom_server.records import Assignment, AssignmentState, Run, RunState, Work
 from fedloom_server.store import MOST_ATTEMPTS, Store
 
 

@@ -13,11 +13,7 @@ from fedloom_server.cli import app
 from fedloom_server.database import SQLITE_FILE, open_database
 from fedloom_server.federationrecords import MetricPoint
 from fedloom_server.moving import copy_from_sqlite
-from fedloom_server.records import (
-    Base,
-    RoundState,
-    RunState,
-)
+from fedloom_server.records import Base, RoundState, RunState
 from fedloom_server.schema import latest_revision, require_latest, revision_of, upgrade
 from fedloom_server.store import Store
 

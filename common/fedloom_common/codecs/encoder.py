@@ -13,11 +13,7 @@ from fedloom_common.codecs.chain import Chain, Layout
 from fedloom_common.codecs.checks import naming, refuse, require_finite
 from fedloom_common.codecs.feedback import Feedback, Residual
 from fedloom_common.codecs.readers import tensor_reader
-from fedloom_common.codecs.storage import (
-    Buffers,
-    OutputFile,
-    parts_writer,
-)
+from fedloom_common.codecs.storage import Buffers, OutputFile, parts_writer
 from fedloom_common.codecs.topk import Picker, find_threshold, gaps_of
 from fedloom_common.codecs.values import PIECE_VALUES, Raw, Values
 from fedloom_common.files import atomic_file

@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedloom_common.codecs.chain import Entry
-from fedloom_common.codecs.storage import (
-    OutputFile,
-)
+from fedloom_common.codecs.storage import OutputFile
 from fedloom_common.codecs.values import PIECE_VALUES, Values
 from fedloom_common.errors import BadTensor
 from fedloom_common.files import atomic_file

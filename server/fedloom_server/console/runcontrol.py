@@ -21,15 +21,7 @@ from fedloom_server.console.connection import AsJson, Operator, Reason, operator
 from fedloom_server.console.formats import as_data, console_for_output, json_text, plain
 from fedloom_server.console.overrides import apply_overrides
 from fedloom_server.console.run_views import failures_view
-from fedloom_server.console.runapp import (
-    MOST_ROUNDS,
-    Overrides,
-    Priority,
-    Quiet,
-    RunId,
-    app,
-    say_state,
-)
+from fedloom_server.console.runapp import MOST_ROUNDS, Overrides, Priority, Quiet, RunId, app, say_state
 
 
 @operator_command(app, "pause")

@@ -8,12 +8,7 @@ base.py losses.py tokenizers.py              what they share
 """
 
 from fedloom_client.training.tasks.base import BaseTask
-from fedloom_client.training.tasks.losses import (
-    label_metrics,
-    label_sums,
-    mean_cross_entropy,
-    token_sums,
-)
+from fedloom_client.training.tasks.losses import label_metrics, label_sums, mean_cross_entropy, token_sums
 from fedloom_client.training.tasks.making import new_task, packing_key
 from fedloom_client.training.tasks.protocol import (
     IGNORED,
