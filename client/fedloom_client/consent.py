@@ -21,8 +21,8 @@ from fedloom_client.policy import (
 )
 from fedloom_client.statedir import StateDir
 from fedloom_common.errors import BadSpec
-from fedloom_common.fields import mistake
 from fedloom_common.files import write_text
+from fedloom_common.mistakes import describe
 from fedloom_common.runspec import RunSpec, parse_run_spec
 from fedloom_common.yamltext import read_yaml
 
@@ -154,7 +154,7 @@ def read_policy(path: Path) -> Policy:
     except (OSError, UnicodeDecodeError) as error:
         raise BadSpec(f"policy_file {path} cannot be read, so everything is refused: {error}") from error
     except ValidationError as error:
-        mistakes = "\n".join(mistake(Policy, item, None) for item in error.errors())
+        mistakes = describe(error, Policy)
         raise BadSpec(f"policy_file {path} has mistakes, so everything is refused:\n{mistakes}") from error
 
 

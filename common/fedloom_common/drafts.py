@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fedloom_common.errors import BadSpec
-from fedloom_common.fields import is_model, leaves, plain_type, unknown_setting
+from fedloom_common.fields import is_model, leaves, plain_type, suggestion
 from fedloom_common.yamltext import read_yaml
 
 # Kubernetes gives containers variables for each service: of one named fedloom-coordinator, with our prefix.
@@ -141,7 +141,7 @@ def _locate(cls: type[BaseModel], parts: Sequence[str], source: str) -> tuple[tu
         if is_model(kind):
             key = part.replace("-", "_")
             if key not in kind.model_fields:
-                raise BadSpec(unknown_setting(kind, key, f"{source}: "))
+                raise BadSpec(f"{source}: no such key as {key!r}; {suggestion(kind, key)}")
             kind = plain_type(kind.model_fields[key].annotation)
         elif typing.get_origin(kind) is dict:
             key, kind = part, plain_type(typing.get_args(kind)[1])

@@ -1,17 +1,16 @@
-"""What the fields of a config say of themselves: their types as flags see them, help, and mistakes."""
+"""What the fields of a config say of themselves: their types as flags see them, help, known keys."""
 
 import difflib
-import itertools
 import json
 import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 
@@ -58,67 +57,10 @@ def leaves(cls: type[BaseModel], lead: str) -> Iterator[tuple[str, str, FieldInf
             yield f"{lead}{name}", _kind_name(kind), info
 
 
-def mistake(cls: type[BaseModel], item: Any, source: str | None) -> str:
-    """One of pydantic's errors as a line: path, what was wanted, what came, and from which source."""
-    path = ".".join(str(part) for part in item["loc"] if part != "[key]") or "(the whole)"
-    origin = f" in {source}" if source else ""
-    if item["type"] == "missing":
-        return f"  {path}: required, but not given{origin}"
-    if item["type"] == "extra_forbidden":
-        kind = _kind_at(cls, item["loc"][:-1])
-        model = kind if is_model(kind) else cls
-        return f"  {path}: " + unknown_setting(model, str(item["loc"][-1]), "") + f" (came{origin})"
-    wanted = _shape(_kind_at(cls, item["loc"]), item) or item["msg"].removeprefix("Value error, ")
-    came = repr(item["input"])
-    is_secret = _kind_at(cls, item["loc"]) is SecretStr
-    if isinstance(item["input"], dict) or len(came) > 80 or is_secret:
-        return f"  {path}: {wanted}{origin and f' (came{origin})'}"
-    return f"  {path}: {wanted} (came: {came}{origin})"
-
-
-def unknown_setting(cls: type[BaseModel], key: str, lead: str) -> str:
-    """What to say of a key that is none of a config's, with the one that was probably meant."""
-    return f"{lead}no setting {key!r}; {suggestion(cls, key)}"
-
-
 def suggestion(cls: type[BaseModel], key: str) -> str:
     """The key that was probably meant, or all that there are."""
     close = difflib.get_close_matches(key, cls.model_fields, n=1)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.model_fields)}"
-
-
-def _shape(kind: Any, item: Any) -> str | None:
-    """What was wanted where something else came than a list or mapping, with an example made of it."""
-    if item["type"] in ("tuple_type", "list_type"):
-        return f"wanted a list, such as {_example(kind, item['input'])}"
-    if item["type"] == "dict_type":
-        return f"wanted a mapping, such as {_example(kind, item['input'])}"
-    if item["type"] in ("model_type", "model_attributes_type") and is_model(kind):
-        return f"wanted a mapping with keys such as {', '.join(itertools.islice(kind.model_fields, 3))}"
-    return None
-
-
-def _example(kind: Any, came: Any) -> str:
-    if is_model(kind):
-        needed = [name for name, info in kind.model_fields.items() if info.is_required()]
-        parts = ((name, _example(plain_type(kind.model_fields[name].annotation), came)) for name in needed)
-        return f"{{{', '.join(f'{name}: {part}' for name, part in parts)}}}"
-    if typing.get_origin(kind) is dict:
-        return f"{{name: {_example(plain_type(typing.get_args(kind)[1]), came)}}}"
-    if typing.get_origin(kind) in (tuple, list):
-        return f"[{_example(plain_type(typing.get_args(kind)[0]), came)}]"
-    first = came[0] if isinstance(came, list) and came else came
-    return str(first) if isinstance(first, str | int | float) else "…"
-
-
-def _kind_at(cls: type[BaseModel], loc: Iterable[int | str]) -> Any:
-    kind: Any = cls
-    for part in loc:
-        if is_model(kind) and part in kind.model_fields:
-            kind = plain_type(kind.model_fields[str(part)].annotation)
-        elif typing.get_args(kind):
-            kind = plain_type(typing.get_args(kind)[1 if typing.get_origin(kind) is dict else 0])
-    return kind
 
 
 def _kind_name(kind: Any) -> str:

@@ -9,9 +9,10 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError, ValidationInfo, create_model
 
-from fedloom_common.drafts import Draft, Typed, draft_of
+from fedloom_common.drafts import Typed, draft_of
 from fedloom_common.errors import BadSpec
-from fedloom_common.fields import mistake, settings_help
+from fedloom_common.fields import settings_help
+from fedloom_common.mistakes import describe
 from fedloom_common.strict import Pattern
 
 __all__ = ["Address", "ConfigGlob", "ConfigPath", "Fitting", "load_fitting", "load_settings", "settings_help"]
@@ -86,9 +87,7 @@ def load_settings(cls: type[M], file: Path | None, *, env_prefix: str, flags: Se
         return cls.model_validate(draft.content, context=_context(file))
     except ValidationError as error:
         where = "" if file else ", and no --config FILE is given"
-        raise BadSpec(
-            f"the config has mistakes{where}:\n" + "\n".join(_mistakes(cls, error, draft))
-        ) from error
+        raise BadSpec(f"the config has mistakes{where}:\n" + describe(error, cls, draft.source_of)) from error
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def load_fitting(
         whole = cls.model_validate(draft.content, context=_context(file))
         return Fitting({name: getattr(whole, name) for name in cls.model_fields}, [])
     except ValidationError as error:
-        mistakes = _mistakes(cls, error, draft)
+        mistakes = describe(error, cls, draft.source_of).splitlines()
     values = {}
     for name, field_info in cls.model_fields.items():
         part = create_model("Part", **{name: (field_info.annotation, field_info)})  # type: ignore[call-overload]
@@ -125,7 +124,3 @@ def load_fitting(
 
 def _context(file: Path | None) -> dict[str, Any]:
     return {"base": None if file is None else file.absolute().parent}
-
-
-def _mistakes(cls: type[BaseModel], error: ValidationError, draft: Draft) -> list[str]:
-    return [mistake(cls, item, draft.source_of(item["loc"])) for item in error.errors()]

@@ -53,7 +53,8 @@ def load(folder: Path, **changes: Any) -> SiteConfig:
         ),
         pytest.param(
             {"policy": None},
-            "policy: wanted a mapping with keys such as tasks, task_plugins, data_sets (came: None in",
+            "policy: wanted a mapping with keys such as tasks, task_plugins, data_sets, model_types, models "
+            "(came: None in",
             id="part",
         ),
         pytest.param(

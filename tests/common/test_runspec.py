@@ -157,11 +157,11 @@ MISTAKES = {
     ),
     "misspelt-in-a-task": (
         GOOD + "task: {context_length: 256}",
-        r"task.context_length: no such key; did you mean context_tokens\? .came: 256",
+        r"task.context_length: no such key; did you mean context_tokens\?$",
     ),
     "misspelt-beside-another": (
         GOOD.replace("steps: 10", "steps: 10, step: 4"),
-        r"local.step: no such key; did you mean steps\? .came: 4",
+        r"local.step: no such key; did you mean steps\?$",
     ),
     "misspelt-in-a-list": (
         GOOD + "transport: {up: [{name: topk, fractio: 1}]}",
@@ -169,7 +169,7 @@ MISTAKES = {
     ),
     "like-no-key": (
         with_model("{path: m, adapter: {r: 16}}"),
-        r"model.adapter.r: no such key; known are kind, rank, alpha, .* .came: 16",
+        r"model.adapter.r: no such key; known are kind, rank, alpha, .*",
     ),
     "a-word-for-a-list": (
         with_model("{path: m, adapter: {target_modules: q_proj}}"),
@@ -293,7 +293,6 @@ def test_a_spec_of_another_release_is_told_with_what_to_do_in_the_first_line():
     first, cause = str(caught.value).splitlines()
     assert "install matching releases of fedloom" in first
     assert cause.startswith("  teleport: no such key; known are name, model, ")
-    assert cause.endswith("(came: True)")
 
 
 def test_an_optimizer_without_a_name_is_adamw():

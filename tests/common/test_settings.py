@@ -167,7 +167,7 @@ def test_every_mistake_has_a_line_with_path_value_and_source(
     lines = str(caught.value).splitlines()[1:]
     assert len(lines) == 6
     text = "\n".join(lines)
-    assert "listn: no setting 'listn'; did you mean listen?" in text
+    assert "listn: no such key; did you mean listen?" in text
     assert f"keys.key: required, but not given in {file}" in text
     assert "'many' in FEDTEST_RANKS" in text
     assert "'perhaps' in --dry-run" in text
@@ -178,8 +178,8 @@ def test_every_mistake_has_a_line_with_path_value_and_source(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--listne", "x"], "--listne: no setting 'listne'; did you mean listen?"),
-        (["--keys.kye", "x"], "--keys.kye: no setting 'kye'; did you mean key?"),
+        (["--listne", "x"], "--listne: no such key as 'listne'; did you mean listen?"),
+        (["--keys.kye", "x"], "--keys.kye: no such key as 'kye'; did you mean key?"),
         (["--listen.port", "x"], "--listen.port: listen is a single value, it has no part 'port'"),
         (["--listen"], "--listen needs a value"),
         (["--listen", "--dry-run"], "--listen needs a value"),
@@ -197,7 +197,7 @@ def test_a_wrong_flag_says_what_is_wanted(flags: list[str], message: str) -> Non
 
 def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTEST_LISTNE", "x")
-    with pytest.raises(BadSpec, match="FEDTEST_LISTNE: no setting 'listne'; did you mean listen"):
+    with pytest.raises(BadSpec, match="FEDTEST_LISTNE: no such key as 'listne'; did you mean listen"):
         load()
 
 

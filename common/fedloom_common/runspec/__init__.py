@@ -17,7 +17,6 @@ The coordinator and every site read the same spec; what belongs to one machine
     evaluation.py   measuring the model, and what ends the run early
     run.py          all of it, and what contradicts itself
     reading.py      YAML and JSON, the schema
-    mistakes.py     what is wrong with one, a line each
 """
 
 from fedloom_common.runspec.adapter import Lora
@@ -26,7 +25,6 @@ from fedloom_common.runspec.algorithms import FedProx, Plain, Scaffold
 from fedloom_common.runspec.cohort import Cohort, Staleness
 from fedloom_common.runspec.evaluation import Evaluation, Goal, Patience, Stop, Target
 from fedloom_common.runspec.local import SGD, AdamW, Local, Schedule
-from fedloom_common.runspec.mistakes import describe
 from fedloom_common.runspec.mode import Async, Sync
 from fedloom_common.runspec.model import ModelSpec
 from fedloom_common.runspec.reading import (

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pydantic import ValidationError
 
 from fedloom_common.errors import BadSpec
-from fedloom_common.runspec.mistakes import describe, left_empty
+from fedloom_common.mistakes import describe, left_empty
 from fedloom_common.runspec.run import RunSpec
 from fedloom_common.yamltext import Loader, read_yaml
 
