@@ -68,26 +68,13 @@ def main(
         )
     # Another corpus or split is another folder: their figures must never meet in one table.
     folder = results / f"{profile}-{split}-{digest_of_corpus(corpus)}"
-    cores = len(os.sched_getaffinity(0))
     folder.mkdir(parents=True, exist_ok=True)
     if take_over is not None:
         Results(folder).take_over(read_lines(take_over.read_text()))
     with _scratch(scratch) as below:
         place = Place(corpus=corpus, split=split, downloads=(results / "downloads").absolute(), scratch=below)
         wanted = _wanted(plans(profile, place), only, profile)
-        undone: dict[str, str] = {}
-        for plan in () if report else wanted:
-            print(f"\n{plan.experiment.title}", flush=True)
-            there = replace(place, scratch=below / plan.experiment.name)
-            try:
-                do_trials(plan, profile, there, folder, processes=processes or min(cores, MOST), cores=cores)
-            except (
-                SystemExit,
-                OSError,
-                subprocess.SubprocessError,
-            ) as error:  # the others are done all the same
-                undone[plan.experiment.name] = str(error)
-                print(f"not done: {error}", file=sys.stderr, flush=True)
+        undone = {} if report else _try(wanted, profile, place, folder, processes)
     if not report:
         facts = machine_facts(PACKAGES) | {"corpus": corpus.name, "split": split}
         (folder / "machine.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -95,6 +82,21 @@ def main(
     for name, reason in undone.items():
         print(f"{name} was not done: {reason}", file=sys.stderr)
     raise SystemExit(0 if passes and not undone else 1)
+
+
+def _try(wanted: Sequence[Plan], profile: str, place: Place, folder: Path, processes: int) -> dict[str, str]:
+    """Do the trials that are missing; says by its name why an experiment could not be done."""
+    cores, undone = len(os.sched_getaffinity(0)), dict[str, str]()
+    for plan in wanted:
+        name = plan.experiment.name
+        print(f"\n{plan.experiment.title}", flush=True)
+        there = replace(place, scratch=place.scratch / name)
+        try:
+            do_trials(plan, profile, there, folder, processes=processes or min(cores, MOST), cores=cores)
+        except (SystemExit, OSError, subprocess.SubprocessError) as error:
+            undone[name] = str(error)
+            print(f"not done: {error}", file=sys.stderr, flush=True)
+    return undone
 
 
 def _wanted(known: Sequence[Plan], only: Sequence[str] | None, profile: str) -> list[Plan]:

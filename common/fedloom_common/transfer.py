@@ -175,13 +175,14 @@ async def _fetch(stub: TransferStub, partial: PartialFile, on_bytes: OnBytes, pa
 
 async def upload(
     stub: TransferStub,
-    upload: str,
+    name: str,
     path: Path,
     offset: int,
     on_bytes: OnBytes | None = None,
     pace: Pace | None = None,
 ) -> Receipt:
-    """Send a file from ``offset``, in one attempt; after Unreachable ask QueryWrite from where to go on.
+    """Send a file from ``offset`` as the upload of a name, in one attempt; after Unreachable ask QueryWrite
+    from where to go on.
 
     Raises:
         FederationError: whatever the receiver found wrong, or Unreachable.
@@ -193,11 +194,11 @@ async def upload(
     async def messages() -> AsyncIterator[bytes]:
         try:
             if offset == path.stat().st_size:  # all is there already: an empty chunk asks for the receipt
-                yield Chunk.of(b"", offset, upload).encode()
+                yield Chunk.of(b"", offset, name).encode()
             begin = offset
             # Both ends take an upload for dead that sends no chunk for long, however slow its site wants it.
             most_bytes = int(min(CHUNK_BYTES, pace.burst_bytes))
-            async for end, message in messages_of(path, offset, upload, most_bytes=most_bytes):
+            async for end, message in messages_of(path, offset, name, most_bytes=most_bytes):
                 await pace.take(end - begin)
                 patience.reschedule(clock() + STALL_S)
                 yield message

@@ -65,9 +65,13 @@ async def export(
                 adapter=AsAdapter(base_name=base) if adapter else None,
                 on_bytes=lambda held, total: progress.update(bar, completed=held, total=total),
             )
-    loader = (
-        "PeftModel.from_pretrained(base, " if adapter else f"{_class_of(done.directory)}.from_pretrained("
-    )
+    _tell(done, is_adapter=adapter)
+
+
+def _tell(done: Export, *, is_adapter: bool) -> None:
+    loader = "PeftModel.from_pretrained(base, "
+    if not is_adapter:
+        loader = f"{_class_of(done.directory)}.from_pretrained("
     console_for_output().print(
         f"Exported run {plain(done.run_id)} to {done.directory} ({bytes_text(done.size_bytes)}), "
         f"{_which_model(done)}.\n"
