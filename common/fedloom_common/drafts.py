@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.fields import is_model, leaves, plain_type, suggestion
-from fedloom_common.yamltext import read_yaml
+from fedloom_common.yamltext import read_json, read_yaml
 
 # Kubernetes gives containers variables for each service: of one named fedloom-coordinator, with our prefix.
 _FOREIGN = re.compile(r"config|service_(host|port).*|port(_\d+_.*)?")
@@ -158,7 +158,7 @@ def _decode(kind: Any, text: str, source: str) -> Any:
     many = typing.get_origin(kind) in (tuple, list, set, frozenset)
     if is_model(kind) or typing.get_origin(kind) is dict or (many and text.startswith("[")):
         try:
-            return _typed(json.loads(text))
+            return _typed(read_json(text, source))
         except json.JSONDecodeError as error:
             raise BadSpec(f"{source}: JSON is wanted ({error}), but {text!r} came") from error
     return [Typed(text)] if many else Typed(text)

@@ -1,5 +1,6 @@
-"""YAML that people write: read without running anything, and only if no mapping says a thing twice."""
+"""YAML and JSON that people write: nothing in it is run, and no mapping may say a thing twice."""
 
+import json
 from typing import Any
 
 import yaml
@@ -36,6 +37,25 @@ def read_yaml(text: str, what: str, *, loader: type[Loader] = Loader) -> Any:
         raise BadSpec(f"{what} {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # the latter of days that no calendar has
         raise BadSpec(f"{what} is not YAML: {error}") from error
+
+
+def read_json(text: str, what: str) -> Any:
+    """The content of a text; ``what`` is how errors call it.
+
+    Raises:
+        json.JSONDecodeError: it is not JSON.
+        BadSpec: an object in it has a key twice.
+    """
+    return json.loads(text, object_pairs_hook=lambda pairs: _object_of(pairs, what))
+
+
+def _object_of(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
+    made = dict[str, Any]()
+    for key, value in pairs:
+        if key in made:
+            raise BadSpec(f"{what} has the key {key!r} twice: put what belongs to it under one of them")
+        made[key] = value
+    return made
 
 
 class _RepeatedKey(yaml.YAMLError):

@@ -186,6 +186,7 @@ def test_every_mistake_has_a_line_with_path_value_and_source(
         (["--keys.ca", "~nobody-here/ca.crt"], "no such home folder"),
         (["listen"], "'listen' is not a flag; settings are given as --key value, such as --listen TEXT"),
         (["--keys", "ca.crt"], "--keys: JSON is wanted"),
+        (["--keys", '{"ca": "a", "ca": "b"}'], "--keys has the key 'ca' twice"),
         (["--keys", "null", "--keys.ca", ""], "a path may not be empty"),
     ],
 )

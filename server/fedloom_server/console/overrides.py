@@ -1,6 +1,5 @@
 """The text of a run spec as an operator gives it: a file or standard input, with values set over it."""
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,7 @@ import yaml
 
 from fedloom_common.errors import BadSpec
 from fedloom_common.runspec import require_nothing_left_empty
-from fedloom_common.yamltext import read_yaml
+from fedloom_common.yamltext import read_json, read_yaml
 
 
 def read_spec_text(source: str) -> str:
@@ -70,8 +69,8 @@ def _put(data: dict[str, Any], path: list[str], value: Any, override: str) -> No
 
 
 def _value(override: str, text: str) -> Any:
+    what = f"--set {override}: the value"
     try:
-        return json.loads(text)
+        return read_json(text, what)
     except ValueError:
-        pass
-    return read_yaml(text, f"--set {override}: the value")
+        return read_yaml(text, what)

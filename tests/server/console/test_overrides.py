@@ -60,6 +60,7 @@ def test_the_last_setting_of_a_value_wins():
         ("a: [", "local.steps=5", "the run spec is not YAML"),
         ("local: {}\nlocal: {}", "local.steps=5", "the run spec has the key 'local' twice"),
         (SPEC, "stop={a: 1, a: 2}", "--set stop={a: 1, a: 2}: the value has the key 'a' twice"),
+        (SPEC, 'stop={"a": 1, "a": 2}', "the value has the key 'a' twice"),
         ("- a", "local.steps=5", "not list"),
     ],
 )
