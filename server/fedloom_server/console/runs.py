@@ -14,7 +14,6 @@ from rich.console import Console
 from fedloom.v1.runs_pb2 import ListFailuresRequest, Round, Run, RunFailure, SubmitRequest
 from fedloom_common.errors import NotFound
 from fedloom_common.runspec import parse_run_spec, run_spec_schema
-from fedloom_common.runspec.evaluation import CENTRAL_PREFIX
 from fedloom_server.console import runcontrol, runexport  # noqa: F401 (their commands join the group)
 from fedloom_server.console.board import ENDED
 from fedloom_server.console.connection import AsJson, Coordinator, Operator, operator_command
@@ -97,7 +96,7 @@ async def show(
         bool, typer.Option("--sites", help="Show what each site measured of each round's model.")
     ] = False,
     metric: Annotated[
-        str, typer.Option(help="With --sites: this metric; that of the run's best model if not given.")
+        str, typer.Option(help="With --sites: this metric; that which the report judges by if not given.")
     ] = "",
     spec: Annotated[
         bool, typer.Option("--spec", help="Print the run's spec, with every default, as YAML.")
@@ -116,7 +115,7 @@ async def show(
     elif as_json:
         typer.echo(json_text(sites_data(answer.rounds) if sites else as_data(answer)))
     elif sites:
-        name = metric or answer.run.best_metric.removeprefix(CENTRAL_PREFIX)
+        name = goal_of(answer.run, metric).metric
         require_measured(metric, answer.rounds)
         console_for_output().print(f"{plain(name)} on each site's held-out part", style="dim")
         console_for_output().print(sites_table(answer.rounds, name))

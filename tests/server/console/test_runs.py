@@ -120,6 +120,12 @@ def test_a_metric_that_no_site_measured_is_refused_with_those_that_there_are(con
         console("run", *command, "--metric", "los")
 
 
+def test_sites_are_shown_by_the_loss_where_a_run_stops_on_what_training_tells(console, trained):
+    stop = {"target": {"metric": "train_loss", "value": 1.0}}
+    trained.run.spec_json, trained.run.best_metric = json.dumps(SPEC | {"stop": stop}), "train_loss"
+    assert console("run", "show", "a1", "--sites").stdout.startswith("loss on each site's held-out part")
+
+
 def test_the_shown_spec_can_be_submitted_again(console, trained, tmp_path):
     (tmp_path / "again.yaml").write_text(console("run", "show", "a1", "--spec").stdout)
     console("run", "submit", "again.yaml")
