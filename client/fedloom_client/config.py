@@ -47,7 +47,7 @@ class Workers(Strict):
     """How several ranks hold the model: ``ddp``, each the whole with its gradient and optimizer state, or
     ``fsdp``, each a share of all three, for models that are too large for one device. The numbers are the
     same to rounding; ``fsdp`` sends about half as much again between the ranks. Adapters are small, and
-    always held whole."""
+    each rank holds the whole of one upon its share of the base."""
     max_restarts: int = Field(default=2, ge=0)
     """Times that the launcher restarts the group after a rank has died, for one assignment."""
     collective_timeout_s: float = Field(default=120, gt=0)

@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from fedloom_client.training.models import LocalModel, build_module, file_tensors
 from fedloom_client.training.orders import Order
-from fedloom_client.training.quantised import quantise, require_quantisation
+from fedloom_client.training.quantised import QUANTISED, quantise, require_quantisation
+from fedloom_client.training.sharding import placed_like, without_memory
 from fedloom_common.adapters.folds import Folds
 from fedloom_common.adapters.layout import (
     BASE_FILE,
@@ -36,12 +38,22 @@ ADAPTER = "default"
 class AdapterModel(LocalModel):
     """A rank's copy of the frozen model, and the adapter in the types of the global model's file.
 
-    Memory: the frozen model in ``base_precision``, the adapter in fp32, and one weight in fp32 while the
-    base is filled or folded into.
+    Memory: the frozen model in ``base_precision``, or this rank's share of it; the adapter in fp32, and one
+    weight in fp32 while the base is filled or folded into.
     """
 
-    def __init__(self, adapter: Lora, model_class: str, order: Order, device: torch.device) -> None:
+    def __init__(
+        self,
+        adapter: Lora,
+        model_class: str,
+        order: Order,
+        device: torch.device,
+        lay: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:
         """Build the model; the adapter's values are arbitrary until ``load``, the base's until ``fold``.
+
+        ``lay`` gives a module without memory its place on the rank; all of it on the device if not given,
+        or if the base has few bits, which cannot be cut.
 
         Raises:
             TrainingFailed: the config asks for what this site does not have, or cannot do.
@@ -51,18 +63,25 @@ class AdapterModel(LocalModel):
         require_quantisation(adapter.base_precision, device)
         self._base = Path(order.frozen[BASE_FILE])
         self._layout = Layout.read(assets / LAYOUT_FILE)
-        self._keeps_fp32 = adapter.base_precision == "fp32"
+        lay = None if adapter.base_precision in QUANTISED else lay
+        dtype = torch.float32 if adapter.base_precision == "fp32" else torch.bfloat16
+        self._takes_folds = dtype is torch.float32 and lay is None
         self.manifest = Manifest.read(Path(order.model_path))
         self._own = without_controls(self.manifest)
         base = Manifest.read(self._base)
         with torch.device("meta"):  # a config that asks for more than the file holds must not cost memory
             file_tensors(build_module(assets, torch.float32, model_class), base)
-        module = build_module(assets, torch.float32 if self._keeps_fp32 else torch.bfloat16, model_class)
+        with without_memory() if lay else nullcontext():
+            module = build_module(assets, dtype, model_class)
         self._quantised = quantise(module, adapter.base_precision, device, besides=self._layout.heads)
-        self.module = module.to(device)
+        module = module if lay else module.to(device)
         self._quantised.prepare()
-        self._weights = file_tensors(self.module, base, besides=self._quantised.names)
-        _inject(self.module, assets, self._rank(), self._layout.heads)
+        weights = file_tensors(module, base, besides=self._quantised.names)
+        _inject(module, assets, self._rank(), self._layout.heads)
+        places = {id(tensor): place for place, tensor in module.state_dict(keep_vars=True).items()}
+        self.module = lay(module) if lay else module
+        laid = self.module.state_dict(keep_vars=True)
+        self._weights = {name: laid[places[id(tensor)]] for name, tensor in weights.items()}
         self.tensors = self._adapter_tensors()
         self._freeze_a(order)
         self._folds: tuple[str, ...] | None = None
@@ -71,7 +90,8 @@ class AdapterModel(LocalModel):
     def fold(self, folds: tuple[str, ...]) -> None:
         """Have the base's weights with these changes in them, and no others.
 
-        Weights in fp32 take only what is new; others were rounded, and are made anew from the base.
+        Whole weights in fp32 take only what is new. Others were rounded, or no rank has them: they are made
+        anew from the base.
 
         Raises:
             BadTensor: a file does not fit the base.
@@ -81,7 +101,7 @@ class AdapterModel(LocalModel):
         known, self._folds = self._folds, None
         if known is None:
             self._fill([info.name for info in Manifest.read(self._base).tensors], folds)
-        elif self._keeps_fp32 and folds[: len(known)] == known:
+        elif self._takes_folds and folds[: len(known)] == known:
             self._add(folds[len(known) :])
         else:
             self._fill([target.weight for target in self._layout.targets], folds)
@@ -104,7 +124,7 @@ class AdapterModel(LocalModel):
                 self._put(name, values)
 
     def _add(self, folds: tuple[str, ...]) -> None:
-        """Fold into weights that are there, in fp32."""
+        """Fold into weights that are there, whole and in fp32."""
         with Folds([Path(path) for path in folds]) as opened:
             for name in opened.weights:
                 weight = self._weights[name].detach().to("cpu", copy=True).numpy()
@@ -116,7 +136,7 @@ class AdapterModel(LocalModel):
             self._quantised.put(name, values)
         else:
             with torch.no_grad():
-                self._weights[name].copy_(values)
+                self._weights[name].copy_(placed_like(values, self._weights[name]))
 
     def _rank(self) -> int:
         b = self._layout.targets[0].b

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fedloom_client.training.examples import Examples
@@ -34,12 +34,14 @@ def distributed(rank: Rank, examples: Examples) -> nn.Module:
     All ranks call this, and it takes a backward pass of one example; no gradient is left of it.
     """
     group = rank.group
-    if group.world == 1 or isinstance(rank.model, FSDPModule):  # a sharded one sees to it by itself
-        return Loss(rank.task, rank.model)
+    trained = (parameter for parameter in rank.model.parameters() if parameter.requires_grad)
+    if group.world == 1 or any(isinstance(parameter, DTensor) for parameter in trained):
+        return Loss(rank.task, rank.model)  # what is cut into shards sees to it by itself
     # language models keep no running statistics; torch 2.13 renamed the switch and warns of the old name
     known = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
+    options["init_sync"] = False  # all have read the same file, and frozen weights may lie in shards
     if group.device.type == "cuda":
         options["device_ids"] = [group.device]
     # looking for them costs every step a walk through its graph, and one more exchange of the ranks

@@ -42,10 +42,11 @@ def without_memory() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def shard(module: nn.Module, group: Group) -> nn.Module:
+def shard(module: nn.Module, group: Group, *, cuts_trained: bool = True) -> nn.Module:
     """Lay a module that was built ``without_memory`` over the ranks, its values arbitrary.
 
-    Each layer is a unit of its own: it is whole on a rank only while it computes.
+    Each layer is a unit of its own: it is whole on a rank only while it computes. If not ``cuts_trained``,
+    what is trained lies whole on every rank all the time, as DDP wants it: adapters are small.
     Memory: a rank's share, and one layer, or all that is outside of layers, whichever is larger.
 
     Raises:
@@ -56,8 +57,9 @@ def shard(module: nn.Module, group: Group) -> nn.Module:
     begun: dict[int, nn.Parameter] = {}
     for unit in [*reversed(layers), module]:  # inner ones first
         _give_memory(unit, group.device, begun)
+        whole = {part for part in unit.parameters() if part.requires_grad and not cuts_trained}
         try:
-            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole or None)
         except (ValueError, NotImplementedError) as error:
             raise TrainingFailed(
                 f"this model cannot be cut into shards: {error}; set workers.sharding: ddp at this site"

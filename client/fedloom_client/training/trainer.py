@@ -244,13 +244,15 @@ class Trainer:
 
 
 def _open_model(spec: RunSpec, job: Job, group: Group) -> LocalModel:
-    order, model_class = job.order, spec.task.model_class
-    if spec.model.adapter is None:
-        lay = partial(shard, group=group) if job.sharding == "fsdp" and group.world > 1 else None
+    order, model_class, adapter = job.order, spec.task.model_class, spec.model.adapter
+    lay = None
+    if job.sharding == "fsdp" and group.world > 1:
+        lay = partial(shard, group=group, cuts_trained=adapter is None)
+    if adapter is None:
         return LocalModel(Path(order.assets_dir), Path(order.model_path), group.device, model_class, lay)
     from fedloom_client.training.adapters import AdapterModel  # here: peft takes seconds to load
 
-    return AdapterModel(spec.model.adapter, model_class, order, group.device)
+    return AdapterModel(adapter, model_class, order, group.device, lay)
 
 
 def warm_key(job: Job) -> tuple[object, ...]:

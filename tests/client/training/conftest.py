@@ -166,16 +166,17 @@ class Ranks:
         kept: str = "",
         sharding: str = "fsdp",
         cut_after: int | None = None,
+        is_warm: bool = False,
         **changes: Any,
     ) -> None:
-        """A job; those with the same ``kept`` share a run's folder."""
+        """A job; those with the same ``kept`` share a run's folder, and a warm one the last one's process."""
         changes = {"id": kept or name, "update_path": str(self._folder / f"{name}.safetensors")} | changes
         order = self._make_order(**changes)
         job = Job(
             order=order, source=self._source, directory=str(self._folder / (kept or name)),
             packed=str(self._folder / "data"), sharding=sharding,  # type: ignore[arg-type]
         )  # fmt: skip
-        self._jobs[name] = {"job": asdict(job), "cut_after": cut_after}
+        self._jobs[name] = {"job": asdict(job), "cut_after": cut_after, "is_warm": is_warm}
 
     def run(self, world: int, device: str = "cpu") -> list[dict[str, Any]]:
         """Do them; by rank, what came of each."""

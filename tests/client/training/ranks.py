@@ -1,4 +1,4 @@
-"""A rank of a test: does the jobs of a list, each in a trainer of its own, as after a restart.
+"""A rank of a test: does the jobs of a list, each in a trainer of its own, as after a restart, or warm.
 
     python ranks.py RANK WORLD LIST DEVICE
 
@@ -40,17 +40,17 @@ def main() -> None:
         timeout=timedelta(seconds=60),
     )
     group = Group(rank, world, device, store)
-    results = {}
+    results, warm = {}, WarmRank(group)
     for name, entry in json.loads(jobs.read_text()).items():
-        results[name] = perform(group, Job.from_json(json.dumps(entry["job"])), entry["cut_after"])
+        warm = warm if entry["is_warm"] else WarmRank(group)
+        results[name] = perform(warm, Job.from_json(json.dumps(entry["job"])), entry["cut_after"])
     jobs.with_suffix(f".{rank}").write_text(json.dumps(results))
     group.leave()
     leave_at_once()
 
 
-def perform(group: Group, job: Job, cut_after: int | None) -> dict[str, Any]:
-    warm, real = WarmRank(group), torch.optim.Optimizer.zero_grad
-    taken = 0
+def perform(warm: WarmRank, job: Job, cut_after: int | None) -> dict[str, Any]:
+    real, taken = torch.optim.Optimizer.zero_grad, 0
 
     def zero_grad(self: Any, set_to_none: bool = True) -> None:
         nonlocal taken

@@ -228,16 +228,14 @@ def test_a_base_in_bf16_is_the_folded_base_rounded_once(make_adapter):
 
 def make_exact(adapter: Adapter, folds: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """The state of the same model with its base in fp32."""
-    changed = adapter.adapter | {"base_precision": "fp32"}
-    adapter.spec, before = (
-        adapter.spec.model_copy(
-            update={"model": adapter.spec.model.model_copy(update={"adapter": Lora(**changed)})}
-        ),
-        adapter.spec,
-    )
-    state = adapter.model(folds).module.state_dict()
-    adapter.spec = before
-    return state
+    exact = Adapter.of(adapter.folder, with_adapter(adapter.spec, base_precision="fp32"))
+    return exact.model(folds).module.state_dict()
+
+
+def with_adapter(spec: RunSpec, **changes: Any) -> RunSpec:
+    assert spec.model.adapter is not None
+    adapter = Lora(**spec.model.adapter.model_dump() | changes)
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"adapter": adapter})})
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
@@ -355,6 +353,64 @@ def test_a_classifiers_head_in_fp32_learns_upon_a_base_in_bf16(tmp_path, model_t
     heads = [tensor for name, tensor in rounded.trained.items() if "lora" not in name]
     assert heads
     assert all(tensor.dtype == torch.float32 and tensor.grad is not None for tensor in heads)
+
+
+@pytest.mark.timeout(900)  # processes that load torch, on a machine that may be busy
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_with_a_share_of_the_frozen_base_each_do_what_one_process_does(
+    alone, ranks, make_adapter, make_order, llama, tmp_path, world
+):
+    adapter = make_adapter(target_modules="all-linear")
+    rounded = Adapter.of(adapter.folder, with_adapter(adapter.spec, base_precision="bf16"))
+    half = Adapter(tmp_path / "ffa", *llama, {"merge": "ffa", "target_modules": "all-linear"})
+    folds = adapter.random_folds(2)
+    local = {"steps": 4, "batch_examples": 8, "accumulation_steps": 2, "clip_norm": 0.5}
+    local["optimizer"] = {"name": "adamw", "lr": 1e-2, "eps": 1e-3}
+    six = local | {"steps": 6}
+    checkpoints = six | {"checkpoint_every": 2}
+    later = {"kept": "rounds", "is_warm": True}
+
+    def order(adapter: Adapter = adapter, local: dict[str, Any] = local, **changes: Any) -> dict[str, Any]:
+        spec = adapter.spec.model_dump(mode="json")
+        files = {"model_path": str(adapter.folder / "model.safetensors"), "assets_dir": str(adapter.folder)}
+        return files | {"frozen": adapter.frozen, "spec": spec | {"local": spec["local"] | local}} | changes
+
+    def expect(name: str, **changes: Any) -> float:
+        alone.restart()
+        path = str(tmp_path / f"alone-{name}.safetensors")
+        return float(alone.perform(make_order(**{"update_path": path, "id": name} | changes)).metrics["loss"])
+
+    ranks.add("first", kept="rounds", **order())
+    ranks.add("second", **later, **order(round_=2, id="second", folds=folds[:1]))
+    ranks.add("third", **later, **order(round_=3, id="third", folds=folds))
+    ranks.add("recomputed", **order(local=local | {"gradient_checkpointing": True}))
+    ranks.add("rounded", **order(rounded))
+    ranks.add("half", **order(half))
+    ranks.add("cut", **order(local=checkpoints), kept="checkpoint", cut_after=4, sharding="ddp")
+    ranks.add("resumed", **order(local=checkpoints), kept="checkpoint")
+    ranks.add("measured", **order(work="evaluate", update_path="", folds=folds))
+    ranks.add("whole", sharding="ddp", **order())
+    results = ranks.run(world)
+
+    assert results[0]["first"]["loss"] == pytest.approx(expect("first", **order()), rel=1e-6)
+    ranks.same("alone-first", "first")
+    expect("second", **order(round_=2, folds=folds[:1]))
+    ranks.same("alone-second", "second")
+    expect("third", **order(round_=3, folds=folds))
+    ranks.same("alone-third", "third")
+    ranks.same("alone-first", "recomputed")
+    expect("rounded", **order(rounded))
+    ranks.same("alone-rounded", "rounded", tolerance=1e-3)
+    expect("half", **order(half))
+    ranks.same("alone-half", "half")
+    expect("six", **order(local=six))
+    ranks.same("alone-six", "resumed")
+    measured = expect("measured", **order(work="evaluate", update_path="", folds=folds))
+    assert results[0]["measured"]["loss"] == pytest.approx(measured, rel=1e-6)
+    adapter_bytes = sum(array.nbytes for array in load_file(adapter.folder / "model.safetensors").values())
+    for result in results:  # the adapter and its two moments lie whole on every rank
+        shared, whole = (result[name]["held_bytes"] - 3 * adapter_bytes for name in ("first", "whole"))
+        assert shared < (1 / world + 0.03) * whole
 
 
 @pytest.mark.gpu
