@@ -182,7 +182,9 @@ class _Flow:
         return True
 
     async def _end_measurement_of_last(self) -> None:
-        """Wait for those who measure the last version already; an older one's is left as it is."""
+        """Have the last version's measurement ended, if it is its turn; an older one's is left as it is."""
+        if self._measuring is None and self._versions.measured:  # nobody has been asked yet
+            self._measuring = self._versions.evaluations(self._idle.fitting(has_begun=True)) or None
         batch = self._measuring
         if batch is None or batch[0].round != self._run.rounds_done:
             return

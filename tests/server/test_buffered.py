@@ -5,6 +5,7 @@ Sites train for as long as their gate is closed, so that each test says itself w
 
 import asyncio
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from disks import copy_of, counted
 from safetensors.numpy import load_file
 
 from fedloom.v1 import session_pb2 as pb
+from fedloom_server import folding
 from fedloom_server.app import coordinator
 from fedloom_server.buffered import _Flow
 from fedloom_server.config import KeepModels
@@ -561,3 +563,33 @@ def _assert_models_by_hand(store, run, steps):
         came = load_file(store.files.path(record.model_digest))
         for name, tensor in model.items():
             np.testing.assert_allclose(came[name], tensor, rtol=2e-6, atol=2e-6)
+
+
+async def test_a_run_goes_on_if_the_version_that_was_being_made_turns_out_better(
+    bench, async_spec, initial, monkeypatch
+):
+    """One site's measurement of version 1 ends the run, while its own update makes version 2."""
+    a, slow = gated(bench, "a"), gated(bench, "slow")
+    start = float(initial["layer.bias"].mean())
+    a.measure = slow.measure = lambda tensors: {0: 5.0, 1: 6.0}.get(
+        round(float(tensors["layer.bias"].mean()) - start), 1.0
+    )
+    make, goes_on = folding.make_model, threading.Event()
+
+    def make_slowly(store, run, record, centre):
+        assert record.number != 2 or goes_on.wait(20)
+        return make(store, run, record, centre)
+
+    monkeypatch.setattr(folding, "make_model", make_slowly)
+    stop, evaluation = {"patience": {"evaluations": 1}}, {"initial": True, "every_rounds": 1}
+    spec = async_spec(buffer=1, rounds=50, evaluation=evaluation, stop=stop, cohort={"min_sites": 2})
+    run = await bench.enqueue(spec)
+    await let_end(bench, run, a)
+    await bench.until(lambda: version(bench, run) == 1)
+    await let_end(bench, run, slow)
+    await bench.until(lambda: "loss" in bench.running.store.rounds(run.id)[1].metrics)
+    goes_on.set()
+    free(a)
+    free(slow)
+    run = await bench.ended(run)
+    assert run.reason.endswith("its best is 1 after round 2")
