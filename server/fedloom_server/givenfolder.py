@@ -53,7 +53,7 @@ def require_model_files(folder: Path) -> None:
         raise BadSpec(
             f"model.path: {folder} has no config.json; wanted a directory that save_pretrained wrote"
         )
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):  # those that transformers loads
         _require_fetched(file, "model.path")
         try:
             with safe_open(file, "pt"):
@@ -125,7 +125,7 @@ def _loaded_tokenizer(folder: Path, key: str) -> Tokenizer:
 
 
 def _require_fetched(file: Path, key: str) -> None:
-    with file.open("rb") as start:
+    with mistakes_as_bad_spec(f"{key}: {file} cannot be read"), file.open("rb") as start:
         is_pointer = start.read(len(_POINTER)) == _POINTER
     if is_pointer:
         raise BadSpec(

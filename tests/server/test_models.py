@@ -376,3 +376,17 @@ async def test_a_cancelled_preparation_leaves_no_process(tmp_path):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert children.read_text() == before
+
+
+def test_weights_that_cannot_be_opened_are_told_as_such(pretrained):
+    """As in a cache of links whose files were removed."""
+    (pretrained / MODEL_FILE).unlink()
+    (pretrained / MODEL_FILE).symlink_to("gone")
+    assert f"model.path: {pretrained / MODEL_FILE} cannot be read: " in refusal_of(pretrained)
+
+
+def test_files_that_transformers_does_not_load_may_be_broken_off(pretrained, tmp_path):
+    """As copies of the weights in another layout, which nobody has fetched."""
+    (pretrained / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    write_model(spec_of({"path": str(pretrained)}), tmp_path / "out")
+    assert (tmp_path / "out" / MODEL_FILE).is_file()
