@@ -81,12 +81,15 @@ class Runs:
         if run.id not in self._under_way:
             self._leave(run, state, reason)
             return run
-        is_ending = run.id in self._asked_for
+        task, is_ending = self._under_way[run.id], run.id in self._asked_for
         self._asked_for[run.id] = (state, reason)
         if not is_ending:  # another cancellation would break off what waits for threads and versions
-            self._under_way[run.id].cancel()
-        await asyncio.wait([self._under_way[run.id]])
-        return self._store.run(run.id)
+            task.cancel()
+        await asyncio.wait([task])
+        run = self._store.run(run.id)
+        if run.state.goes_on_by_itself and not task.cancelled() and (error := task.exception()):
+            raise error  # what was asked for could not be written
+        return run
 
     def resume(self, run_id: str) -> Run:
         """Queue a run again: a paused or waiting one goes on in its round, an ended one after its last.

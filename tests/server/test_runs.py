@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedloom.v1 import session_pb2 as pb
-from fedloom_common.errors import BadSpec, BadTensor, NotFound, WrongState
+from fedloom_common.errors import BadSpec, BadTensor, NotFound, StorageFull, WrongState
 from fedloom_server import folding
 from fedloom_server.app import coordinator
 from fedloom_server.failures import FAILURES_KEPT
@@ -606,3 +606,22 @@ async def test_a_run_that_failed_while_it_aggregated_trains_again_when_it_is_res
     run = await bench.ended(run)
     assert run.state == "finished"
     assert bench.running.store.round(run.id, 1).attempt == 2
+
+
+async def test_a_stop_that_cannot_be_written_is_told_to_who_asked_for_it(bench, spec, monkeypatch):
+    bench.site("a").gate = asyncio.Semaphore(0)
+    run = await bench.enqueue(spec(rounds=3))
+    await bench.until(lambda: bench.sites["a"].asked)
+    store, save = bench.running.store, bench.running.store.save
+
+    def save_no_end(*records):
+        if any(getattr(record, "state", "") == "stopped" for record in records):
+            raise StorageFull("no space left for the database")
+        save(*records)
+
+    monkeypatch.setattr(store, "save", save_no_end)
+    with pytest.raises(StorageFull, match="no space left for the database"):
+        await bench.running.runs.stop(run.id, "enough")
+    assert store.run(run.id).state == "running"
+    monkeypatch.setattr(store, "save", save)
+    assert (await bench.running.runs.stop(run.id, "enough")).state == "stopped"
