@@ -173,7 +173,7 @@ class Runs:
     def _obey(self, run_id: str, state: RunState, reason: str) -> None:
         """Do what was asked for before the run had begun, or as it began to wait: it has not heard of it."""
         run = self._store.run(run_id)
-        if not (run.state.is_end or run.state is state):
+        if not run.state.is_end:
             self._leave(run, state, reason)
 
     async def _perform(self, run: Run) -> None:
@@ -191,9 +191,9 @@ class Runs:
                 self._save(run)
                 await train_alone(run, self._federation)
         except asyncio.CancelledError:
-            if run.id not in self._asked_for:
+            if (asked := self._asked_for.pop(run.id, None)) is None:
                 raise  # the coordinator shuts down: the run goes on after the next start
-            self._leave(run, *self._asked_for[run.id])
+            self._leave(run, *asked)
         except StorageUnavailable:
             raise  # the run goes on when the database is back
         except AttemptFailed as error:

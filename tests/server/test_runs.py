@@ -625,3 +625,22 @@ async def test_a_stop_that_cannot_be_written_is_told_to_who_asked_for_it(bench, 
     assert store.run(run.id).state == "running"
     monkeypatch.setattr(store, "save", save)
     assert (await bench.running.runs.stop(run.id, "enough")).state == "stopped"
+
+
+async def test_a_resume_that_comes_as_a_run_pauses_is_not_undone(bench, spec, monkeypatch):
+    site = bench.site("a")
+    site.gate = asyncio.Semaphore(0)
+    run = await bench.enqueue(spec())
+    await bench.until(lambda: site.asked)
+    runs, leave = bench.running.runs, bench.running.runs._leave
+
+    def leave_and_resume(left, *how):
+        leave(left, *how)
+        monkeypatch.setattr(runs, "_leave", leave)
+        asyncio.get_running_loop().call_soon(runs.resume, left.id)
+
+    monkeypatch.setattr(runs, "_leave", leave_and_resume)
+    assert (await runs.pause(run.id, "for a moment")).state == "queued"
+    site.gate.release()
+    site.gate.release()
+    assert (await bench.ended(run)).state == "finished"
