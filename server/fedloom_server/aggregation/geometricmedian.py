@@ -35,11 +35,14 @@ def geometric_median_shares(gram: Values, examples: Sequence[int], rule: Geometr
 
 
 def _near_medoid(gram: Values, weights: Values, smoothing: float) -> Values:
-    """Shares of a place beside the update with the least sum of distances to all, as far as its next one."""
+    """Shares of a place beside the update with the least sum of distances to all, and not at it: of two that
+    are alike no step would lead away. It is about as far off as half of the weight lies.
+    """
     distances = np.sqrt(squared_distances(gram))
-    medoid = int(np.argmin(distances @ weights))
-    to_next = np.delete(distances[medoid], medoid).min(initial=np.inf)
-    pulls = weights / np.maximum(smoothing, distances[medoid] + (to_next if np.isfinite(to_next) else 0))
+    near = distances[np.argmin(distances @ weights)]
+    nearest_first = np.argsort(near)
+    half = near[nearest_first[np.searchsorted(np.cumsum(weights[nearest_first]), 0.5)]]
+    pulls = weights / np.maximum(smoothing, near + half)
     shares: Values = pulls / pulls.sum()
     return shares
 

@@ -214,6 +214,14 @@ def test_a_geometric_median_stays_with_the_good_however_far_the_bad_are(examples
     assert off <= 2 * (1 - q) / (1 - 2 * q) * radius + 1e-5
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+def test_two_updates_that_are_alike_do_not_hold_the_geometric_median(scale):
+    """Two pull up and one down, so the pulls are even where the two at the sides make 2y/sqrt(1+y^2) = 1."""
+    vectors = scale * np.array([[0, 0.8], [0, 0.8], [-1, 0], [1, 0], [0, -0.5]])
+    shares = geometric_median_shares(vectors @ vectors.T, [1] * 5, GeometricMedianRule())
+    np.testing.assert_allclose(shares @ vectors, [0, scale / np.sqrt(3)], atol=1e-5 * scale)
+
+
 def test_krum_takes_one_update_whole(tmp_path):
     values = [5.0, 0.1, 0.0, -0.1, 9.0, 0.05, 0.02]
     updates = [
