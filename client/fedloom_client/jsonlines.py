@@ -1,10 +1,19 @@
 """Files with one JSON object a line: what training and `fedloom data split` make of them."""
 
 import codecs
+import errno
 import json
+import lzma
+import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+from zstandard import ZstdError
+
+_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile, ZstdError)
 
 
 class BadLine(ValueError):
@@ -15,15 +24,24 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, by their numbers from 1; of a compressed file those within.
 
     Memory: one line.
+
+    Raises:
+        OSError: the file cannot be read, or is not compressed as its name says.
     """
     from fsspec.implementations.local import LocalFileSystem  # as the datasets library does
 
-    with LocalFileSystem().open(str(path), "rb", compression="infer") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:  # a mark is a file's, and must not come to lie within another
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield number, line
+    try:
+        # the buffer, because zstd's own reader knows no lines
+        with BufferedReader(LocalFileSystem().open(str(path), "rb", compression="infer")) as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:  # a mark is a file's, and must not come to lie within another
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield number, line
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def record_of(line: bytes, place: str) -> dict[str, Any]:

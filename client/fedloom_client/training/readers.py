@@ -2,7 +2,6 @@
 
 import glob
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -63,7 +62,7 @@ def _of_json(path: Path) -> Iterator[dict[str, Any]]:
             yield _of_characters(record, place) if _may_lack_halves(line) else record
     except BadLine as error:
         raise TrainingFailed(str(error)) from error
-    except (OSError, EOFError, zlib.error) as error:
+    except OSError as error:
         raise TrainingFailed(
             f"{path} cannot be read: mend it, or leave it out of the data set's files\n{error}"
         ) from error

@@ -1,13 +1,17 @@
 """What records the formats give: class labels, and lines of JSON."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from datasets import ClassLabel, Dataset, Features, Value
 
+from fedloom_client.jsonlines import numbered_lines
 from fedloom_client.training.orders import Source
 from fedloom_client.training.records import Records
 from fedloom_common.errors import TrainingFailed
@@ -68,6 +72,16 @@ def test_lines_may_be_blank_and_end_in_several_ways(tmp_path: Path) -> None:
     assert records_of(tmp_path / "*.jsonl*") == [{"a": 1}, {"a": "\N{GRINNING FACE}"}, {"a": None}]
 
 
+@pytest.mark.parametrize(
+    ("name", "compress"),
+    [("a.jsonl.gz", gzip.compress), ("a.jsonl.bz2", bz2.compress), ("a.jsonl.xz", lzma.compress),
+     ("a.jsonl.zst", zstandard.compress)],
+)  # fmt: skip
+def test_the_lines_within_a_compressed_file_are_read(tmp_path: Path, name: str, compress: Any) -> None:
+    (tmp_path / name).write_bytes(compress(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 2}'))
+    assert records_of(tmp_path / name) == [{"a": 1}, {"a": 2}]
+
+
 def test_a_file_may_be_one_array_of_objects(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"a": 1}, {"a": "x"}], indent=1))
     assert records_of(tmp_path / "a.json") == [{"a": 1}, {"a": "x"}]
@@ -107,7 +121,21 @@ def test_a_bad_line_is_named_and_not_quoted(tmp_path: Path, content: bytes, plac
     assert "secret" not in str(caught.value).splitlines()[0]
 
 
-def test_a_broken_archive_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-9])
-    with pytest.raises(TrainingFailed, match=r"a\.jsonl\.gz cannot be read: mend it, or leave it out"):
-        records_of(tmp_path / "a.jsonl.gz")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], id="cut"),
+        pytest.param("a.jsonl.gz", b"no archive", id="gzip"),
+        pytest.param("a.jsonl.bz2", b"no archive", id="bzip2"),
+        pytest.param("a.jsonl.xz", b"no archive", id="xz"),
+        pytest.param("a.jsonl.zip", b"no archive", id="zip"),
+        pytest.param("a.jsonl.zst", b"no archive", id="zstd"),
+    ],
+)
+def test_a_broken_archive_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TrainingFailed, match=rf"{name} cannot be read: mend it, or leave it out"):
+        records_of(tmp_path / name)
+    with pytest.raises(OSError, match=name) as caught:  # as the command `fedloom data split` tells it
+        list(numbered_lines(tmp_path / name))
+    assert caught.value.filename == str(tmp_path / name)
