@@ -82,7 +82,9 @@ class Records:
                 there = own.get(name, name)
                 if there not in record and (name in fields or not self._is_in_some(there)):
                     raise TrainingFailed(self._lacks(name, number, record))
-            values = record | {name: record[there] for name, there in own.items() if there in record}
+            # what a record has under a task's own name is not what the config means by it
+            values = {name: value for name, value in record.items() if name not in own}
+            values |= {name: record[there] for name, there in own.items() if there in record}
             yield Row(values=values, held_out=held_out, number=number)
 
     def describe(self) -> str:

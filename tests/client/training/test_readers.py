@@ -98,6 +98,12 @@ def test_a_line_may_leave_out_a_field_that_the_task_can_do_without(tmp_path: Pat
         records_of(tmp_path / "a.jsonl", fields={"prompt": "text"})
 
 
+def test_a_field_that_a_line_leaves_out_is_not_taken_from_one_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"response": "draft", "final": "Yo"}\n{"response": "draft"}\n')
+    fields = {"response": "final"}
+    assert records_of(tmp_path / "a.jsonl", fields=fields) == [{"response": "Yo", "final": "Yo"}, {}]
+
+
 @pytest.mark.parametrize(
     ("content", "place"),
     [
