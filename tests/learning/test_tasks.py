@@ -185,6 +185,7 @@ def test_macro_f1_by_hand() -> None:
         ("हिन्दी भाषा", "हिन्दी भाषी", 1 / 2),
         ("snake_case's 2nd", "Snake case S 2ND", 1),  # as rouge-score takes what is no letter and no digit
         ("", "word", 0),
+        ("\u2764\ufe0f", "\u2600\ufe0f", 0),  # a heart and a sun, each with the mark that gives it colours
     ],
 )
 def test_rouge_l_by_hand(came: str, wanted: str, score: float) -> None:

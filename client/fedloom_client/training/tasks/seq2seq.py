@@ -112,7 +112,8 @@ def rouge_l(came: str, wanted: str) -> float:
 
 
 def _words(text: str) -> str:
-    return "".join(character if _is_of_word(character) else " " for character in text.lower())
+    runs = "".join(character if _is_of_word(character) else " " for character in text.lower()).split()
+    return " ".join(run for run in runs if any(map(str.isalnum, run)))  # a sign may end in a mark
 
 
 def _is_of_word(character: str) -> bool:
