@@ -87,6 +87,10 @@ class Assignments:
         """Assignments that are under way, or finished and not delivered."""
         return [*self._queue, *self._outbox]
 
+    def kept_ids(self) -> list[str]:
+        """The open ones, and those whose training was put aside: the coordinator is to say what it wants."""
+        return list(dict.fromkeys([*self.open_ids(), *self._outbox.aside()]))
+
     def kept_runs(self) -> list[str]:
         """Runs of which anything is kept: one may have ended while there was no session to tell it over."""
         return sorted({*self._outbox.runs(), *self._groups.kept_runs()})
@@ -96,7 +100,7 @@ class Assignments:
         self._draining = False
         self._changed.set()
         self._stop_expiry()
-        self._unconfirmed = set(self.open_ids())
+        self._unconfirmed = set(self.kept_ids())
         self._expiry = asyncio.get_running_loop().call_later(RESEND_S, self._drop_unconfirmed)
 
     def detached(self) -> None:
@@ -115,7 +119,8 @@ class Assignments:
             self._mailbox.post(Refusal(assignment_id=assignment.id, reason=LEAVING))
         elif assignment.id not in self._queue:
             for name in self._outbox.superseded_by(assignment):
-                if not self._deliveries.is_under_way(name):  # else it may count: its receipt is to tell
+                # else it may count: its receipt is to tell, or it is yet to be offered
+                if not (self._deliveries.is_under_way(name) or name in self._queue):
                     self._forget(name, "a later attempt or round has begun")
             deadline_at_s = asyncio.get_running_loop().time() + assignment.deadline_s
             self._queue[assignment.id] = _Waiting(
@@ -155,7 +160,7 @@ class Assignments:
         for name in [name for name, item in self._answers.items() if item.run_id == run_id]:
             del self._answers[name]
         waiting = [name for name, item in self._queue.items() if item.assignment.run_id == run_id]
-        for name in (*waiting, *self._outbox.of_run(run_id)):
+        for name in dict.fromkeys((*waiting, *self._outbox.of_run(run_id))):
             self._forget(name, "the run has ended")
         self._outbox.end_run(run_id)
         self._start(self._groups.end_run(run_id, may_resume=may_resume))
@@ -237,7 +242,7 @@ class Assignments:
         self._mailbox.forget(name)
 
     def _drop_unconfirmed(self) -> None:
-        for name in self._unconfirmed.intersection(self.open_ids()):
+        for name in self._unconfirmed.intersection(self.kept_ids()):
             self._forget(name, "the coordinator did not ask for it again after a reconnect")
 
     def _stop_expiry(self) -> None:

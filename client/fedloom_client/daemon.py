@@ -201,7 +201,7 @@ class Daemon:
             data_sets=await self._holdings.tell(),
             labels=self._config.labels,
             held_digests=self._cache.held_digests(),
-            open_assignments=self._assignments.open_ids(),
+            open_assignments=self._assignments.kept_ids(),
             kept_runs=self._assignments.kept_runs(),
             evaluates_only=not self._config.trains,
         )

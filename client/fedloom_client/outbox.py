@@ -4,13 +4,16 @@ An entry is a folder with the update and, written last, its outcome.json: a fold
 work that was never finished. Entries survive a kill of the daemon; updates are not synced to disk, so
 after a power cut their digest tells which are whole. A delivered update stays for the same reason: the
 coordinator may ask for it again.
+
+A training whose update is not written yet is put aside in the same folder, with a trained.json, where it has
+to wait or the daemon is stopped: when the coordinator asks for it again, all but the training is done anew.
 """
 
 import asyncio
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,10 +21,12 @@ from fedloom_client.messages import Assignment, Outcome
 from fedloom_client.residuals import Residuals
 from fedloom_client.statedir import safe_name
 from fedloom_client.training.orders import SPARE_UPDATE
-from fedloom_common.digests import digest_of_file
-from fedloom_common.files import sync_folder, write_text
+from fedloom_common.digests import digest_of_file, has_digest
+from fedloom_common.errors import StorageFull
+from fedloom_common.files import clear_partials, sync_folder, write_text
 
 UPDATE = "update.safetensors"
+OUTCOME, ASIDE = "outcome.json", "trained.json"
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,7 @@ class Finished:
     attempt: int
     outcome: Outcome
     path: Path
-    """The update file."""
+    """The update file; of a training that is put aside the trained model, which the digest is of too."""
 
 
 class Outbox:
@@ -46,6 +51,7 @@ class Outbox:
         self._folder = folder
         self._residuals = residuals
         self._entries: dict[str, Finished] = {}
+        self._aside: dict[str, Finished] = {}
         self._delivered: set[str] = set()
         self._settled = asyncio.Event()
         self._newest: dict[str, tuple[int, int]] = {}
@@ -56,15 +62,17 @@ class Outbox:
         """Take up what an earlier daemon left, and clear away what it did not finish."""
         self._spare.unlink(missing_ok=True)
         for folder in sorted(self._folder.iterdir()):
-            entry = _read(folder)
-            if entry is None:
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
+            clear_partials(folder)
+            if entry := _read(folder / OUTCOME):
                 self._entries[entry.outcome.assignment_id] = entry
                 logger.info(
                     "a finished training waits for delivery",
                     extra={"assignment": entry.outcome.assignment_id},
                 )
+            elif aside := _read(folder / ASIDE):
+                self._aside[aside.outcome.assignment_id] = aside
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def __iter__(self) -> Iterator[str]:
         """Ids of the assignments whose update waits for delivery."""
@@ -73,6 +81,10 @@ class Outbox:
     def get(self, assignment_id: str) -> Finished | None:
         """The entry of an assignment."""
         return self._entries.get(assignment_id)
+
+    def aside(self) -> dict[str, Finished]:
+        """By the ids of their assignments, the trainings that are put aside."""
+        return self._aside
 
     def place_for(self, assignment_id: str) -> Path:
         """Where the update is to be written, in a new folder; an old one to overwrite may lie beside it."""
@@ -94,19 +106,24 @@ class Outbox:
         """
         path = self.update_path(assignment.id)
         path.with_name(SPARE_UPDATE).unlink(missing_ok=True)  # if nothing overwrote it
-        digest = await asyncio.to_thread(digest_of_file, path)
-        outcome = replace(outcome, update_digest=digest, update_bytes=path.stat().st_size)
-        entry = Finished(
-            run_id=assignment.run_id,
-            round=assignment.round,
-            attempt=assignment.attempt,
-            outcome=outcome,
-            path=path,
-        )
-        text = json.dumps(asdict(entry) | {"path": path.name}, indent=2)
-        await asyncio.to_thread(_make_durable, path, text)
+        entry = await _write(path.with_name(OUTCOME), assignment, outcome, path)
         self._entries[assignment.id] = entry
-        return outcome
+        self._aside.pop(assignment.id, None)
+        return entry.outcome
+
+    async def put_aside(self, assignment: Assignment, outcome: Outcome, trained: Path) -> None:
+        """Make a training durable whose update is yet to be written; one that cannot be is lost."""
+        if assignment.id in self._aside:
+            return
+        try:
+            entry = await _write(trained.with_name(ASIDE), assignment, outcome, trained)
+        except FileNotFoundError:  # it has been encoded meanwhile
+            return
+        except (OSError, StorageFull) as error:
+            facts = {"assignment": assignment.id, "error": str(error)}
+            logger.warning("a training is not put aside", extra=facts)
+        else:
+            self._aside[assignment.id] = entry
 
     def delivered(self, assignment_id: str) -> None:
         """The coordinator has an assignment's update."""
@@ -119,8 +136,9 @@ class Outbox:
 
     def remove(self, assignment_id: str) -> None:
         """Forget an assignment's training, finished or not."""
-        if entry := self._entries.pop(assignment_id, None):
-            self._residuals.discard(entry.run_id, assignment_id)
+        entry, aside = self._entries.pop(assignment_id, None), self._aside.pop(assignment_id, None)
+        if known := entry or aside:
+            self._residuals.discard(known.run_id, assignment_id)
         self._delivered.discard(assignment_id)
         folder = self._folder / safe_name(assignment_id)
         if entry and entry.path.exists():
@@ -133,9 +151,13 @@ class Outbox:
         self._newest.pop(run_id, None)
         self._spare.unlink(missing_ok=True)
 
+    def is_settled(self, run_id: str) -> bool:
+        """Whether none of a run's trainings waits for delivery."""
+        return self._delivered.issuperset(_of_run(run_id, self._entries))
+
     async def until_settled(self, run_id: str) -> None:
         """Wait until each of a run's trainings is delivered or given up."""
-        while not self._delivered.issuperset(self.of_run(run_id)):
+        while not self.is_settled(run_id):
             self._settled.clear()
             await self._settled.wait()
 
@@ -146,29 +168,51 @@ class Outbox:
         newest = self._newest[assignment.run_id] = (assignment.round, assignment.attempt)
         return [
             name
-            for name, entry in self._entries.items()
+            for name, entry in self._all().items()
             if entry.run_id == assignment.run_id and (entry.round, entry.attempt) < newest
         ]
 
     def runs(self) -> set[str]:
         """Ids of the runs that have entries."""
-        return {entry.run_id for entry in self._entries.values()}
+        return {entry.run_id for entry in self._all().values()}
 
     def of_run(self, run_id: str) -> list[str]:
         """Ids of a run's entries."""
-        return [name for name, entry in self._entries.items() if entry.run_id == run_id]
+        return _of_run(run_id, self._all())
+
+    def _all(self) -> dict[str, Finished]:
+        return self._entries | self._aside
 
 
-def _make_durable(path: Path, outcome: str) -> None:
-    write_text(path.parent / "outcome.json", outcome)
-    sync_folder(path.parent.parent)
+def _of_run(run_id: str, entries: Mapping[str, Finished]) -> list[str]:
+    return [name for name, entry in entries.items() if entry.run_id == run_id]
 
 
-def _read(folder: Path) -> Finished | None:
-    path = folder / UPDATE
+async def _write(place: Path, assignment: Assignment, outcome: Outcome, file: Path) -> Finished:
+    """Write what there is to know of a training whose file is written."""
+    digest = await asyncio.to_thread(digest_of_file, file)
+    entry = Finished(
+        run_id=assignment.run_id,
+        round=assignment.round,
+        attempt=assignment.attempt,
+        outcome=replace(outcome, update_digest=digest, update_bytes=file.stat().st_size),
+        path=file,
+    )
+    text = json.dumps(asdict(entry) | {"path": file.name}, indent=2)
+    await asyncio.to_thread(_make_durable, place, text)
+    return entry
+
+
+def _make_durable(place: Path, text: str) -> None:
+    write_text(place, text)
+    sync_folder(place.parent.parent)
+
+
+def _read(place: Path) -> Finished | None:
     try:
-        facts = json.loads((folder / "outcome.json").read_text())
+        facts = json.loads(place.read_text())
+        path = place.with_name(facts["path"])
         entry = Finished(**facts | {"outcome": Outcome.of(facts["outcome"]), "path": path})
-        return entry if digest_of_file(path) == entry.outcome.update_digest else None
+        return entry if has_digest(path, entry.outcome.update_digest) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

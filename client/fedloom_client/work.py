@@ -65,6 +65,10 @@ class Performer:
             async with asyncio.timeout_at(end_s):
                 with self._cache.keeping(assignment.model.digest), self._frozen.keeping(assignment.frozen):
                     answer = await self._do(assignment, report)
+        except asyncio.CancelledError:
+            if assignment.id not in self._outbox.aside():
+                self._clear(assignment)
+            raise
         except TimeoutError as error:
             late = f"not done by the deadline of {assignment.deadline_s:g} s"
             answer = Failure(assignment_id=assignment.id, reason=str(error) or late)
@@ -77,14 +81,21 @@ class Performer:
             answer = self._failure(
                 assignment, f"a {type(error).__name__} that fedloom does not know\n{error}"
             )
-        finally:
-            if self._outbox.get(assignment.id) is None:
-                self._outbox.remove(assignment.id)
-                self._residuals.discard(assignment.run_id, assignment.id)
+        self._clear(assignment)
         return answer
+
+    def _clear(self, assignment: Assignment) -> None:
+        """Keep nothing of a training that is not finished."""
+        if self._outbox.get(assignment.id) is None:
+            self._outbox.remove(assignment.id)
+            self._residuals.discard(assignment.run_id, assignment.id)
 
     async def _do(self, assignment: Assignment, report: Report) -> Answer:
         spec = read_run_spec(assignment.spec_json)
+        if aside := self._outbox.aside().get(assignment.id):
+            logger.info("a training that was put aside goes on", extra={"assignment": assignment.id})
+            model = await self._model(assignment, spec, report)
+            return await self._keep(assignment, spec, model, aside.path, aside.outcome, report)
         if reason := self._consent.refusal(assignment, spec):
             return Refusal(assignment_id=assignment.id, reason=reason)
         began_s = time.monotonic()
@@ -92,12 +103,7 @@ class Performer:
         assets = await self._cache.assets(assignment.assets)
         if reason := self._consent.refusal_of_family(model_type(assets)):
             return Refusal(assignment_id=assignment.id, reason=reason)
-        model = await self._cache.model(
-            assignment.model,
-            _report_download(assignment, report),
-            delta=assignment.delta,
-            stages=spec.transport.down,
-        )
+        model = await self._model(assignment, spec, report)
         under = await self._frozen.bring(assignment, _report_download(assignment, report))
         download_s = time.monotonic() - began_s
         trained = self._place(assignment, spec, model) if assignment.work == "train" else None
@@ -117,13 +123,15 @@ class Performer:
         )
         if trained is None:
             return outcome
+        return await self._keep(assignment, spec, model, trained, outcome, report)
 
-        def encoding(beat: int) -> None:
-            report(Progress(assignment_id=assignment.id, phase="encode", done=beat))
-
-        encoding(0)
-        async with signs_of_life(encoding):
-            return await self._keep(assignment, spec, model, trained, outcome)
+    async def _model(self, assignment: Assignment, spec: RunSpec, report: Report) -> Path:
+        return await self._cache.model(
+            assignment.model,
+            _report_download(assignment, report),
+            delta=assignment.delta,
+            stages=spec.transport.down,
+        )
 
     def _place(self, assignment: Assignment, spec: RunSpec, model: Path) -> Path:
         """Where training is to write its model, on a disk with room for all that comes of it."""
@@ -178,16 +186,29 @@ class Performer:
         self._residuals.settle(assignment)
 
     async def _keep(
-        self, assignment: Assignment, spec: RunSpec, model: Path, trained: Path, outcome: Outcome
-    ) -> Outcome:
+        self, assignment: Assignment, spec: RunSpec, model: Path, trained: Path, outcome: Outcome,
+        report: Report,
+    ) -> Outcome:  # fmt: skip
         """Put a training into the outbox, encoded as the run asks."""
-        if spec.transport.up != AS_IS:  # what an earlier update left out is part of this one, if it counts
-            await self._settle(assignment)
-        keeping = asyncio.ensure_future(self._encode_and_add(assignment, spec, model, trained, outcome))
+
+        def encoding(beat: int) -> None:
+            report(Progress(assignment_id=assignment.id, phase="encode", done=beat))
+
+        encoding(0)
+        under_way: list[asyncio.Future[Outcome]] = []
         try:
-            return await asyncio.shield(keeping)
-        except asyncio.CancelledError:
-            await keeping  # a shutdown now must not cost the training
+            async with signs_of_life(encoding):
+                if spec.transport.up != AS_IS:
+                    if not self._outbox.is_settled(assignment.run_id):  # which may take long
+                        await self._outbox.put_aside(assignment, outcome, trained)
+                    await self._settle(assignment)  # what an update left out joins this one, if it counts
+                keeping = self._encode_and_add(assignment, spec, model, trained, outcome)
+                under_way.append(asyncio.ensure_future(keeping))
+                return await asyncio.shield(under_way[0])
+        except asyncio.CancelledError:  # a shutdown now must not cost the training
+            if spec.transport.up != AS_IS:  # both waiting and encoding may outlast the stop
+                await self._outbox.put_aside(assignment, outcome, trained)
+            await asyncio.gather(*under_way, return_exceptions=True)
             raise
 
     async def _encode_and_add(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from safetensors.numpy import load_file, save
 
 from fedloom.v1 import session_pb2 as pb
 from fedloom_client import cache as cache_module
+from fedloom_client import uplink
 from fedloom_client.residuals import Residuals
+from fedloom_client.uplink import encode_update
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.decoder import Decoder, decode_model
 from fedloom_common.codecs.encoder import encode_model
@@ -200,6 +203,119 @@ async def test_a_receipt_that_comes_late_counts_before_the_next_update_is_encode
     await world.coordinator.until(lambda: world.coordinator.receipts == ["r1", "r2"])
     await exchange.settled()
     assert_nothing_is_lost(exchange, 1, 2)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_a_training_that_waits_for_an_earlier_update_survives_an_end(
+    world: Any, is_killed: bool
+) -> None:
+    exchange, coordinator = Exchange(world, {"up": TOPK}), world.coordinator
+    daemon = await wait_for_the_first(exchange)
+    if is_killed:
+        await world.until((world.state / "outbox" / "r2" / "trained.json").exists)
+        world.state = shutil.copytree(world.state, world.folder / "killed")
+        exchange.residual = world.state / "runs" / "run-1" / "residual"
+    await world.stop(daemon)
+    coordinator.write_errors = []
+    second = coordinator.open.pop("r2")
+    world.daemon()
+    assert set((await world.attached(2)).open_assignments) == {"r1", "r2"}
+    await coordinator.until(lambda: coordinator.receipts == ["r1"])
+    coordinator.assign(second)
+    await coordinator.until(lambda: coordinator.receipts == ["r1", "r2"])
+    await exchange.settled()
+    assert len(world.group.orders) == 2
+    assert coordinator.kinds("outcome")[-1].examples == 12
+    assert_nothing_is_lost(exchange, 1, 2)
+
+
+async def wait_for_the_first(exchange: Exchange) -> asyncio.Task[None]:
+    """Train twice with a first update that cannot be delivered, for which the second one then waits."""
+    world, coordinator = exchange.world, exchange.world.coordinator
+    coordinator.grants = False
+    daemon: asyncio.Task[None] = world.daemon()
+    await world.attached()
+    exchange.trains(1)
+    coordinator.assign(exchange.assignment("r1", 1))
+    await coordinator.until_heard("outcome")
+    coordinator.write_errors = [(grpc.StatusCode.UNAVAILABLE, "later")] * 1000
+    coordinator.grants = True
+    coordinator.grant("r1")
+    exchange.trains(2)
+    coordinator.assign(exchange.assignment("r2", 2))
+    await coordinator.until(lambda: ("r2", "encode") in phases(coordinator))
+    return daemon
+
+
+def phases(coordinator: Any) -> set[tuple[str, str]]:
+    names = {number: name.removeprefix("PHASE_").lower() for name, number in pb.Phase.items()}
+    return {(said.assignment_id, names[said.phase]) for said in coordinator.kinds("progress")}
+
+
+async def test_a_training_that_was_put_aside_goes_when_it_is_not_wanted_any_more(world: Any) -> None:
+    exchange, coordinator = Exchange(world, {"up": TOPK}), world.coordinator
+    daemon = await wait_for_the_first(exchange)
+    await world.stop(daemon)
+    coordinator.open.clear()
+    world.daemon()
+    await world.attached(2)
+    for name in ("r1", "r2"):
+        coordinator.send(cancel=pb.Cancel(assignment_id=name, reason="the round is over"))
+    await world.until(lambda: not list((world.state / "outbox").iterdir()))
+
+
+async def test_a_cancel_leaves_nothing_of_a_training_that_waits_for_an_earlier_update(world: Any) -> None:
+    exchange, coordinator = Exchange(world, {"up": TOPK}), world.coordinator
+    await wait_for_the_first(exchange)
+    coordinator.send(cancel=pb.Cancel(assignment_id="r2", reason="the round is over"))
+    await world.until(lambda: [path.name for path in (world.state / "outbox").iterdir()] == ["r1"])
+
+
+async def test_a_training_that_waits_for_an_earlier_update_goes_on_beside_later_work(world: Any) -> None:
+    exchange, coordinator = Exchange(world, {"up": TOPK}), world.coordinator
+    await wait_for_the_first(exchange)
+    await world.until((world.state / "outbox" / "r2" / "trained.json").exists)
+    coordinator.assign(exchange.assignment("r3", 3))
+    await coordinator.until(lambda: ("r3", "queued") in phases(coordinator))
+    exchange.trains(3)
+    coordinator.write_errors.clear()
+    await coordinator.until(lambda: coordinator.receipts == ["r1", "r2", "r3"])
+    await exchange.settled()
+    assert_nothing_is_lost(exchange, 1, 2, 3)
+
+
+async def test_a_training_survives_a_stop_that_its_encoding_outlasts(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, coordinator = Exchange(world, {"up": TOPK}), world.coordinator
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any, **named: Any) -> None:
+        begun.set()
+        may_end.wait()
+        encode_update(*arguments, **named)
+
+    daemon = world.daemon()
+    await world.attached()
+    exchange.trains(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(uplink, "encode_update", slow)
+        coordinator.assign(exchange.assignment("r1", 1))
+        await world.until(begun.is_set)
+        daemon.cancel()
+        try:
+            await world.until((world.state / "outbox" / "r1" / "trained.json").exists)
+            # what lies there if the process ends now
+            copy = shutil.copytree(world.state, world.folder / "cut off")
+        finally:
+            may_end.set()
+        await world.stop(daemon)
+    world.daemon(state_dir=copy)
+    await coordinator.until(lambda: coordinator.receipts == ["r1"])
+    await world.until((copy / "runs" / "run-1" / "residual" / "delivered.safetensors").exists)
+    exchange.residual = copy / "runs" / "run-1" / "residual"
+    assert len(world.group.orders) == 1
+    assert_nothing_is_lost(exchange, 1)
 
 
 async def test_a_given_up_update_leaves_no_trace_in_the_next(world: Any) -> None:
