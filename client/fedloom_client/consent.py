@@ -68,12 +68,10 @@ class Consent:
     def _judge(self, policy: Policy, assignment: Assignment, spec: RunSpec) -> str | None:
         now, is_training = datetime.now(UTC), assignment.work != "evaluate"
         done = self._trainings.read(now)
-        # The frozen files first: of an adapter's run, the base is what people know by its digest.
-        files = (*assignment.frozen, assignment.model)
         here = Circumstances(
             data_sets=self._config.data, now=now,
-            config_digest=_config_digest(assignment), weights_digests=[file.digest for file in files],
-            model_bytes=max(file.size_bytes for file in files),
+            config_digest=_config_digest(assignment), weights_digests=_weights_digests(assignment, spec),
+            model_bytes=max(file.size_bytes for file in (*assignment.frozen, assignment.model)),
             joined_permitted=done.has_joined(assignment),
             trainings_today=len(set(done.today) - {assignment.id}),
         )  # fmt: skip
@@ -220,3 +218,16 @@ class Done:
 
 def _config_digest(assignment: Assignment) -> str:
     return next((file.digest for file in assignment.assets if file.name == "config.json"), "")
+
+
+def _weights_digests(assignment: Assignment, spec: RunSpec) -> list[str]:
+    """Of the model, and before it of the base under an adapter, which is what people know by its digest.
+
+    Training reads no other frozen file as a model, and the last of one name: any more prove nothing.
+    """
+    bases = []
+    if spec.model.adapter is not None:
+        from fedloom_common.adapters.layout import BASE_FILE  # here: it brings numpy, an idle daemon none
+
+        bases = [file.digest for file in assignment.frozen if file.name == BASE_FILE]
+    return [*bases[-1:], assignment.model.digest]

@@ -22,7 +22,7 @@ from fedloom_client.policy import (
 )
 from fedloom_client.statedir import StateDir
 from fedloom_common.errors import BadSpec
-from fedloom_common.runspec import Evaluation, RunSpec, parse_run_spec
+from fedloom_common.runspec import Evaluation, Lora, RunSpec, parse_run_spec
 
 
 def spec(**local: Any) -> RunSpec:
@@ -296,9 +296,34 @@ def test_a_model_is_told_by_its_config_its_weights_or_its_base_and_not_by_its_to
     base = Blob(name="base.safetensors", digest=BASE, size_bytes=100)
     tokenizer = Blob(name="tokenizer.json", digest=TOKENIZER, size_bytes=10)
     asked = replace(asked, frozen=(base,), assets=(tokenizer, *asked.assets))
-    answer = consent(site(tmp_path, policy={"models": [digest]})).refusal(asked, spec())
+    answer = consent(site(tmp_path, policy={"models": [digest]})).refusal(asked, with_adapter(spec()))
     told = f"this run's config.json is {CONFIG}, its weights {BASE}, {WEIGHTS}"
     assert answer is None if is_permitted else told in str(answer)
+
+
+def with_adapter(whole: RunSpec) -> RunSpec:
+    return whole.model_copy(update={"model": whole.model.model_copy(update={"adapter": Lora()})})
+
+
+@pytest.mark.parametrize(
+    ("frozen", "is_adapter"),
+    [
+        pytest.param([("base.safetensors", BASE)], False, id="a-base-without-an-adapter"),
+        pytest.param(
+            [("base.safetensors", OTHER), ("adapter_a.safetensors", BASE)], True, id="another-frozen-file"
+        ),
+        pytest.param(
+            [("base.safetensors", BASE), ("base.safetensors", OTHER)], True, id="another-base-takes-its-place"
+        ),
+    ],
+)
+def test_a_permitted_base_that_is_not_trained_upon_permits_nothing(
+    tmp_path: Path, frozen: list[tuple[str, str]], is_adapter: bool
+) -> None:
+    files = tuple(Blob(name=name, digest=digest, size_bytes=100) for name, digest in frozen)
+    run = with_adapter(spec()) if is_adapter else spec()
+    judge = consent(site(tmp_path, policy={"models": [BASE]}))
+    assert "policy.models permits" in str(judge.refusal(replace(assignment(), frozen=files), run))
 
 
 def test_a_policy_file_is_read_as_it_stands_and_permits_nothing_while_it_is_wrong(tmp_path: Path) -> None:
