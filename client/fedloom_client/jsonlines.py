@@ -13,7 +13,8 @@ from zipfile import BadZipFile
 
 from zstandard import ZstdError
 
-_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile, ZstdError)
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile, ZstdError)
+"""What reading a file may raise that is compressed, or is not although its name says so."""
 
 
 class BadLine(ValueError):
@@ -38,7 +39,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, line
-    except _BROKEN as error:
+    except UNREADABLE as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise OSError(errno.EIO, str(error), str(path)) from error

@@ -7,7 +7,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fedloom_client.jsonlines import BadLine, numbered_lines, record_of, require_object, value_of
+from fedloom_client.jsonlines import (
+    UNREADABLE,
+    BadLine,
+    numbered_lines,
+    record_of,
+    require_object,
+    value_of,
+)
 from fedloom_client.saveddatasets import open_saved
 from fedloom_common.errors import TrainingFailed
 
@@ -30,7 +37,7 @@ def read(kind: str, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for some in [[path] for path in paths] if kind == "parquet" else [paths]:
         try:
             yield from _stream(kind, some)
-        except (ValueError, OSError) as error:  # pyarrow's and codec errors; they do not name the file
+        except (ValueError, *UNREADABLE) as error:  # pyarrow's and codec errors; they do not name the file
             path, reason = _culprit(kind, some) or (some[0], str(error))
             raise TrainingFailed(
                 f"{path} is not {WANTED[kind]}: mend it, or leave it out of the data set's files\n{reason}"
@@ -129,6 +136,6 @@ def _culprit(kind: str, paths: Sequence[Path]) -> tuple[Path, str] | None:
         try:
             for _ in _stream(kind, [path]):
                 pass
-        except (ValueError, OSError) as error:
+        except (ValueError, *UNREADABLE) as error:
             return path, str(error)
     return None

@@ -145,3 +145,19 @@ def test_a_broken_archive_is_named(tmp_path: Path, name: str, content: bytes) ->
     with pytest.raises(OSError, match=name) as caught:  # as the command `fedloom data split` tells it
         list(numbered_lines(tmp_path / name))
     assert caught.value.filename == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("a.txt.gz", gzip.compress(b"to be or not to be" * 99)[:-9], id="cut"),
+        pytest.param("a.txt.xz", b"no archive", id="xz"),
+        pytest.param("a.txt.zip", b"no archive", id="zip"),
+        pytest.param("a.txt.zst", b"no archive", id="zstd"),
+    ],
+)
+def test_a_broken_archive_of_text_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "0.txt").write_text("to be")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TrainingFailed, match=rf"{name} is not UTF-8 text: mend it, or leave it out"):
+        list(Records(source(tmp_path / "*", format="text")).texts())
