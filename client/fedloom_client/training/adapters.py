@@ -74,14 +74,12 @@ class AdapterModel(LocalModel):
         with without_memory() if lay else nullcontext():
             module = build_module(assets, dtype, model_class)
         self._quantised = quantise(module, adapter.base_precision, device, besides=self._layout.heads)
-        module = module if lay else module.to(device)
+        self.module = module if lay else module.to(device)
         self._quantised.prepare()
-        weights = file_tensors(module, base, besides=self._quantised.names)
-        _inject(module, assets, self._rank(), self._layout.heads)
-        places = {id(tensor): place for place, tensor in module.state_dict(keep_vars=True).items()}
-        self.module = lay(module) if lay else module
-        laid = self.module.state_dict(keep_vars=True)
-        self._weights = {name: laid[places[id(tensor)]] for name, tensor in weights.items()}
+        self._weights = file_tensors(self.module, base, besides=self._quantised.names)
+        _inject(self.module, assets, self._rank(), self._layout.heads)
+        if lay:
+            self._lay(lay)
         self.tensors = self._adapter_tensors()
         self._freeze_a(order)
         self._folds: tuple[str, ...] | None = None
@@ -106,6 +104,13 @@ class AdapterModel(LocalModel):
         else:
             self._fill([target.weight for target in self._layout.targets], folds)
         self._folds = folds
+
+    def _lay(self, lay: Callable[[nn.Module], nn.Module]) -> None:
+        """Give the module its place on the rank, where other tensors hold its weights."""
+        places = {id(tensor): place for place, tensor in self.module.state_dict(keep_vars=True).items()}
+        self.module = lay(self.module)
+        laid = self.module.state_dict(keep_vars=True)
+        self._weights = {name: laid[places[id(tensor)]] for name, tensor in self._weights.items()}
 
     def _fill(self, names: list[str], folds: tuple[str, ...]) -> None:
         """Take weights from the base, and fold."""
