@@ -45,22 +45,22 @@ async def events(
         FederationError: the coordinator will not show the run.
     """
     lost_at: float | None = None  # on the monotonic clock; None before the first event
-    pause_s, ended = RETRY_S[0], False
+    pause_s, state = RETRY_S[0], RunState.RUN_STATE_UNSPECIFIED
     while True:
         heard, reason = False, "the coordinator closed the stream"
         try:
             with coordinator.errors():
                 async for event in coordinator.runs.Watch(WatchRequest(run_id=run_id)):
                     heard = True
-                    ended = event.run.state in until if event.HasField("run") else ended
+                    state = event.run.state if event.HasField("run") else state
                     yield event
-                    if ended and event.run.state not in ENDED:
+                    if state in until and state not in ENDED:
                         return  # the stream goes on
         except AttemptFailed as error:
             if lost_at is None and not heard:
                 raise
             reason = str(error)
-        if ended:
+        if state in until:
             return
         if heard or lost_at is None:
             lost_at, pause_s = time.monotonic(), RETRY_S[0]

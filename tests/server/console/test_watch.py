@@ -73,6 +73,11 @@ async def test_a_stream_that_breaks_after_the_end_is_enough(fake):
     assert (await seen(fake))[-1] == FINISHED
 
 
+async def test_all_rounds_of_a_run_that_has_ended_are_told(fake):
+    fake.connections = [[FINISHED, round_event(0, pb.ROUND_STATE_FINISHED), DONE]]
+    assert await seen(fake) == [FINISHED, round_event(0, pb.ROUND_STATE_FINISHED), DONE]
+
+
 async def test_a_first_call_that_nobody_answers_is_an_error_at_once(fake):
     with pytest.raises(Unreachable, match="no more connections"):
         await seen(fake)
