@@ -6,12 +6,13 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 from zstandard import ZstdError
+
+from fedloom_client.zstdfiles import register_zstd
 
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile, ZstdError)
 """What reading a file may raise that is compressed, or is not although its name says so."""
@@ -31,9 +32,9 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     from fsspec.implementations.local import LocalFileSystem  # as the datasets library does
 
+    register_zstd()
     try:
-        # the buffer, because zstd's own reader knows no lines
-        with BufferedReader(LocalFileSystem().open(str(path), "rb", compression="infer")) as file:
+        with LocalFileSystem().open(str(path), "rb", compression="infer") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1:  # a mark is a file's, and must not come to lie within another
                     line = line.removeprefix(codecs.BOM_UTF8)

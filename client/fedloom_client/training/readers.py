@@ -16,6 +16,7 @@ from fedloom_client.jsonlines import (
     value_of,
 )
 from fedloom_client.saveddatasets import open_saved
+from fedloom_client.zstdfiles import register_zstd
 from fedloom_common.errors import TrainingFailed
 
 WANTED = {"text": "UTF-8 text", "parquet": "Parquet"}
@@ -99,6 +100,7 @@ def _of_characters(record: dict[str, Any], place: str) -> dict[str, Any]:
 def _stream(kind: str, paths: Sequence[Path]) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset
 
+    register_zstd()
     # streaming reads the files where they are; otherwise datasets copies them into its own cache first
     options = {"text": {"sample_by": "document"}}.get(kind, {})
     names = [glob.escape(str(path)) for path in paths if path.stat().st_size]

@@ -16,6 +16,8 @@ from fedloom_client.training.orders import Source
 from fedloom_client.training.records import Records
 from fedloom_common.errors import TrainingFailed
 
+SKIPPABLE = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"  # RFC 8878, section 3.1.2: a reader passes it over
+
 FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=["happy", "sad"])})
 
 
@@ -26,6 +28,12 @@ def source(*files: Path, **changes: Any) -> Source:
 
 def records_of(*files: Path, needs: tuple[str, ...] = (), **changes: Any) -> list[Any]:
     return [row.values for row in Records(source(*files, **changes)).rows(needs)]
+
+
+def frames(content: bytes) -> bytes:
+    """A zstd frame for each 5 bytes, as tools that work in parallel or append write them."""
+    pieces = [content[begin : begin + 5] for begin in range(0, len(content), 5)]
+    return SKIPPABLE.join(map(zstandard.compress, pieces)) + SKIPPABLE
 
 
 def save(data: Dataset, path: Path, format_: Any) -> Path:
@@ -75,7 +83,7 @@ def test_lines_may_be_blank_and_end_in_several_ways(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "compress"),
     [("a.jsonl.gz", gzip.compress), ("a.jsonl.bz2", bz2.compress), ("a.jsonl.xz", lzma.compress),
-     ("a.jsonl.zst", zstandard.compress)],
+     ("a.jsonl.zst", zstandard.compress), ("a.jsonl.zst", lambda content: frames(content))],
 )  # fmt: skip
 def test_the_lines_within_a_compressed_file_are_read(tmp_path: Path, name: str, compress: Any) -> None:
     (tmp_path / name).write_bytes(compress(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 2}'))
@@ -136,6 +144,10 @@ def test_a_bad_line_is_named_and_not_quoted(tmp_path: Path, content: bytes, plac
         pytest.param("a.jsonl.xz", b"no archive", id="xz"),
         pytest.param("a.jsonl.zip", b"no archive", id="zip"),
         pytest.param("a.jsonl.zst", b"no archive", id="zstd"),
+        pytest.param("a.jsonl.zst", zstandard.compress(b'{"a": 1}\n' * 99)[:-1], id="cut-zstd"),
+        pytest.param("a.jsonl.zst", frames(b'{"a": 1}\n')[:-12], id="cut-last-frame"),
+        pytest.param("a.jsonl.zst", zstandard.compress(b'{"a": 1}\n') + b"?", id="more-than-zstd"),
+        pytest.param("a.jsonl.zst", b"", id="nothing-left"),
     ],
 )
 def test_a_broken_archive_is_named(tmp_path: Path, name: str, content: bytes) -> None:
@@ -154,6 +166,7 @@ def test_a_broken_archive_is_named(tmp_path: Path, name: str, content: bytes) ->
         pytest.param("a.txt.xz", b"no archive", id="xz"),
         pytest.param("a.txt.zip", b"no archive", id="zip"),
         pytest.param("a.txt.zst", b"no archive", id="zstd"),
+        pytest.param("a.txt.zst", zstandard.compress(b"to be or not to be" * 99)[:-1], id="cut-zstd"),
     ],
 )
 def test_a_broken_archive_of_text_is_named(tmp_path: Path, name: str, content: bytes) -> None:
@@ -161,3 +174,10 @@ def test_a_broken_archive_of_text_is_named(tmp_path: Path, name: str, content: b
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TrainingFailed, match=rf"{name} is not UTF-8 text: mend it, or leave it out"):
         list(Records(source(tmp_path / "*", format="text")).texts())
+
+
+def test_a_compressed_text_is_read_to_the_end_of_its_last_frame(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.zst").write_bytes(frames(b"to be or not to be"))
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"x" * 3_000_000))
+    texts = list(Records(source(tmp_path / "*", format="text")).texts())
+    assert texts == ["to be or not to be", "x" * 3_000_000]
