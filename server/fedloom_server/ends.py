@@ -2,18 +2,19 @@
 
 import time
 
+from fedloom_common.errors import BadTensor
 from fedloom_common.runspec import Sync
-from fedloom_server.records import AssignmentState, Base, Round, RoundState, Run, RunState, Work
+from fedloom_server.records import AssignmentState, Base, Round, RoundState, Run, Work
 from fedloom_server.store import Store
 
 
-def close_rounds(store: Store, run: Run) -> list[Round]:
+def close_rounds(store: Store, run: Run, error: Exception | None) -> list[Round]:
     """Close a run's unfinished rounds, for the caller to save: training is lost, later steps can go on.
 
-    Not so where the run has failed while updates were aggregated: they would fail again.
+    ``error`` is what the run failed by. Updates that make no model are lost too: they would make none again.
     """
     lost = {RoundState.TRAINING}
-    if run.state is RunState.FAILED and isinstance(run.spec.mode, Sync):
+    if isinstance(error, BadTensor) and isinstance(run.spec.mode, Sync):
         lost.add(RoundState.AGGREGATING)
     unfinished = store.unfinished_rounds(run.id)
     for record in unfinished:

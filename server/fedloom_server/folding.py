@@ -142,7 +142,7 @@ class Folding:
                     self._changed.clear()
         except StorageUnavailable:
             raise  # what the database holds is not known: the run goes on from there when it is back
-        except (FederationError, OSError):
+        except (FederationError, OSError, MemoryError):
             logger.warning("updates are folded at the end of the round instead", exc_info=True)
         finally:  # whatever ended it, sites must not wait for room that nobody makes
             self._is_hindered = True

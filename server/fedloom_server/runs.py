@@ -201,15 +201,15 @@ class Runs:
                 self._failures.pop(run.id, None)
             self._wait(run, error)
         except FederationError as error:
-            self._leave(run, RunState.FAILED, str(error))
+            self._leave(run, RunState.FAILED, str(error), error)
         except Exception as error:
             logger.exception("run failed by an error of the coordinator's own", extra={"run": run.id})
             reason = f"internal error of the coordinator, see its log: {error!r}"
-            self._leave(run, RunState.FAILED, reason, log=traceback.format_exc())
+            self._leave(run, RunState.FAILED, reason, error)
         else:
             self._leave(run, RunState.FINISHED, reason)
 
-    def _leave(self, run: Run, state: RunState, reason: str, log: str = "") -> None:
+    def _leave(self, run: Run, state: RunState, reason: str, error: Exception | None = None) -> None:
         """Take a run out of work: it has ended or is paused."""
         self._waits.pop(run.id, None)
         self._failures.pop(run.id, None)
@@ -219,10 +219,10 @@ class Runs:
             self._save(run)
             self._federation.assignments.call_off(run.id, "the run is paused")
         else:
-            self._end(run, log)
+            self._end(run, error)
         logger.info("run left", extra={"run": run.id, "state": state, "reason": reason})
 
-    def _end(self, run: Run, log: str) -> None:
+    def _end(self, run: Run, error: Exception | None) -> None:
         run.ended_at_s = time.time()
         self._federation.assignments.drop(run.id)
         rows: list[Base] = [run]
@@ -234,10 +234,10 @@ class Runs:
             assignment.reason = ended if is_open else f"no round was left to take its late update: {ended}"
             assignment.state, assignment.is_late = AssignmentState.CANCELLED, False
             rows.append(assignment)
-        closed = close_rounds(self._store, run)
+        closed = close_rounds(self._store, run, error)
         rows += closed
         if run.state is RunState.FAILED:
-            rows.append(failure_of_run(run, log))
+            rows.append(failure_of_run(run, _log_of(error)))
         self._store.save(*rows)
         for record in closed:
             if record.state is RoundState.FAILED:
@@ -311,3 +311,10 @@ class Runs:
         if tasks:
             await asyncio.wait(tasks)
         self._waits.clear()
+
+
+def _log_of(error: Exception | None) -> str:
+    """The traceback of an error of the coordinator's own; a failure that has a name needs none."""
+    if error is None or isinstance(error, FederationError):
+        return ""
+    return "".join(traceback.format_exception(error))

@@ -208,11 +208,12 @@ async def test_what_a_power_cut_has_spoilt_is_asked_for_again(config, spec, benc
         np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 4, rtol=1e-6)
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()], ids=repr)
 async def test_a_fold_that_finds_no_room_leaves_the_updates_to_the_end_of_the_round(
-    config, spec, bench_of, initial, monkeypatch
+    config, spec, bench_of, initial, monkeypatch, error
 ):
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("fedloom_server.aggregation.mean.WeightedMean.fold", full)
     async with coordinator(config.model_copy(update={"staged_updates": 1})) as running:
