@@ -3,7 +3,6 @@
 import time
 
 from fedloom_common.errors import BadTensor
-from fedloom_common.runspec import Sync
 from fedloom_server.records import AssignmentState, Base, Round, RoundState, Run, Work
 from fedloom_server.store import Store
 
@@ -14,7 +13,7 @@ def close_rounds(store: Store, run: Run, error: Exception | None) -> list[Round]
     ``error`` is what the run failed by. Updates that make no model are lost too: they would make none again.
     """
     lost = {RoundState.TRAINING}
-    if isinstance(error, BadTensor) and isinstance(run.spec.mode, Sync):
+    if isinstance(error, BadTensor):
         lost.add(RoundState.AGGREGATING)
     unfinished = store.unfinished_rounds(run.id)
     for record in unfinished:
@@ -25,16 +24,21 @@ def close_rounds(store: Store, run: Run, error: Exception | None) -> list[Round]
 
 
 def begin_again(store: Store, run: Run) -> None:
-    """Save a run that is taken up after its end: training begins a new attempt, later steps go on."""
+    """Save a run that is taken up after its end: training begins a new attempt, later steps go on.
+
+    Where two versions of an asynchronous run have lost their updates, the later one begins after the earlier.
+    """
+    rounds = store.rounds(run.id)
+    lost = [record for record in rounds if record.state in (RoundState.TRAINING, RoundState.FAILED)]
+    for record in lost[:1]:
+        record.state, record.cohort = RoundState.TRAINING, []
+        record.attempt = record.first_attempt = record.attempt + 1
+        record.sum_digest = ""
     changed: list[Base] = [run]
-    for record in store.rounds(run.id):
-        if record.state is not RoundState.FINISHED:
+    for record in rounds:
+        if record.state not in (RoundState.FINISHED, RoundState.FAILED):
             record.ended_at_s, record.asked_at_s = 0.0, time.time()
             changed.append(record)
-        if record.state in (RoundState.TRAINING, RoundState.FAILED):
-            record.state, record.cohort = RoundState.TRAINING, []
-            record.attempt = record.first_attempt = record.attempt + 1
-            record.sum_digest = ""
         if record.state is RoundState.EVALUATING or record.number == run.rounds_done:
             cancelled = [
                 assignment

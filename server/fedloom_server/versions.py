@@ -4,7 +4,8 @@ A version is a round's record. While its buffer is open (TRAINING), all training
 all updates that have come and were not taken, are of that round. When it closes (AGGREGATING) it keeps
 the updates that it takes, and one transaction moves the rest to the next version, whose buffer opens
 at once: they are then one version more behind. So the records tell at any moment which update counts
-where, and a coordinator that was killed goes on from them.
+where, and a coordinator that was killed goes on from them. A version whose updates make no model is lost
+(FAILED) with the one whose buffer is open: its own buffer opens again first.
 """
 
 import logging
@@ -68,7 +69,7 @@ class Versions:
         self.open = _one(records, RoundState.TRAINING)
         self.closed = _one(records, RoundState.AGGREGATING)
         self.measured = [record for record in records if record.state is RoundState.EVALUATING]
-        attempts = {record.number: record.attempt for record in records}
+        attempts = {r.number: r.attempt for r in records if r.state is not RoundState.FAILED}
         unmade = [record.number for record in (self.open, self.closed) if record]
         present = []
         for assignment in self._store.assignments(self._run.id):
@@ -262,9 +263,13 @@ class Versions:
         return records
 
     def _new(self, number: int, state: RoundState) -> Round:
+        """A version, or the next attempt at one that was lost before the version under it was made."""
+        lost = self._store.round(self._run.id, number)
+        attempt = lost.attempt + 1 if lost else 1
         return Round(
-            run_id=self._run.id, number=number, state=state, base_digest="", started_at_s=time.time()
-        )
+            run_id=self._run.id, number=number, state=state, base_digest="", started_at_s=time.time(),
+            attempt=attempt, first_attempt=attempt,
+        )  # fmt: skip
 
     def _is_due(self, number: int) -> bool:
         """Whether sites are asked to measure a version: only one at a time is, besides the last."""

@@ -4,6 +4,7 @@ Sites train for as long as their gate is closed, so that each test says itself w
 """
 
 import asyncio
+import errno
 import os
 import threading
 
@@ -13,6 +14,7 @@ from disks import copy_of, counted
 from safetensors.numpy import load_file
 
 from fedloom.v1 import session_pb2 as pb
+from fedloom_common.errors import BadTensor
 from fedloom_server import folding
 from fedloom_server.app import coordinator
 from fedloom_server.buffered import _Flow
@@ -418,6 +420,69 @@ async def test_a_stopped_run_goes_on_after_resume(bench, async_spec, initial):
     bench.running.runs.resume(run.id)
     run = await bench.ended(run)
     assert (run.state, run.rounds_done) == ("finished", 1)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+async def test_a_run_whose_updates_made_no_model_trains_again_when_it_is_resumed(
+    config, bench_of, async_spec, initial, monkeypatch, rounds
+):
+    make, is_closed = folding.make_model, threading.Event()
+
+    def overflow(*arguments):
+        monkeypatch.setattr(folding, "make_model", make)
+        assert is_closed.wait(20)
+        raise BadTensor("the next model's tensor w is not finite in F32")
+
+    monkeypatch.setattr(folding, "make_model", overflow)
+    async with coordinator(config) as running:
+        bench = bench_of(running)
+        a, b = gated(bench, "a"), gated(bench, "b")
+        run = await bench.enqueue(async_spec(rounds=rounds, buffer=1, cohort={"min_sites": 2}))
+        await let_end(bench, run, a)
+        await bench.until(lambda: running.store.round(run.id, 1).state == "aggregating")
+        if rounds > 1:
+            await let_end(bench, run, b)  # for version 2, whose base is never made
+        is_closed.set()
+        run = await bench.ended(run)
+        assert run.state == "failed"
+        running.runs.resume(run.id)
+        await let_end(bench, run, a, training=2)
+        await bench.until(lambda: version(bench, run) == 1)
+        np.testing.assert_allclose(bias_of(bench, run, initial), STEPS["a"], rtol=1e-5)
+    async with coordinator(config) as running:  # what was lost with version 2 does not come back
+        bench.running = running
+        for site in (a, b):
+            site.gate = None
+            bench.attach(site)
+        run = await bench.ended(run)
+        assert (run.state, run.rounds_done) == ("finished", rounds)
+        attempts = {record.number: record.attempt for record in running.store.rounds(run.id)}
+        assert attempts == ({1: 2} if rounds == 1 else {1: 2, 2: 2, 3: 1})
+        counted = [t for t in trainings(bench, run) if t.state == "done" and t.attempt == attempts[t.round]]
+        assert len(counted) == rounds
+
+
+async def test_a_run_whose_disk_failed_while_a_version_was_made_makes_it_of_the_same_updates(
+    bench, async_spec, initial, monkeypatch
+):
+    make = folding.make_model
+
+    def fail(*arguments):
+        monkeypatch.setattr(folding, "make_model", make)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(folding, "make_model", fail)
+    a, b = gated(bench, "a"), gated(bench, "b")
+    run = await bench.enqueue(async_spec(rounds=1, cohort={"min_sites": 2}))
+    await let_end(bench, run, a)
+    await let_end(bench, run, b)
+    run = await bench.ended(run)
+    assert run.state == "failed"
+    bench.running.runs.resume(run.id)
+    run = await bench.ended(run)
+    assert run.state == "finished"
+    assert len(a.trained) == len(b.trained) == 1
+    np.testing.assert_allclose(bias_of(bench, run, initial), (10 * 1 + 30 * 4) / 40, rtol=1e-5)
 
 
 @pytest.mark.parametrize("turns", range(4))

@@ -1,6 +1,7 @@
 """Sites are told which of their updates counted, as what the others left at them must not stay."""
 
 import asyncio
+import threading
 
 import pytest
 from fakesite import FakeSite
@@ -9,7 +10,9 @@ from sitefaults import Fault
 from fedloom.v1 import session_pb2 as pb
 from fedloom_common.codecs.chain import Chain
 from fedloom_common.codecs.encoder import encode_model
+from fedloom_common.errors import BadTensor
 from fedloom_common.tensorfiles import TensorFile
+from fedloom_server import folding
 from fedloom_server.app import coordinator
 
 TRAIN_ONLY = {"initial": False, "every_rounds": 0}
@@ -135,6 +138,30 @@ async def test_an_asynchronous_run_tells_the_training_whose_update_counted(
             bench.attach(left)
         await bench.until(lambda: a.asked and slow.asked)
         assert (told(a), told(slow)) == ({(3, 1): 2}, {(2, 1): 0})
+
+
+async def test_an_asynchronous_run_that_failed_tells_its_sites_that_what_it_lost_does_not_count(
+    bench, spec_that_leaves, monkeypatch
+):
+    is_there = threading.Event()
+
+    def overflow(*arguments):
+        assert is_there.wait(20)
+        raise BadTensor("the next model's tensor w is not finite in F32")
+
+    monkeypatch.setattr(folding, "make_model", overflow)
+    spec = spec_that_leaves(rounds=4, mode={"kind": "async", "buffer": 1}, cohort={"min_sites": 2})
+    a, slow = site(bench, "a", spec, gated=True), site(bench, "slow", spec, gated=True)
+    run = await bench.enqueue(spec)
+    a.gate.release()
+    await bench.until(lambda: [r.state for r in bench.running.store.rounds(run.id)][:1] == ["aggregating"])
+    slow.gate.release()
+    await update_of(bench, run, "slow", "1.1")
+    is_there.set()
+    run = await bench.ended(run)
+    bench.running.runs.resume(run.id)
+    await bench.until(lambda: (2, 2) in told(a) and (2, 2) in told(slow))
+    assert told(a)[2, 2] == told(slow)[2, 2] == 0
 
 
 async def test_a_run_whose_updates_leave_nothing_tells_nothing_of_them(bench, spec):
