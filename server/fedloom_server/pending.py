@@ -123,7 +123,7 @@ def sites_possible(batch: Sequence[Assignment]) -> int:
 
 
 def may_be_taken_up(stored: Assignment, site: str, store: Store) -> bool:
-    """Whether a run that has yet to go on, after a restart or a pause, will want an assignment of a site."""
+    """Whether a run that has yet to go on will want an assignment of a site."""
     if stored.site != site or stored.state is not AssignmentState.OPEN:
         return False
     state = store.run(stored.run_id).state

@@ -268,6 +268,7 @@ class Runs:
         else:
             self._store.save(run)
             logger.info("waiting for sites", extra={"run": run.id, "reason": run.reason})
+        self._federation.assignments.drop(run.id)  # late ones, which would hold other runs' room to upload
         self._tell(run)
 
     def _new_wait(self, run: Run, failures: int) -> Wait:

@@ -65,7 +65,7 @@ class Uploads:
         Raises:
             NotPermitted: it is no upload of this site; whether it is another's, nobody is told.
             WrongState: it is not, or no longer, wanted.
-            Unreachable: it will be, when its run goes on after a restart.
+            Unreachable: it will be, when its run goes on.
         """
         entry = self._open.get(upload)
         assignment = entry.assignment if entry else self._store.assignment(upload)
@@ -74,7 +74,7 @@ class Uploads:
         if assignment.state is AssignmentState.DONE:
             return assignment
         if entry is None and may_be_taken_up(assignment, site, self._store):
-            raise Unreachable(f"the run of upload {upload} has yet to go on after a restart; try again")
+            raise Unreachable(f"the run of upload {upload} has yet to go on; try again")
         if entry is None or not assignment.update_digest:
             raise WrongState(
                 f"upload {upload} is not wanted now: {assignment.reason or 'send its outcome first'}"
@@ -109,7 +109,7 @@ class Uploads:
 
         Raises:
             WrongState: the round went on, or the site announced another update, while this one was checked.
-            Unreachable: the run has yet to go on after a restart.
+            Unreachable: the run has yet to go on.
         """
         current = self.uploading(assignment.site, assignment.id)
         if current.update_digest != digest:

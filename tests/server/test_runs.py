@@ -470,6 +470,48 @@ async def test_a_late_update_that_no_round_takes_leaves_its_room_to_other_runs(
         assert (await bench.ended(other)).state == "finished"
 
 
+@pytest.mark.parametrize("comes", ["before", "during"])
+async def test_late_updates_of_a_run_that_waits_leave_their_room_to_other_runs_and_count_when_it_goes_on(
+    config, bench_of, spec, clock, monkeypatch, comes
+):
+    monkeypatch.setattr("fedloom_server.sites.RETURN_S", 0.0)
+    async with coordinator(config.model_copy(update={"staged_updates": 1})) as running:
+        bench = bench_of(running)
+        a, slow = bench.site("a"), bench.site("slow")
+        bench.site("leaves")
+        slow.gate, a.evaluate_gate = asyncio.Semaphore(0), asyncio.Event()
+        cohort = {
+            "min_sites": 3,
+            "quorum": 1,
+            "deadline_s": 0.3,
+            "late": "carry",
+            "staleness": {"exponent": 0},
+        }
+        run = await bench.enqueue(spec(rounds=2, cohort=cohort, evaluation={"initial": False}))
+        await bench.until(lambda: list(bench.outcomes(run).values()).count(("done", "")) == 2 and slow.asked)
+        clock.now_s += 0.31
+        await bench.until(lambda: running.store.rounds(run.id)[0].state == "evaluating")
+        if comes == "before":
+            slow.gate.release()
+            await bench.until(lambda: bench.outcomes(run)["slow"] == ("done", ""))
+        measured = f"{run.id}.1.1.evaluate.leaves"
+        await bench.until(lambda: running.store.assignment(measured).state == "done")
+        await bench.detach("leaves")
+        a.evaluate_gate.set()
+        await bench.waits(run, "waits for sites")
+        for _ in range(9):
+            slow.gate.release()
+        other = await bench.enqueue(spec(cohort={"min_sites": 2}))
+        assert (await bench.ended(other)).state == "finished"
+        a.gate = asyncio.Semaphore(0)  # round 2 must not end without the late update
+        bench.attach(bench.sites["leaves"])
+        late = f"{run.id}.1.1.train.slow"
+        await bench.until(lambda: running.store.assignment(late).state == "done")
+        a.gate.release()
+        assert (await bench.ended(run)).state == "finished"
+        assert (running.store.assignment(late).round, running.store.assignment(late).staleness) == (2, 1)
+
+
 async def test_a_late_update_that_came_too_late_between_two_rounds_leaves_its_room(
     config, bench_of, spec, clock
 ):
