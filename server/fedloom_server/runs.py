@@ -43,6 +43,8 @@ class Runs:
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._asked_for: dict[str, tuple[RunState, str]] = {}
         """What operators want of runs that are under way: a state, and why."""
+        self._broke_by: dict[str, BaseException] = {}
+        """Why the end of a run, or what was asked of it, could not be written when it was last under way."""
         self._waits: dict[str, Wait] = {}
         self._failures: dict[str, int] = {}
         """Times in a row that a run has had to wait because its sites, or the disk, failed it."""
@@ -87,8 +89,8 @@ class Runs:
             task.cancel()
         await asyncio.wait([task])
         run = self._store.run(run.id)
-        if run.state.goes_on_by_itself and not task.cancelled() and (error := task.exception()):
-            raise error  # what was asked for could not be written
+        if run.state.goes_on_by_itself and (error := self._broke_by.get(run.id)):
+            raise error
         return run
 
     def resume(self, run_id: str) -> Run:
@@ -156,6 +158,7 @@ class Runs:
     def _begin(self, run: Run) -> None:
         task = asyncio.create_task(self._perform(run), name=f"run {run.id}")
         self._under_way[run.id] = task
+        self._broke_by.pop(run.id, None)
         task.add_done_callback(lambda task: self._performed(run.id, task))
 
     def _performed(self, run_id: str, task: asyncio.Task[None]) -> None:
@@ -164,11 +167,15 @@ class Runs:
         asked = self._asked_for.pop(run_id, None)
         self._changed.set()
         error = None if task.cancelled() else task.exception()
+        if error is None and asked is not None:
+            try:
+                self._obey(run_id, *asked)
+            except (FederationError, OSError) as why:
+                error = why
         if error is not None:
             logger.critical("a run broke off; it goes on in a while", extra={"run": run_id}, exc_info=error)
             self._not_before_s[run_id] = now_s() + BROKEN_S
-        elif asked is not None:
-            self._obey(run_id, *asked)
+            self._broke_by[run_id] = error
 
     def _obey(self, run_id: str, state: RunState, reason: str) -> None:
         """Do what was asked for before the run had begun, or as it began to wait: it has not heard of it."""

@@ -658,10 +658,9 @@ async def test_a_run_that_failed_while_it_aggregated_trains_again_only_if_its_up
     np.testing.assert_allclose(bench.model(run)["layer.bias"], initial["layer.bias"] + 1, rtol=1e-6)
 
 
-async def test_a_stop_that_cannot_be_written_is_told_to_who_asked_for_it(bench, spec, monkeypatch):
-    bench.site("a").gate = asyncio.Semaphore(0)
-    run = await bench.enqueue(spec(rounds=3))
-    await bench.until(lambda: bench.sites["a"].asked)
+@pytest.fixture
+def no_end_can_be_written(bench, monkeypatch):
+    """Until it is called."""
     store, save = bench.running.store, bench.running.store.save
 
     def save_no_end(*records):
@@ -670,11 +669,38 @@ async def test_a_stop_that_cannot_be_written_is_told_to_who_asked_for_it(bench, 
         save(*records)
 
     monkeypatch.setattr(store, "save", save_no_end)
+    return lambda: monkeypatch.setattr(store, "save", save)
+
+
+async def test_a_stop_that_cannot_be_written_is_told_to_who_asked_for_it(bench, spec, no_end_can_be_written):
+    bench.site("a").gate = asyncio.Semaphore(0)
+    run = await bench.enqueue(spec(rounds=3))
+    await bench.until(lambda: bench.sites["a"].asked)
     with pytest.raises(StorageFull, match="no space left for the database"):
         await bench.running.runs.stop(run.id, "enough")
-    assert store.run(run.id).state == "running"
-    monkeypatch.setattr(store, "save", save)
+    assert bench.running.store.run(run.id).state == "running"
+    no_end_can_be_written()
     assert (await bench.running.runs.stop(run.id, "enough")).state == "stopped"
+
+
+async def test_a_stop_that_cannot_be_written_as_a_run_begins_to_wait_is_told_too(
+    bench, spec, no_end_can_be_written
+):
+    runs = bench.running.runs
+    wait, stopped = runs._wait, []
+
+    def wait_and_stop(run, error):
+        wait(run, error)
+        stopped.append(asyncio.create_task(runs.stop(run.id, "at once")))
+
+    runs._wait = wait_and_stop
+    run = await bench.enqueue(spec())
+    await bench.until(lambda: stopped)
+    with pytest.raises(StorageFull, match="no space left for the database"):
+        await stopped[0]
+    assert bench.running.store.run(run.id).state == "waiting"
+    no_end_can_be_written()
+    assert (await runs.stop(run.id, "enough")).state == "stopped"
 
 
 async def test_a_resume_that_comes_as_a_run_pauses_is_not_undone(bench, spec, monkeypatch):
