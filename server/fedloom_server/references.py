@@ -1,13 +1,16 @@
 """Which files the rows name by their digests: what a site may read, and what may not be removed."""
 
 from collections.abc import Collection
+from typing import Any
 
-from sqlalchemy import Select, select, tuple_
+from sqlalchemy import Select, Text, cast, false, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from fedloom_server.adapters.parts import Parts
 from fedloom_server.database import Database
 from fedloom_server.records import Assignment, Round, Run
+
+FEW_FILES = 32  # more are found sooner by reading every adapter than by looking for each in its text
 
 
 def names_to(database: Database, site: str, digest: str) -> bool:
@@ -43,20 +46,29 @@ def named_by(database: Database, *queries: Select[str]) -> set[str]:
     return database.do(lambda session: {name for query in queries for name in session.scalars(query)})
 
 
-def part_digests_of(database: Database, models: Collection[str] | None, *, besides: str = "") -> set[str]:
-    """Files that belong to some models, or to all, where adapters are trained; of all runs but one.
+def part_digests_of(database: Database, models: Collection[str]) -> set[str]:
+    """Files that belong to some models where adapters are trained, and all that runs began with.
 
     What a run began with belongs to every model of it.
     """
+    of_rounds = select(Round.adapter).where(Round.model_digest.in_(models))
+    return _parts_in(database, select(Run.adapter), of_rounds)
+
+
+def parts_among(database: Database, digests: Collection[str], *, besides: str) -> set[str]:
+    """Those of some files that belong to a model of any run but one, where adapters are trained."""
+    of_runs = select(Run.adapter).where(Run.id != besides)
+    of_rounds = select(Round.adapter).where(Round.run_id != besides)
+    if len(digests) <= FEW_FILES:
+        of_rounds = of_rounds.where(or_(false(), *(cast(Round.adapter, Text).contains(d) for d in digests)))
+    return _parts_in(database, of_runs, of_rounds).intersection(digests)
+
+
+def _parts_in(database: Database, *queries: Select[dict[str, Any]]) -> set[str]:
+    """Files in the adapters that queries find, all at one moment."""
 
     def look(session: Session) -> set[str]:
-        runs = list(session.execute(select(Run.id, Run.adapter).where(Run.id != besides)))
-        begun = {run_id: content for run_id, content in runs if content}
-        found = [Parts.from_json(content) for content in begun.values()]
-        rounds = select(Round.model_digest, Round.adapter).where(Round.run_id.in_(begun))
-        for digest, content in session.execute(rounds) if begun else ():
-            if models is None or digest in models:
-                found.append(Parts.from_json(content))
+        found = (Parts.from_json(content) for query in queries for content in session.scalars(query))
         return {file.digest for parts in found for file in parts.files}
 
     return database.do(look)

@@ -15,7 +15,7 @@ from fedloom_server.adapters.parts import part_digests
 from fedloom_server.best import ranked, restores_best
 from fedloom_server.config import KeepModels
 from fedloom_server.records import Assignment, AssignmentState, Round, RoundState, Run, RunState
-from fedloom_server.references import named_by, part_digests_of
+from fedloom_server.references import named_by, part_digests_of, parts_among
 from fedloom_server.stopping import RoundResult
 from fedloom_server.store import Store
 
@@ -162,4 +162,4 @@ def _of_other_runs(store: Store, run: Run, digests: Collection[str]) -> set[str]
         select(Run.optimizer_digest).where(Run.id != run.id, Run.optimizer_digest.in_(digests)),
         *(select(column).where(Round.run_id != run.id, column.in_(digests)) for column in columns),
     )
-    return named | part_digests_of(store.database, None, besides=run.id).intersection(digests)
+    return named | parts_among(store.database, digests, besides=run.id)

@@ -10,10 +10,15 @@ import pytest
 from fedloom_common.digests import digest_of_file
 from fedloom_common.errors import BadSpec, NotFound
 from fedloom_common.settings import load_settings
+from fedloom_server.adapters.parts import PartFile, Parts
 from fedloom_server.app import coordinator
 from fedloom_server.config import CoordinatorConfig, KeepModels
+from fedloom_server.database import open_database
 from fedloom_server.exports import export
+from fedloom_server.records import Round, RoundState, Run, RunState
+from fedloom_server.references import FEW_FILES, part_digests_of, parts_among
 from fedloom_server.retention import kept_rounds
+from fedloom_server.store import Store
 from fedloom_server.submissions import Submissions
 
 LOSSES = {0: 9.0, 1: 5.0, 2: 3.0, 3: 4.0, 4: 2.5, 5: 2.5, 6: 7.0}
@@ -101,6 +106,42 @@ async def test_a_model_that_another_run_begins_with_stays(config, bench_of, spec
         bench.site("a")
         assert (await bench.ended(first)).state == "finished"
         assert (await bench.ended(second)).state == "finished"
+
+
+def part(number):
+    return PartFile(name="factors.safetensors", digest=f"blake3:{number:064x}", size_bytes=1)
+
+
+@pytest.mark.parametrize("asked_for", [2, 2 * FEW_FILES])
+def test_files_that_another_run_s_models_need_are_found_without_reading_all_of_its_rounds(
+    tmp_path, spec, database_url, monkeypatch, asked_for
+):
+    store = Store(tmp_path, open_database(database_url, tmp_path))
+    for name in ("mine", "other"):
+        run = Run(
+            id=name, name=name, spec_json=spec().model_dump_json(), state=RunState.RUNNING,
+            submitted_at_s=0.0, assets=[], model_digest="", model_bytes=0,
+            adapter=Parts(frozen=(part(1),)).to_json(),
+        )  # fmt: skip
+        rounds = [
+            Round(
+                run_id=name, number=number, state=RoundState.FINISHED, base_digest="", started_at_s=0.0,
+                model_digest=f"{name} {number}",
+                adapter=Parts(frozen=(part(1),), folds=(part(1000 * len(name) + number),)).to_json(),
+            )
+            for number in range(1, 51)
+        ]  # fmt: skip
+        store.save(run, *rounds)
+    read, from_json = [], Parts.from_json
+    monkeypatch.setattr(Parts, "from_json", lambda content: read.append(content) or from_json(content))
+    in_question = {part(number).digest for number in (4007, 5007, *range(9000, 9000 + asked_for - 2))}
+    assert parts_among(store.database, in_question, besides="mine") == {part(5007).digest}
+    assert len(read) == (1 + 1 if asked_for <= FEW_FILES else 1 + 50)
+    read.clear()
+    wanted = {part(number).digest for number in (1, 4007)}
+    assert part_digests_of(store.database, {"mine 7"}) == wanted
+    assert len(read) == 2 + 1
+    store.close()
 
 
 @pytest.mark.parametrize("goes_on_from", [None, 0])
