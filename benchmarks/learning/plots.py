@@ -76,9 +76,9 @@ def _draw(
 
 def _range(arms: Iterable[Sequence[Result]]) -> tuple[float, float]:
     """Losses to be shown: from the best one up to the worst end of an arm, and not the falls before."""
-    ends = [[point.metrics["loss"] for r in found for point in r.curve[-1:]] for found in arms]
-    low, worst = min(map(min, ends)), max(map(max, ends))
-    return low * 0.97, max(low * 1.6, worst * 1.15)
+    curves = [[point.metrics["loss"] for point in r.curve] for found in arms for r in found]
+    low, worst = min(curve[-1] for curve in curves), max(curve[-1] for curve in curves)
+    return low * 0.97, min(max(low * 1.6, worst * 1.15), max(map(max, curves)) * 1.02)
 
 
 def _has_curve(found: Sequence[Result]) -> bool:
